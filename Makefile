@@ -1,0 +1,48 @@
+# Every target makes the environment it needs (.venv) on its own. Variables: PYTHON, DEMO_ARGS, TEST_ARGS, TEST_JOBS.
+PYTHON ?= python3
+TEST_JOBS ?= 2
+TEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo     train and compare every routing function on a small made-up data set (DEMO_ARGS='--quick')"
+	@echo "make test     run every test that needs no GPU beyond what is here (TEST_JOBS=2, TEST_ARGS='-k metrics')"
+	@echo "make lint     check style without changing a file"
+	@echo "make format   rewrite the files in the project's style"
+	@echo "make clean    remove the environment, builds and caches (runs/ stays)"
+
+demo: $(READY)
+	$(BIN)/routingvl demo $(DEMO_ARGS)
+
+# One thread a worker: the tests use tiny models, for which more threads only cost time.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an installation that was broken off is started again by the next make.
+$(READY): setup.py pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) found: install Python 3.10 or newer, or say make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "routingvl needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1): say make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "$(PYTHON) cannot make environments: install its venv package (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
