@@ -1,0 +1,370 @@
+"""The settings of one run, its YAML files and command-line overrides: one default each, every key checked.
+
+The four published recipes are files in ``configs/``; docs/configuration.md explains every key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict, nearest
+
+TASKS = ("vqa", "caption")
+DEFAULT_VISION = "google/vit-base-patch16-224-in21k"
+DEFAULT_TEXT = {"vqa": "roberta-base", "caption": "gpt2"}
+DEFAULT_TEXT_LENGTH = {"vqa": 20, "caption": 50}
+
+
+def _check_at_least(config: Any, minimum: float, *keys: str) -> None:
+    """Raise :class:`ConfigError` when one of the named settings is a number below ``minimum`` (None passes)."""
+    for key in keys:
+        value = getattr(config, key)
+        if value is not None and value < minimum:
+            raise ConfigError(f"{key}={value!r} must be at least {minimum}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Backbones and head; both backbones stay frozen but for what ``routing`` trains.
+
+    Attributes:
+        vision: ViT, a hub name or a local folder.
+        text: language model, a hub name or a local folder; null takes roberta-base (vqa) or gpt2 (caption).
+        tokenizer: hub name or local folder; null takes the one of the language model.
+        vision_features: what of the ViT is used: pooler, cls, mean or tokens (all of them; routing vllora only).
+        visual_prefix: put the image in front of the text as well as into the bottlenecks.
+        classifier_layers: linear layers in the VQA head, 1 or 2.
+        text_embedding: RoBERTa with a prefix embeds text twice in the published code (published) or once (single).
+        caption_loss: sound (the prefix predicts the first word, padding is ignored) or reference (the published one).
+        activation_checkpointing: recompute activations in backward, which saves memory and costs time.
+        backend: how bottlenecks are computed: null (the best that runs here), eager or triton.
+    """
+
+    vision: str = DEFAULT_VISION
+    text: str | None = None
+    tokenizer: str | None = None
+    vision_features: str = "pooler"
+    visual_prefix: bool = True
+    classifier_layers: int = 2
+    text_embedding: str = "published"
+    caption_loss: str = "sound"
+    activation_checkpointing: bool = False
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("vision_features", self.vision_features, ("pooler", "cls", "mean", "tokens"))
+        check_choice("text_embedding", self.text_embedding, ("published", "single"))
+        check_choice("caption_loss", self.caption_loss, ("sound", "reference"))
+        if self.backend is not None:
+            check_choice("backend", self.backend, ("eager", "triton"))
+        if self.classifier_layers not in (1, 2):
+            raise ConfigError(f"classifier_layers={self.classifier_layers!r} must be 1 or 2")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Files and how they become batches; ``routingvl prepare-data`` derives the files from the official ones.
+
+    Attributes:
+        annotations: folder (or, for captions, file) of questions and answers or of captions, in a form of docs/data.md.
+        images: folder that holds train2014/, val2014/ and test2015/.
+        answers: trainval_label2ans.json, the answer vocabulary of VQA; null takes it from the annotations folder.
+        train_split: examples to train on.
+        val_split: examples that choose the best checkpoint.
+        max_text_length: longest text in tokens, the prefix not counted; null takes 20 (vqa) or 50 (caption).
+        pad_to_max_length: pad every text to max_text_length instead of the longest in its batch.
+        on_bad_image: an unreadable image stops the run (fail) or drops its example and is counted (skip).
+        precompute_features: run the frozen ViT once an image at the start and keep its output in memory.
+        feature_batch_size: images a batch while features are computed.
+        workers: processes that load batches; 0 loads in the training process.
+        train_limit: use only so many training examples.
+        val_limit: use only so many validation examples while training.
+    """
+
+    annotations: str | None = None
+    images: str | None = None
+    answers: str | None = None
+    train_split: str = "train"
+    val_split: str = "val"
+    max_text_length: int | None = None
+    pad_to_max_length: bool = False
+    on_bad_image: str = "fail"
+    precompute_features: bool = False
+    feature_batch_size: int = 64
+    workers: int = 0
+    train_limit: int | None = None
+    val_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("on_bad_image", self.on_bad_image, ("fail", "skip"))
+        _check_at_least(self, 1, "max_text_length", "feature_batch_size", "train_limit", "val_limit")
+        _check_at_least(self, 0, "workers")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation: AdamW on the trainable parameters, one schedule, and when to validate and save.
+
+    Attributes:
+        lr: highest learning rate.
+        epochs: passes over the training examples; may be a fraction.
+        max_steps: optimiser steps; when given it decides instead of epochs.
+        batch_size: examples of one optimiser step, over all processes and accumulated pieces together.
+        accumulation: pieces in which each process computes its share of a batch, to save memory.
+        warmup: steps of linear warm-up when an integer (5000), share of all steps when a fraction (0.05).
+        schedule: learning rate after the warm-up: linear (to zero), cosine (to zero) or constant.
+        weight_decay: of AdamW.
+        eps: of AdamW.
+        betas: of AdamW.
+        max_grad_norm: clip the gradient to this norm; null does not clip.
+        mixed_precision: no, bf16 or fp16 (fp16 needs a GPU).
+        seed: of weights, data order and dropout.
+        log_every: steps between training lines in metrics.jsonl.
+        eval_every: steps between validations; null validates after each epoch, 0 only at the end.
+        save_every: steps between saves of the resumable state; null saves after each validation.
+        trackers: further logs beside metrics.jsonl: tensorboard, wandb.
+    """
+
+    lr: float = 3e-4
+    epochs: float = 20
+    max_steps: int | None = None
+    batch_size: int = 64
+    accumulation: int = 1
+    warmup: int | float = 0.05
+    schedule: str = "linear"
+    weight_decay: float = 0.0
+    eps: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float | None = None
+    mixed_precision: str = "no"
+    seed: int = 0
+    log_every: int = 50
+    eval_every: int | None = None
+    save_every: int | None = None
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("schedule", self.schedule, ("linear", "cosine", "constant"))
+        check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        for tracker in self.trackers:
+            check_choice("trackers", tracker, ("tensorboard", "wandb"))
+        object.__setattr__(self, "trackers", tuple(self.trackers))
+        object.__setattr__(self, "betas", tuple(self.betas))
+        _check_at_least(self, 1, "max_steps", "batch_size", "accumulation", "log_every", "save_every")
+        _check_at_least(self, 0, "warmup", "weight_decay", "eval_every", "seed")
+        for key in ("lr", "epochs", "eps", "max_grad_norm"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{key}={value!r} must be above 0")
+        if isinstance(self.warmup, float) and self.warmup >= 1:
+            if not self.warmup.is_integer() or self.warmup == 1:
+                raise ConfigError(f"warmup={self.warmup!r} must be an integer (steps) or a fraction below 1")
+            object.__setattr__(self, "warmup", int(self.warmup))
+        if self.batch_size % self.accumulation:
+            raise ConfigError(
+                f"batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}; change one of them"
+            )
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Steps of warm-up out of ``total_steps``; a fraction is rounded to the nearest step."""
+        return self.warmup if isinstance(self.warmup, int) else round(self.warmup * total_steps)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How answers and captions are predicted and scored.
+
+    Attributes:
+        batch_size: examples a batch.
+        num_beams: beams of caption generation in ``evaluate`` and ``caption``; 1 is greedy.
+        val_num_beams: beams while training, when only the choice of a checkpoint depends on it.
+        max_new_tokens: longest caption in tokens.
+        length_penalty: exponent of beam search's length normalisation.
+        metrics: caption metrics of ``evaluate``; null computes all that can run here.
+        caption_tokenizer: of the caption metrics: auto (Java's PTB when there is Java), ptb or python.
+        vqa_rule: official VQA accuracy as since 2021 or as before it (2016).
+    """
+
+    batch_size: int = 64
+    num_beams: int = 5
+    val_num_beams: int = 1
+    max_new_tokens: int = 20
+    length_penalty: float = 1.0
+    metrics: tuple[str, ...] | None = None
+    caption_tokenizer: str = "auto"
+    vqa_rule: str = "2021"
+
+    def __post_init__(self) -> None:
+        check_choice("caption_tokenizer", self.caption_tokenizer, ("auto", "ptb", "python"))
+        check_choice("vqa_rule", self.vqa_rule, ("2021", "2016"))
+        _check_at_least(self, 1, "batch_size", "num_beams", "val_num_beams", "max_new_tokens")
+        if self.metrics is not None:
+            object.__setattr__(self, "metrics", tuple(self.metrics))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run.
+
+    Attributes:
+        task: vqa (ViT and RoBERTa choose one of the answers) or caption (ViT and GPT-2 write).
+        output_dir: run folder: config, environment, logs, adapters, metrics.
+        device: auto (a GPU when there is one) or cpu.
+        model: backbones and head.
+        routing: the trained bottlenecks.
+        data: files.
+        train: optimisation.
+        eval: prediction and scores.
+    """
+
+    task: str = "vqa"
+    output_dir: str = "runs/latest"
+    device: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        check_choice("task", self.task, TASKS)
+        check_choice("device", self.device, ("auto", "cpu"))
+        if not self.output_dir:
+            raise ConfigError("output_dir is empty; name a folder for the run")
+
+    @property
+    def text_model(self) -> str:
+        """Hub name or folder of the language model."""
+        return self.model.text or DEFAULT_TEXT[self.task]
+
+    @property
+    def max_text_length(self) -> int:
+        """Longest text in tokens."""
+        return self.data.max_text_length or DEFAULT_TEXT_LENGTH[self.task]
+
+    def check_files(self) -> None:
+        """Raise :class:`ConfigError` when a path of ``data`` is missing, before anything slow starts."""
+        for key, needed in (("annotations", True), ("images", True), ("answers", False)):
+            value = getattr(self.data, key)
+            if value is None:
+                if needed:
+                    raise ConfigError(f"data.{key} is not set; give --data.{key} PATH or set it in the config file")
+            elif not os.path.exists(value):
+                raise ConfigError(f"data.{key}: {value} does not exist; correct the path or run routingvl prepare-data")
+
+
+PARTS = {
+    "model": ModelConfig,
+    "routing": RoutingConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+}
+
+
+def run_config_from_dict(data: Mapping[str, Any]) -> RunConfig:
+    """Build a :class:`RunConfig` from nested mappings of plain values.
+
+    Raises :class:`ConfigError`, which names the part, for an unknown key or an impossible value.
+    """
+    values = dict(data)
+    for name, cls in PARTS.items():
+        if isinstance(part := values.get(name, {}), Mapping):
+            values[name] = from_dict(cls, part, source=name)
+        elif not isinstance(part, cls):
+            raise ConfigError(f"{name} must hold keys such as {dataclasses.fields(cls)[0].name}, not {part!r}")
+    return from_dict(RunConfig, values, source="run")
+
+
+class _Parser(ArgumentParser):
+    """Reports every parse failure as :class:`ConfigError`, with the nearest known key or flag for an unknown one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        raise ConfigError(explain(message, known_keys()))
+
+
+def known_keys() -> list[str]:
+    """Dotted names of every setting, such as ``train.lr``."""
+    top = [f.name for f in dataclasses.fields(RunConfig) if f.name not in PARTS]
+    return top + [f"{part}.{f.name}" for part, cls in PARTS.items() for f in dataclasses.fields(cls)]
+
+
+def explain(message: str, known: Sequence[str]) -> str:
+    """Shorten a message of jsonargparse to one line and add the nearest key or flag to what it does not know."""
+    message = " ".join(message.split())
+    if found := re.search(r"(?:Unrecognized|unrecognized) arguments: --([\w.\-]+)", message):
+        name = found[1]
+        return f"unknown flag --{name}{nearest_key(name, known, prefix='--')}"
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+        name = f"{found[1]}.{found[2]}"
+        return f"unknown key {name!r}{nearest_key(name, known)}"
+    if found := re.search(r"Option '([\w.]+)' is not accepted", message):
+        return f"unknown key {found[1]!r}{nearest_key(found[1], known)}"
+    return re.sub(r'Parser key "([\w.]+)": ', r"\1: ", message)
+
+
+def nearest_key(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """The hint of :func:`~routingvl.config.nearest` for a dotted name; a key given without its part is found too."""
+    name = name.replace("-", "_")
+    same_leaf = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    if same_leaf:
+        return f"; did you mean {' or '.join(repr(prefix + key) for key in same_leaf)}?"
+    return nearest(prefix + name, [prefix + key for key in known])
+
+
+def config_parser(prog: str = "routingvl", description: str = "", **kwargs: Any) -> ArgumentParser:
+    """A parser of ``--config FILE`` and one dotted flag for each setting; failures raise :class:`ConfigError`."""
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, **kwargs)
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it override it.")
+    parser.add_class_arguments(RunConfig, None)
+    return parser
+
+
+def config_from_namespace(namespace: Any) -> RunConfig:
+    """The :class:`RunConfig` in what :func:`config_parser` parsed; other arguments in it are left alone."""
+    names = {f.name for f in dataclasses.fields(RunConfig)}
+    values = {key: value for key, value in namespace.as_dict().items() if key in names}
+    return run_config_from_dict(values)
+
+
+def parse_config(args: Sequence[str]) -> RunConfig:
+    """The configuration that command-line arguments such as ``["--config", FILE, "--train.lr", "3e-4"]`` describe."""
+    try:
+        return config_from_namespace(config_parser().parse_args(list(args)))
+    except ArgumentError as error:
+        raise ConfigError(explain(str(error), known_keys())) from error
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read a YAML file; raises :class:`ConfigError` naming the file for anything missing, unknown or impossible."""
+    if not Path(path).is_file():
+        raise ConfigError(f"{path} does not exist; give the path of a YAML file such as configs/vqa-lora.yaml")
+    try:
+        return parse_config(["--config", str(path)])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Nested plain values (lists for tuples) from which :func:`run_config_from_dict` rebuilds the same config."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """YAML text that :func:`load_config` reads back to an equal config."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
