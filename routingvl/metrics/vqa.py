@@ -1,0 +1,143 @@
+"""Official VQA accuracy (GT-Vision-Lab/VQA, commit a013f00 of 2021, and the rule it replaced) and the soft score.
+
+A prediction is compared with every human answer. Leaving answer i out, it earns min(1, matches among the others / 3);
+the question's score is the mean over i. For n matches among N answers this is
+``(n min(1, (n - 1) / 3) + (N - n) min(1, n / 3)) / N``: 0, 0.3, 0.6, 0.9 and 1 for n = 0, 1, 2, 3 and 4 or more of N = 10.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from routingvl.answers import normalize_answer, process_punctuation
+
+RULES = ("2021", "2016")
+
+
+def _flatten(text: str) -> str:
+    """One line without surrounding blanks, the first step of both rules."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _comparable(prediction: str, answers: Sequence[str], rule: str) -> tuple[str, list[str]]:
+    """Prediction and human answers in the form in which ``rule`` compares them, by plain equality.
+
+    2021: both are normalised, unless all human answers are the same string; then neither is ("Yes." is not "yes").
+    2016: the prediction is always normalised; of the answers only the punctuation, and only when they differ, so an
+    article or a number word in them can never be matched.
+    """
+    if rule == "2021":
+        prediction, answers = _flatten(prediction), [_flatten(answer) for answer in answers]
+        if len(set(answers)) == 1:
+            return prediction, answers
+        return normalize_answer(prediction), [normalize_answer(answer) for answer in answers]
+    if rule == "2016":
+        prediction = normalize_answer(_flatten(prediction))
+        if len(set(answers)) == 1:
+            return prediction, list(answers)
+        return prediction, [process_punctuation(answer) for answer in answers]
+    raise ValueError(f"rule={rule!r} is not a VQA accuracy rule; choose one of {', '.join(map(repr, RULES))}")
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str], rule: str = "2021") -> float:
+    """Accuracy of one predicted answer.
+
+    Args:
+        prediction: the model's answer.
+        answers: the human answers to the question, 10 in VQAv2, any number from 1 here.
+        rule: "2021", the one in force, or "2016", which older papers report.
+
+    Returns:
+        The score in [0, 1].
+
+    Raises:
+        ValueError: ``answers`` is empty or ``rule`` is unknown.
+        TypeError: ``answers`` is one string instead of a list of strings.
+    """
+    if isinstance(answers, str):
+        raise TypeError(f"answers={answers!r} must be a list of strings, one a person asked")
+    if not answers:
+        raise ValueError("answers is empty: accuracy compares a prediction with at least one human answer")
+    prediction, answers = _comparable(prediction, answers, rule)
+    total, matches = len(answers), answers.count(prediction)
+    return (matches * min(1.0, (matches - 1) / 3) + (total - matches) * min(1.0, matches / 3)) / total
+
+
+def _percent(scores: Sequence[float]) -> float:
+    return round(100 * sum(scores) / len(scores), 2)
+
+
+def _check_questions(predictions: Iterable[int], known: Iterable[int]) -> None:
+    """Raise ValueError unless exactly the questions of the annotations have a prediction."""
+    predicted, annotated = set(predictions), set(known)
+    if not annotated:
+        raise ValueError("no question to score: the list of annotations is empty")
+    if predicted != annotated:
+        missing, extra = sorted(annotated - predicted), sorted(predicted - annotated, key=str)
+        raise ValueError(
+            f"predictions and annotations cover different questions: {len(missing)} without a prediction"
+            f" {missing[:5]}, {len(extra)} without an annotation {extra[:5]} (question ids are integers)"
+        )
+
+
+def vqa_report(
+    predictions: Mapping[int, str], annotations: Sequence[Mapping[str, Any]], rule: str = "2021"
+) -> dict[str, Any]:
+    """Accuracy over a set of questions, in percent rounded to 2 decimals as the official code prints it.
+
+    Args:
+        predictions: {question_id: answer}, one for every annotated question.
+        annotations: the entries of an official annotation file: ``question_id``, ``answers`` (dicts with ``answer``),
+            ``answer_type`` and ``question_type``.
+        rule: see :func:`vqa_accuracy`.
+
+    Returns:
+        ``overall``, ``per_answer_type`` and ``per_question_type`` (sorted by name), ``rule`` and ``n``, the number of questions.
+
+    Raises:
+        ValueError: a question has no prediction, a prediction no question, or a question id comes twice.
+    """
+    by_id = {entry["question_id"]: entry for entry in annotations}
+    if len(by_id) != len(annotations):
+        raise ValueError(f"{len(annotations) - len(by_id)} question ids come more than once in the annotations")
+    _check_questions(predictions, by_id)
+    by_answer_type, by_question_type = defaultdict(list), defaultdict(list)
+    scores = []
+    for question_id, entry in by_id.items():
+        answers = [answer["answer"] for answer in entry["answers"]]
+        score = vqa_accuracy(predictions[question_id], answers, rule)
+        scores.append(score)
+        by_answer_type[entry["answer_type"]].append(score)
+        by_question_type[entry["question_type"]].append(score)
+    return {
+        "overall": _percent(scores),
+        "per_answer_type": {name: _percent(by_answer_type[name]) for name in sorted(by_answer_type)},
+        "per_question_type": {name: _percent(by_question_type[name]) for name in sorted(by_question_type)},
+        "rule": rule,
+        "n": len(scores),
+    }
+
+
+def soft_score(prediction: str, labels: Mapping[str, float]) -> float:
+    """Score in [0, 1] of one prediction against soft labels {answer: score}; 0 for an answer that has none.
+
+    This is what training sees. Labels count raw, not normalised answers, so the mean can lie below the official accuracy.
+    """
+    return float(labels.get(prediction, 0.0))
+
+
+def soft_score_report(predictions: Mapping[int, str], labels: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+    """Mean soft score in percent, rounded to 2 decimals, and ``n``.
+
+    Args:
+        predictions: {question_id: answer}.
+        labels: {question_id: {answer: score}}; an empty inner dict (no answer in the vocabulary) scores 0.
+
+    Raises:
+        ValueError: predictions and labels cover different questions.
+    """
+    _check_questions(predictions, labels)
+    scores = [soft_score(predictions[question_id], labels[question_id]) for question_id in labels]
+    return {"soft_score": _percent(scores), "n": len(scores)}
