@@ -1,4 +1,4 @@
-"""Official VQA accuracy: worked examples that agree with the official code, and the rule spelled out as a second oracle."""
+"""Official VQA accuracy: worked examples that agree with the official code, and the rule as a loop."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Scores of the two tasks and the files that results are handed in with.
 
-``vqa`` is the official VQA accuracy, ``captions`` BLEU, ROUGE-L, CIDEr, METEOR and SPICE, ``results`` the COCO and EvalAI
-files. Nothing here needs torch; the caption scorers load on first use.
+``vqa`` is the official VQA accuracy, ``captions`` BLEU, ROUGE-L, CIDEr, METEOR and SPICE, ``results`` the COCO and
+EvalAI files. Nothing here needs torch; the caption scorers load on first use.
 """
 
 from __future__ import annotations

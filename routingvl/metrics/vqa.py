@@ -2,7 +2,7 @@
 
 A prediction is compared with every human answer. Leaving answer i out, it earns min(1, matches among the others / 3);
 the question's score is the mean over i. For n matches among N answers this is
-``(n min(1, (n - 1) / 3) + (N - n) min(1, n / 3)) / N``: 0, 0.3, 0.6, 0.9 and 1 for n = 0, 1, 2, 3 and 4 or more of N = 10.
+``(n min(1, (n - 1) / 3) + (N - n) min(1, n / 3)) / N``: for N = 10 it is 0, 0.3, 0.6, 0.9 for n = 0, 1, 2, 3, then 1.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def vqa_report(
         rule: see :func:`vqa_accuracy`.
 
     Returns:
-        ``overall``, ``per_answer_type`` and ``per_question_type`` (sorted by name), ``rule`` and ``n``, the number of questions.
+        ``overall``, ``per_answer_type`` and ``per_question_type`` (sorted by name), ``rule``, and ``n``, the number of
+        questions.
 
     Raises:
         ValueError: a question has no prediction, a prediction no question, or a question id comes twice.
@@ -123,7 +124,7 @@ def vqa_report(
 def soft_score(prediction: str, labels: Mapping[str, float]) -> float:
     """Score in [0, 1] of one prediction against soft labels {answer: score}; 0 for an answer that has none.
 
-    This is what training sees. Labels count raw, not normalised answers, so the mean can lie below the official accuracy.
+    This is what training sees. Labels count raw, not normalised answers: the mean can lie below the official accuracy.
     """
     return float(labels.get(prediction, 0.0))
 

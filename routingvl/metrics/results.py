@@ -1,0 +1,146 @@
+"""Result files that evaluation servers take: COCO captions and EvalAI's VQA, both a JSON list with one entry an item.
+
+COCO: ``[{"image_id": 74, "caption": "a dog on a rug"}]``, VQA: ``[{"question_id": 458752000, "answer": "net"}]``.
+Writers check completeness when told what is expected, since servers refuse files that lack an item; readers refuse
+duplicates.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class ResultFileError(ValueError):
+    """A result file, or what should become one, is not in the form that servers take."""
+
+
+def coco_results_name(split: str, algorithm: str) -> str:
+    """File name of COCO caption results, such as ``captions_val2014_routed_results.json``."""
+    return f"captions_{split}_{algorithm}_results.json"
+
+
+def vqa_results_name(subtype: str, method: str) -> str:
+    """File name of VQA results, such as ``v2_OpenEnded_mscoco_test2015_routed_results.json``."""
+    return f"v2_OpenEnded_mscoco_{subtype}_{method}_results.json"
+
+
+def _check_complete(ids: Iterable[int], expected: Iterable[int] | None, kind: str) -> None:
+    ids = set(ids)
+    wrong = [item for item in ids if isinstance(item, bool) or not isinstance(item, int)]
+    if wrong:
+        raise ResultFileError(f"{kind} must be an integer, not {wrong[0]!r}")
+    if expected is None:
+        return
+    missing, extra = sorted(set(expected) - ids), sorted(ids - set(expected))
+    if missing or extra:
+        raise ResultFileError(
+            f"the results do not cover the split: {len(missing)} {kind}s have no result {missing[:5]},"
+            f" {len(extra)} do not belong to it {extra[:5]}"
+        )
+
+
+def _write_json(path: str | Path, rows: list[dict[str, Any]]) -> Path:
+    """Write ``rows`` in one step: a reader finds the old file or the whole new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(rows, stream, ensure_ascii=False)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def _umask() -> int:
+    """The process's umask, which mkstemp ignores (it makes files that only their owner can read)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _read_rows(path: str | Path) -> list[dict[str, Any]]:
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ResultFileError(f"{path} is not a JSON file: {error}") from error
+    if isinstance(data, dict) and isinstance(data.get("pred_sent"), list):
+        data = data["pred_sent"]  # the form that the published code writes
+    if not isinstance(data, list):
+        raise ResultFileError(f"{path} must hold a JSON list with one object an item")
+    return data
+
+
+def _read_results(path: str | Path, id_key: str, text_key: str) -> dict[int, str]:
+    results: dict[int, str] = {}
+    for i, row in enumerate(_read_rows(path)):
+        if not isinstance(row, dict) or id_key not in row or not isinstance(row.get(text_key), str):
+            raise ResultFileError(f"{path}, entry {i}: needs {id_key!r} and a string {text_key!r}, got {row!r}")
+        try:
+            item = int(row[id_key])
+        except (TypeError, ValueError):
+            raise ResultFileError(f"{path}, entry {i}: {id_key} {row[id_key]!r} is not an integer") from None
+        if item in results:
+            raise ResultFileError(f"{path}, entry {i}: {id_key} {item} comes twice; keep one result an item")
+        results[item] = row[text_key]
+    return results
+
+
+def write_coco_results(path: str | Path, captions: Mapping[int, str], expected: Iterable[int] | None = None) -> Path:
+    """Write captions in COCO's form, ordered by image id.
+
+    Args:
+        path: where to; :func:`coco_results_name` gives the name that servers expect.
+        captions: {image_id: caption}.
+        expected: ids of all images of the split, to check that none is missing and none foreign.
+
+    Raises:
+        ResultFileError: an id is not an integer or the ids are not the expected ones; nothing is written.
+    """
+    _check_complete(captions, expected, "image_id")
+    return _write_json(path, [{"image_id": image_id, "caption": captions[image_id]} for image_id in sorted(captions)])
+
+
+def write_vqa_results(path: str | Path, answers: Mapping[int, str], expected: Iterable[int] | None = None) -> Path:
+    """Write answers in EvalAI's form, ordered by question id.
+
+    EvalAI wants an answer to every question of test2015, for its test-dev phase too.
+
+    Args:
+        path: where to; :func:`vqa_results_name` gives the name that servers expect.
+        answers: {question_id: answer}.
+        expected: ids of all questions of the split, to check that none is missing and none foreign.
+
+    Raises:
+        ResultFileError: an id is not an integer or the ids are not the expected ones; nothing is written.
+    """
+    _check_complete(answers, expected, "question_id")
+    return _write_json(path, [{"question_id": item, "answer": answers[item]} for item in sorted(answers)])
+
+
+def read_coco_results(path: str | Path) -> dict[int, str]:
+    """Captions {image_id: caption} of a COCO result file, or of the published code's ``{"pred_sent": [...]}``.
+
+    Raises:
+        ResultFileError: not such a file, or an image comes twice; the message names the file and the entry.
+        FileNotFoundError: there is no such file.
+    """
+    return _read_results(path, "image_id", "caption")
+
+
+def read_vqa_results(path: str | Path) -> dict[int, str]:
+    """Answers {question_id: answer} of an EvalAI result file.
+
+    Raises:
+        ResultFileError: not such a file, or a question comes twice; the message names the file and the entry.
+        FileNotFoundError: there is no such file.
+    """
+    return _read_results(path, "question_id", "answer")
