@@ -1,0 +1,56 @@
+"""Checks and casts that the public ops share."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from .routing import Routing
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
+    """Raise ``ValueError`` unless ``tensor`` fits ``shape``, whose letters stand for any size."""
+    fits = tensor.ndim == len(shape) and all(
+        isinstance(want, str) or got == want for got, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+
+
+def check_text_and_image(x: Tensor, v: Tensor | None, row: Routing, relu: bool) -> None:
+    """Raise ``ValueError`` unless x [B, T, K] and v [B, L, K] suit each other and the routing function."""
+    check_shape("x", x, ("B", "T", "K"))
+    if row.uses_image and v is not None:
+        check_shape("v", v, ("B", "L", x.shape[2]))
+        if v.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"v has batch {v.shape[0]}, x has batch {x.shape[0]}: one row of v for each row of x is needed"
+            )
+    row.check(v.shape[1] if row.uses_image and v is not None else None, relu)
+
+
+def check_dtypes(**tensors: Tensor | None) -> None:
+    """Raise ``ValueError`` when the given tensors differ in dtype, naming the first two that do."""
+    present = [(name, tensor.dtype) for name, tensor in tensors.items() if tensor is not None]
+    first, expected = present[0]
+    for name, dtype in present[1:]:
+        if dtype != expected:
+            raise ValueError(f"{first} is {expected} and {name} is {dtype}: cast one, or run under torch.autocast")
+
+
+def cast_for_autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the dtype that autocast runs matrix products in; as they are when it is off or they are float64."""
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def without_autocast(device_type: str):
+    """Context in which operations keep the dtypes they are given."""
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

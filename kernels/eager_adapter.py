@@ -1,0 +1,162 @@
+"""Eager backend of the routed Adapter: torch operations ordered so that nothing is computed or stored twice.
+
+:class:`DenseAdapter` serves any routing function. :class:`RankOneAdapter` serves expand and vllora with one visual token, where
+the down-projection of the text collapses to one inner product a row: z_b = (x_b . w_b + k_b) u_b.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .activations import find_activation
+from .arguments import without_autocast
+from .routing import Routing, find_routing
+
+
+def _up(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+    """[x +] h weight' + bias with h [B, T, R], weight [K, R]; the residual costs no pass of its own."""
+    if not residual:
+        return F.linear(h, weight, bias)
+    y = x.clone(memory_format=torch.contiguous_format) if bias is None else (x + bias).contiguous()
+    y.view(-1, y.shape[-1]).addmm_(h.flatten(0, 1), weight.t())
+    return y
+
+
+def _up_gradients(
+    dy: Tensor, h: Tensor, weight: Tensor, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dh [B, T, R], and the gradients of the up-projection's weight and bias where needed."""
+    rows = dy.flatten(0, 1)
+    dh = torch.mm(rows, weight).view_as(h)
+    dweight = torch.mm(rows.t(), h.flatten(0, 1)) if needs[0] else None
+    return dh, dweight, rows.sum(0) if needs[1] else None
+
+
+class DenseAdapter(torch.autograd.Function):
+    """y = [x +] act(route(t, u)) U' + c with t = x D' + d [B, T, R], u the image's code. Saved: x, t, u and weights."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        u: Tensor | None,
+        down_weight: Tensor,
+        down_bias: Tensor | None,
+        up_weight: Tensor,
+        up_bias: Tensor | None,
+        routing: str,
+        activation: str,
+        residual: bool,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        t = F.linear(x, down_weight, down_bias)
+        h = find_activation(activation).forward(find_routing(routing).route(t, u, relu))
+        return _up(h, x, up_weight, up_bias, residual), t
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, u, down_weight, _, up_weight, _, *ctx.options = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, u, down_weight, up_weight, output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(dy.device.type):
+            return DenseAdapter._gradients(ctx, dy.contiguous())
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, u, down_weight, up_weight, t = ctx.saved_tensors
+        routing, activation, residual, relu = ctx.options
+        need_x, need_u, need_down, need_down_bias, need_up, need_up_bias = ctx.needs_input_grad[:6]
+        row, act = find_routing(routing), find_activation(activation)
+        z = row.route(t, u, relu)
+        dh, dup, dup_bias = _up_gradients(dy, act.forward(z), up_weight, (need_up, need_up_bias))
+        dt, du = row.route_backward(act.backward(dh, z), t, u, relu)
+        rows = dt.flatten(0, 1)
+        dx = None
+        if need_x:
+            dx = torch.addmm(dy.flatten(0, 1), rows, down_weight) if residual else torch.mm(rows, down_weight)
+            dx = dx.view_as(x)
+        ddown = torch.mm(rows.t(), x.flatten(0, 1)) if need_down else None
+        ddown_bias = rows.sum(0) if need_down_bias else None
+        return dx, du if need_u else None, ddown, ddown_bias, dup, dup_bias, None, None, None, None
+
+
+class RankOneAdapter(torch.autograd.Function):
+    """y = [x +] act(c u) U' + bias with c = x_b . w_b + k_b; w [B, K], k [B], u [B, R]. Saved: x, c [B, T, 1], w, u and U."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        w: Tensor,
+        k: Tensor,
+        u: Tensor,
+        up_weight: Tensor,
+        up_bias: Tensor | None,
+        activation: str,
+        residual: bool,
+    ) -> tuple[Tensor, Tensor]:
+        c = torch.baddbmm(k[:, None, None], x, w.unsqueeze(2))
+        h = find_activation(activation).forward(c * u.unsqueeze(1))
+        return _up(h, x, up_weight, up_bias, residual), c
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, w, _, u, up_weight, _, *ctx.options = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, w, u, up_weight, output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(dy.device.type):
+            return RankOneAdapter._gradients(ctx, dy.contiguous())
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, u, up_weight, c = ctx.saved_tensors
+        activation, residual = ctx.options
+        need_x, need_w, need_k, need_u, need_up, need_up_bias = ctx.needs_input_grad[:6]
+        act = find_activation(activation)
+        z = c * u.unsqueeze(1)
+        dh, dup, dup_bias = _up_gradients(dy, act.forward(z), up_weight, (need_up, need_up_bias))
+        dz = act.backward(dh, z)
+        dc = torch.bmm(dz, u.unsqueeze(2))  # [B, T, 1]
+        dx = None
+        if need_x:
+            dx = torch.addcmul(dy, dc, w.unsqueeze(1)) if residual else dc * w.unsqueeze(1)
+        dw = torch.bmm(dc.mT, x).squeeze(1) if need_w else None
+        dk = dc.sum((1, 2)) if need_k else None
+        du = torch.bmm(c.mT, dz).squeeze(1) if need_u else None
+        return dx, dw, dk, du, dup, dup_bias, None, None
+
+
+def eager_adapter(
+    x: Tensor,
+    v: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    row: Routing,
+    activation: str,
+    residual: bool,
+    relu: bool,
+) -> Tensor:
+    """The routed Adapter by the cheapest form there is; arguments as in :func:`routingvl.kernels.routed_adapter`."""
+    u = F.linear(v, down_weight, down_bias) if row.uses_image else None
+    if row.probe is not None and u.shape[1] == 1 and not relu:
+        code = u.squeeze(1)
+        probe = row.probe(code)
+        w = probe @ down_weight
+        k = probe @ down_bias if down_bias is not None else probe.new_zeros(probe.shape[0])
+        return RankOneAdapter.apply(x, w, k, code, up_weight, up_bias, activation, residual)[0]
+    options = (row.name, activation, residual, relu)
+    return DenseAdapter.apply(x, u, down_weight, down_bias, up_weight, up_bias, *options)[0]

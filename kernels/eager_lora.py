@@ -1,0 +1,285 @@
+"""Eager backend of the routed LoRA: torch operations ordered so that nothing is computed or stored twice.
+
+Two autograd functions share the frozen product y = x W' + bias, into which they accumulate in place (they made y, so nobody
+else holds it):
+
+- :class:`DenseLoRA` for any routing function: y += s route(t, u) b', by ``addmm_`` with alpha = s.
+- :class:`RankOneLoRA` for expand and vllora with one visual token, which are rank one in each image:
+  y_b += (x_b . w_b) o_b, with w_b = a' p(u_b) [K] and o_b = s b u_b [N]. The factor R is gone from the cost of text rows.
+
+Both receive the image code through small tensors (u, or w and o) that autograd differentiates outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .arguments import without_autocast
+from .reference import reference_lora
+from .routing import Routing, find_routing
+
+
+def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, layout: str) -> Tensor:
+    """x [B, T, K] times weight, [N, K] in layout "nk" or [K, N] in layout "kn", plus bias [N]: fresh, contiguous [B, T, N].
+
+    The same calls as nn.Linear and transformers' Conv1D make, so that the result has the same bits.
+    """
+    if layout == "nk":
+        return F.linear(x, weight, bias).contiguous()
+    rows = x.reshape(-1, x.shape[-1])
+    y = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+    return y.view(*x.shape[:-1], weight.shape[1])
+
+
+def _start(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, layout: str, width: int
+) -> Tensor:
+    """What the bottleneck is added to, in memory of our own; not initialised when there is nothing (see :func:`_beta`)."""
+    if weight is not None:
+        return base_product(x, weight, bias, layout)
+    if base is not None:
+        return base.clone(memory_format=torch.contiguous_format)
+    return x.new_empty(*x.shape[:-1], width)
+
+
+def _beta(weight: Tensor | None, base: Tensor | None) -> int:
+    return 0 if weight is None and base is None else 1
+
+
+def _base_gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, layout: str) -> list[Tensor | None]:
+    """dx (frozen product only), dweight, dbias, dbase, each None unless needed; ``ctx.slots`` says where the inputs stand."""
+    needs = [ctx.needs_input_grad[slot] for slot in ctx.slots]
+    dx = dweight = dbias = None
+    if weight is not None:
+        rows = dy.flatten(0, 1)
+        if needs[0]:
+            dx = torch.mm(rows, weight if layout == "nk" else weight.t()).view_as(x)
+        if needs[1]:
+            left, right = (rows, x.flatten(0, 1)) if layout == "nk" else (x.flatten(0, 1), rows)
+            dweight = torch.mm(left.t(), right)
+        if needs[2]:
+            dbias = rows.sum(0)
+    return [dx, dweight, dbias, dy if needs[3] else None]
+
+
+class DenseLoRA(torch.autograd.Function):
+    """y = start + scaling route(t, u) b', t = low a', for every routing function; start is x W' + bias, or base, or nothing.
+
+    ``low`` is the input of the bottleneck where dropout makes it differ from x, else None. Saved: x, t, u and weights.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        low: Tensor | None,
+        u: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        base: Tensor | None,
+        layout: str,
+        routing: str,
+        relu: bool,
+        scaling: float,
+        columns: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        rank, width = b.shape[1], b.shape[0] // len(columns)
+        y = _start(x, weight, bias, base, layout, b.shape[0])
+        t = F.linear(x if low is None else low, a)  # [B, T, G*R]
+        z = find_routing(routing).route(t, u, relu).flatten(0, 1)
+        rows, beta = y.view(-1, y.shape[-1]), _beta(weight, base)
+        for group, column in enumerate(columns):
+            part = z[:, group * rank : (group + 1) * rank]
+            up = b[group * width : (group + 1) * width]
+            rows[:, column : column + width].addmm_(part, up.t(), beta=beta, alpha=scaling)
+        return y, t
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, low, u, a, b, weight, _, _, *ctx.options = inputs
+        ctx.slots = (0, 5, 6, 7)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, low, u, a, b, weight, output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(dy.device.type):
+            return DenseLoRA._gradients(ctx, dy.contiguous())
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, u, a, b, weight, t = ctx.saved_tensors
+        layout, routing, relu, scaling, columns = ctx.options
+        need_x, need_low, need_u, need_a, need_b = ctx.needs_input_grad[:5]
+        dx, dweight, dbias, dbase = _base_gradients(ctx, dy, x, weight, layout)
+        row = find_routing(routing)
+        rank, width = b.shape[1], b.shape[0] // len(columns)
+        z = row.route(t, u, relu).flatten(0, 1) if need_b else None
+        dz = torch.empty_like(t)
+        db = torch.empty_like(b) if need_b else None
+        for group, column in enumerate(columns):
+            dy_part = dy.flatten(0, 1)[:, column : column + width]
+            up, code = slice(group * width, (group + 1) * width), slice(group * rank, (group + 1) * rank)
+            dz.flatten(0, 1)[:, code].addmm_(dy_part, b[up], beta=0, alpha=scaling)
+            if need_b:
+                db[up].addmm_(dy_part.t(), z[:, code], beta=0, alpha=scaling)
+        dlow = du = da = None
+        if need_x or need_low or need_u or need_a:
+            dt, du = row.route_backward(dz, t, u, relu)
+            dt = dt.flatten(0, 1)
+            if need_a:
+                da = torch.mm(dt.t(), (x if low is None else low).flatten(0, 1))
+            if need_low:
+                dlow = torch.mm(dt, a).view_as(low)
+            elif need_x and low is None:
+                dx = torch.mm(dt, a).view_as(x) if dx is None else dx.flatten(0, 1).addmm_(dt, a).view_as(x)
+        return dx, dlow, du if need_u else None, da, db, dweight, dbias, dbase, None, None, None, None, None
+
+
+class RankOneLoRA(torch.autograd.Function):
+    """y_b = start_b + c_b o_b for each image b, with c = low_b . p_b; start as in :class:`DenseLoRA`.
+
+    p [B, K] and o [B, G*n] (scaling included) are the image's. With ``a`` given, which is the case for ReLU only, the inner
+    product is taken in the code: c = relu(low_b a') . p_b with p [B, G*R]. Saved: x, c [B, T, 1], p, o (and the code if ``a``).
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        low: Tensor | None,
+        a: Tensor | None,
+        p: Tensor,
+        o: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        base: Tensor | None,
+        layout: str,
+        columns: Sequence[int],
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        width = o.shape[1] // len(columns)
+        y = _start(x, weight, bias, base, layout, o.shape[1])
+        left = x if low is None else low
+        code = None if a is None else F.relu(F.linear(left, a))
+        c = torch.bmm(left if code is None else code, p.unsqueeze(2))  # [B, T, 1]
+        for group, column in enumerate(columns):
+            row = o[:, None, group * width : (group + 1) * width]
+            part = y[:, :, column : column + width]
+            if _beta(weight, base):
+                part.addcmul_(c, row)
+            else:
+                torch.mul(c, row, out=part)
+        return y, c, code
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+        x, low, a, p, o, weight, _, _, ctx.layout, ctx.columns = inputs
+        _, c, code = output
+        ctx.slots = (0, 5, 6, 7)
+        ctx.mark_non_differentiable(c, *(() if code is None else (code,)))
+        ctx.save_for_backward(x, low, a, p, o, weight, c, code)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(dy.device.type):
+            return RankOneLoRA._gradients(ctx, dy.contiguous())
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, a, p, o, weight, c, code = ctx.saved_tensors
+        need_x, need_low, need_a, need_p, need_o = ctx.needs_input_grad[:5]
+        dx, dweight, dbias, dbase = _base_gradients(ctx, dy, x, weight, ctx.layout)
+        width = o.shape[1] // len(ctx.columns)
+        do = torch.empty_like(o) if need_o else None
+        dc = torch.zeros_like(c)
+        for group, column in enumerate(ctx.columns):
+            dy_part = dy[:, :, column : column + width]
+            up = slice(group * width, (group + 1) * width)
+            dc.baddbmm_(dy_part, o[:, up].unsqueeze(2))
+            if need_o:
+                do[:, up] = torch.bmm(c.mT, dy_part).squeeze(1)
+        left = x if low is None else low
+        dp = torch.bmm(dc.mT, left if code is None else code).squeeze(1) if need_p else None
+        dlow = da = None
+        if code is not None:
+            dt = ((dc * p.unsqueeze(1)) * (code > 0)).flatten(0, 1)
+            if need_a:
+                da = torch.mm(dt.t(), left.flatten(0, 1))
+        if need_low or (need_x and low is None):
+            grad = dx if low is None else None
+            if code is None:
+                row = p.unsqueeze(1)
+                grad = dc * row if grad is None else grad.addcmul_(dc, row)
+            else:
+                grad = torch.mm(dt, a).view_as(left) if grad is None else grad.flatten(0, 1).addmm_(dt, a).view_as(left)
+            dx, dlow = (grad, None) if low is None else (dx, grad)
+        return dx, dlow, da, dp, do, dweight, dbias, dbase, None, None
+
+
+def grouped_rows(code: Tensor, b: Tensor, groups: int) -> Tensor:
+    """Expand each group's share of a code [B, G*R] by b [G*n, R]: [B, G*n]."""
+    if groups == 1:
+        return F.linear(code, b)
+    return torch.cat([F.linear(c, rows) for c, rows in zip(code.chunk(groups, 1), b.chunk(groups, 0), strict=True)], 1)
+
+
+def image_factors(
+    u: Tensor, a: Tensor, b: Tensor, row: Routing, *, scaling: float, relu: bool, groups: int, placement: str
+) -> tuple[Tensor, Tensor]:
+    """p and o of :class:`RankOneLoRA` from the image code u [B, 1, G*R]; small products, differentiated by autograd."""
+    code = u.squeeze(1)
+    if placement == "output":
+        code = grouped_rows(code, b, groups)
+        probe = row.probe(code)
+        # <x a' b', probe> = x . (a' (b' probe)): both expansions move to the image's side.
+        parts = zip(probe.chunk(groups, 1), b.chunk(groups, 0), strict=True)
+        back = torch.cat([part @ rows for part, rows in parts], 1)
+        return back @ a, code * scaling
+    probe = row.probe(code)
+    o = grouped_rows(code, b, groups) * scaling
+    return (F.relu(probe) if relu else probe @ a), o
+
+
+def eager_lora(
+    x: Tensor,
+    low: Tensor | None,
+    v: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    row: Routing,
+    scaling: float,
+    relu: bool,
+    groups: int,
+    columns: Sequence[int],
+    placement: str,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    base: Tensor | None = None,
+    layout: str = "nk",
+) -> Tensor:
+    """The routed LoRA by the cheapest form there is; arguments as in :func:`routingvl.kernels.routed_lora_linear`.
+
+    In the output space plain LoRA and add are what they are in the bottleneck, because the up-projection is linear. What has
+    no closed form there (mul, ReLU, many visual tokens) runs as the definition does.
+    """
+    u = F.linear(v, a) if row.uses_image else None
+    rank_one = row.probe is not None and u.shape[1] == 1
+    if placement == "output" and (relu or not rank_one) and row.name not in ("none", "add"):
+        base = base_product(x, weight, bias, layout) if weight is not None else base
+        options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
+        return reference_lora(x if low is None else low, v, a, b, routing=row.name, base=base, **options)
+    if rank_one:
+        p, o = image_factors(u, a, b, row, scaling=scaling, relu=relu, groups=groups, placement=placement)
+        code_weight = a if relu else None
+        return RankOneLoRA.apply(x, low, code_weight, p, o, weight, bias, base, layout, tuple(columns))[0]
+    options = (layout, row.name, relu, scaling, tuple(columns))
+    return DenseLoRA.apply(x, low, u, a, b, weight, bias, base, *options)[0]

@@ -1,0 +1,79 @@
+"""The definition of every op: a plain composition of torch operations, differentiated by autograd.
+
+Nothing here is fast. The backends are tested against these functions in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activations import find_activation
+from .routing import find_routing
+
+
+def grouped_linear(code: Tensor, b: Tensor, groups: int) -> Tensor:
+    """Expand each group's share of a code: [..., G*R] with b [G*n, R] gives [..., G*n]."""
+    pairs = zip(code.chunk(groups, -1), b.chunk(groups, 0), strict=True)
+    return torch.cat([F.linear(part, rows) for part, rows in pairs], -1)
+
+
+def reference_lora(
+    x: Tensor,
+    v: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    routing: str,
+    scaling: float = 1.0,
+    base: Tensor | None = None,
+    relu: bool = False,
+    groups: int = 1,
+    columns: Sequence[int] | None = None,
+    placement: str = "bottleneck",
+) -> Tensor:
+    """y = base + scaling route(x a', v a') b'; arguments as in :func:`routingvl.kernels.routed_lora`."""
+    row = find_routing(routing)
+    t = F.linear(x, a)
+    u = F.linear(v, a) if row.uses_image else None
+    if placement == "output":
+        t = grouped_linear(t, b, groups)
+        u = grouped_linear(u, b, groups) if u is not None else None
+        delta = row.route(t, u, relu)
+    else:
+        delta = grouped_linear(row.route(t, u, relu), b, groups)
+    delta = scaling * delta
+    if base is None:
+        return delta
+    if columns is not None:
+        width = b.shape[0] // groups
+        padded = torch.zeros_like(base)
+        for part, start in zip(delta.chunk(groups, -1), columns, strict=True):
+            padded[..., start : start + width] = part
+        delta = padded
+    return base + delta
+
+
+def reference_adapter(
+    x: Tensor,
+    v: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    routing: str,
+    activation: str = "gelu",
+    residual: bool = True,
+    relu: bool = False,
+) -> Tensor:
+    """y = [x +] act(route(x D' + d, v D' + d)) U' + c; arguments as in :func:`routingvl.kernels.routed_adapter`."""
+    row = find_routing(routing)
+    t = F.linear(x, down_weight, down_bias)
+    u = F.linear(v, down_weight, down_bias) if row.uses_image else None
+    h = find_activation(activation).forward(row.route(t, u, relu))
+    y = F.linear(h, up_weight, up_bias)
+    return x + y if residual else y

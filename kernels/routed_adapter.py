@@ -1,0 +1,67 @@
+"""Routed Adapter: y = [x +] act(route(x D' + d, v D' + d)) U' + c (arXiv 2403.09377)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .activations import find_activation
+from .arguments import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, without_autocast
+from .eager_adapter import eager_adapter
+from .launch import select_backend
+from .routing import find_routing
+
+
+def routed_adapter(
+    x: Tensor,
+    v: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    routing: str,
+    activation: str = "gelu",
+    residual: bool = True,
+    relu: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """A bottleneck whose code the image is routed into, with or without a residual around it.
+
+    Differentiable once in every tensor; runs in float64, float32, float16, bfloat16 and under autocast.
+
+    Args:
+        x: text hidden states [B, T, K].
+        v: visual tokens [B, L, K]; not read (and may be None) for routing "none".
+        down_weight: D [R, K], shared by text and image.
+        down_bias: d [R], added to text and image alike, or None.
+        up_weight: U [K, R].
+        up_bias: c [K] or None.
+        routing: name in ``ROUTINGS``.
+        activation: name in ``ACTIVATIONS``, applied after routing.
+        residual: add x to the result.
+        relu: ReLU on both factors of vllora's inner product.
+        backend: "eager", "triton", or None for the default of :func:`routingvl.kernels.launch.select_backend`.
+
+    Returns:
+        [B, T, K] in the dtype of the inputs; under autocast every input is cast first, the residual included.
+
+    Raises:
+        ValueError: unknown name, shapes or dtypes that do not fit, more visual tokens than the routing takes, v missing.
+        RuntimeError: the backend asked for cannot run.
+    """
+    row = find_routing(routing)
+    find_activation(activation)
+    check_text_and_image(x, v, row, relu)
+    check_shape("down_weight", down_weight, ("R", x.shape[2]))
+    check_shape("up_weight", up_weight, (x.shape[2], down_weight.shape[0]))
+    if down_bias is not None:
+        check_shape("down_bias", down_bias, (down_weight.shape[0],))
+    if up_bias is not None:
+        check_shape("up_bias", up_bias, (x.shape[2],))
+    device = x.device.type
+    select_backend(device, backend)
+    tensors = cast_for_autocast(device, x, v if row.uses_image else None, down_weight, down_bias, up_weight, up_bias)
+    names = ("x", "v", "down_weight", "down_bias", "up_weight", "up_bias")
+    check_dtypes(**dict(zip(names, tensors, strict=True)))
+    with without_autocast(device):
+        return eager_adapter(*tensors, row=row, activation=activation, residual=residual, relu=relu)

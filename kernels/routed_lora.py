@@ -1,0 +1,162 @@
+"""Routed low-rank adaptation: y = base + scaling route(x a', v a') b' (arXiv 2403.09377)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .arguments import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, without_autocast
+from .eager_lora import eager_lora
+from .launch import select_backend
+from .routing import Routing, find_routing
+
+PLACEMENTS = ("bottleneck", "output")
+WEIGHT_LAYOUTS = ("nk", "kn")
+
+
+def routed_lora(
+    x: Tensor,
+    v: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    routing: str,
+    scaling: float = 1.0,
+    base: Tensor | None = None,
+    backend: str | None = None,
+    relu: bool = False,
+    groups: int = 1,
+    columns: Sequence[int] | None = None,
+    placement: str = "bottleneck",
+) -> Tensor:
+    """Add a routed bottleneck to the output of a frozen projection.
+
+    Differentiable once in x, v, a, b and base; runs in float64, float32, float16, bfloat16 and under autocast. ``base`` is
+    never modified: the result is one copy of it, into which the bottleneck is accumulated. :func:`routed_lora_linear`
+    computes the frozen projection itself and needs no copy.
+
+    Args:
+        x: text hidden states [B, T, K].
+        v: visual tokens [B, L, K]; not read (and may be None) for routing "none".
+        a: down-projection [G*R, K], shared by text and image.
+        b: up-projection [G*n, R]; rows g*n to (g+1)*n take components g*R to (g+1)*R of the routed code.
+        routing: name in ``ROUTINGS``; it acts on the joined code of width G*R.
+        scaling: factor of the bottleneck's output, alpha / R in the paper.
+        base: output of the frozen projection [B, T, N], N = G*n unless ``columns`` is given; None for the bottleneck alone.
+        backend: "eager", "triton", or None for the default of :func:`routingvl.kernels.launch.select_backend`.
+        relu: ReLU on both factors of vllora's inner product.
+        groups: G, how many projections share the joined bottleneck (GPT-2's query and value: 2).
+        columns: for each group the column of base at which its n outputs are added; the rest of base is copied unchanged.
+        placement: "bottleneck" routes the codes, "output" the up-projected codes (joined over groups).
+
+    Returns:
+        [B, T, N] in the dtype of the inputs; under autocast every input is cast first, as for torch's own addmm.
+
+    Raises:
+        ValueError: unknown name, shapes or dtypes that do not fit, more visual tokens than the routing takes, v missing.
+        RuntimeError: the backend asked for cannot run.
+    """
+    row = find_routing(routing)
+    _check(x, v, a, b, row, relu, groups, placement)
+    if base is not None:
+        check_shape("base", base, (*x.shape[:2], "N" if columns else b.shape[0]))
+    columns = _check_columns(columns, groups, b.shape[0] // groups, None if base is None else base.shape[2])
+    device = x.device.type
+    select_backend(device, backend)
+    x, v, a, b, base = cast_for_autocast(device, x, v if row.uses_image else None, a, b, base)
+    check_dtypes(x=x, v=v, a=a, b=b, base=base)
+    options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
+    with without_autocast(device):
+        return eager_lora(x, None, v, a, b, row=row, base=base, **options)
+
+
+def routed_lora_linear(
+    x: Tensor,
+    v: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    routing: str,
+    scaling: float = 1.0,
+    relu: bool = False,
+    groups: int = 1,
+    columns: Sequence[int] | None = None,
+    placement: str = "bottleneck",
+    weight_layout: str = "nk",
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """The frozen projection and its routed bottleneck in one differentiable step: x W' + bias + scaling route(...) b'.
+
+    Because the projection's output is made here, the bottleneck is accumulated in place, and so is its share of dx in the
+    backward pass. With b = 0 the result has the same bits as the projection alone.
+
+    Args:
+        x, v, a, b, routing, scaling, relu, groups, columns, placement, backend: as in :func:`routed_lora`.
+        weight: frozen projection, [N, K] in layout "nk" (nn.Linear) or [K, N] in layout "kn" (transformers' Conv1D). It gets a
+            gradient only if it requires one.
+        bias: [N] or None.
+        weight_layout: "nk" or "kn".
+        dropout: probability of dropping a component of the bottleneck's inputs (text and image drawn separately, kept ones
+            scaled by 1 / (1 - dropout)); 0 outside training. The frozen projection sees x whole.
+
+    Returns:
+        [B, T, N].
+
+    Raises:
+        ValueError, RuntimeError: as :func:`routed_lora`.
+    """
+    row = find_routing(routing)
+    _check(x, v, a, b, row, relu, groups, placement)
+    if weight_layout not in WEIGHT_LAYOUTS:
+        raise ValueError(f"weight_layout={weight_layout!r} is not one of 'nk' (nn.Linear) and 'kn' (Conv1D)")
+    check_shape("weight", weight, ("N", x.shape[2]) if weight_layout == "nk" else (x.shape[2], "N"))
+    outputs = weight.shape[0 if weight_layout == "nk" else 1]
+    if bias is not None:
+        check_shape("bias", bias, (outputs,))
+    if columns is None and outputs != b.shape[0]:
+        raise ValueError(
+            f"b has {b.shape[0]} rows and the projection {outputs} outputs: give columns to say where they belong"
+        )
+    columns = _check_columns(columns, groups, b.shape[0] // groups, outputs)
+    device = x.device.type
+    select_backend(device, backend)
+    x, v, weight, bias, a, b = cast_for_autocast(device, x, v if row.uses_image else None, weight, bias, a, b)
+    check_dtypes(x=x, v=v, weight=weight, bias=bias, a=a, b=b)
+    low = F.dropout(x, dropout) if dropout > 0 else None
+    v = F.dropout(v, dropout) if dropout > 0 and v is not None else v
+    options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
+    with without_autocast(device):
+        return eager_lora(x, low, v, a, b, row=row, weight=weight, bias=bias, layout=weight_layout, **options)
+
+
+def _check(
+    x: Tensor, v: Tensor | None, a: Tensor, b: Tensor, row: Routing, relu: bool, groups: int, placement: str
+) -> None:
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement={placement!r} is not one of {', '.join(map(repr, PLACEMENTS))}")
+    check_text_and_image(x, v, row, relu)
+    check_shape("b", b, ("G*n", "R"))
+    if groups < 1 or b.shape[0] % groups:
+        raise ValueError(f"groups={groups} must be at least 1 and divide the {b.shape[0]} rows of b")
+    check_shape("a", a, (groups * b.shape[1], x.shape[2]))
+
+
+def _check_columns(columns: Sequence[int] | None, groups: int, width: int, outputs: int | None) -> tuple[int, ...]:
+    """Start column of each group's ``width`` outputs; side by side unless told otherwise. ``outputs`` is N, None without base."""
+    if columns is None:
+        return tuple(group * width for group in range(groups))
+    if outputs is None:
+        raise ValueError("columns says where in base to add, so base must be given")
+    columns = tuple(columns)
+    if len(columns) != groups:
+        raise ValueError(f"columns={columns} must name one start column for each of the {groups} groups")
+    ordered = sorted(columns)
+    ends = [*ordered[1:], outputs]
+    if ordered[0] < 0 or any(start + width > end for start, end in zip(ordered, ends, strict=True)):
+        raise ValueError(f"columns={columns} with {width} outputs each overlap or leave the {outputs} columns of base")
+    return columns

@@ -1,0 +1,173 @@
+"""The table of routing functions: the single place that says which exist and what each one computes.
+
+A routing function mixes the image into the code of a low-rank bottleneck and has no parameters of its own
+(arXiv 2403.09377, section 3). With t = x a' [B, T, R] the code of the text and u = v a' [B, L, R] the code of the image it
+returns z [B, T, R]. The bottleneck then expands z.
+
+Config validation, command line choices, the eager backend, the documentation and the tests read this table. A further function
+is one more pair ``route`` and ``route_backward`` and one more row.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Route = Callable[[Tensor, Tensor | None, bool], Tensor]
+RouteBackward = Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor | None]]
+Probe = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One routing function.
+
+    Attributes:
+        name: the string that chooses it in every configuration.
+        code: small integer that chooses it inside a kernel.
+        formula: z as a function of the text code t and the image code v, for documentation and help texts.
+        max_visual_tokens: largest L it is defined for; 0 when it takes no image, None when any L will do.
+        supports_relu: whether ReLU on both factors of the inner product is defined.
+        route: ``route(t, u, relu) -> z``, a plain differentiable expression.
+        route_backward: ``route_backward(dz, t, u, relu) -> (dt, du)``; du is None when there is no image.
+        probe: for a function that is rank one in each image with one visual token, p(u) such that z = <t, p(u)> u, else
+            None. ReLU, where it is supported, acts on t and on p(u).
+    """
+
+    name: str
+    code: int
+    formula: str
+    max_visual_tokens: int | None
+    supports_relu: bool
+    route: Route
+    route_backward: RouteBackward
+    probe: Probe | None = None
+
+    @property
+    def uses_image(self) -> bool:
+        """Whether the function reads visual tokens at all."""
+        return self.max_visual_tokens != 0
+
+    def check(self, visual_tokens: int | None, relu: bool) -> None:
+        """Raise ``ValueError`` unless the function is defined for this many visual tokens (None: no image) and this ``relu``."""
+        if relu and not self.supports_relu:
+            able = ", ".join(row.name for row in ROUTINGS.values() if row.supports_relu)
+            raise ValueError(f"relu=True is defined for routing {able}, not for {self.name!r}")
+        if not self.uses_image:
+            return
+        if visual_tokens is None:
+            raise ValueError(f"routing {self.name!r} needs the visual tokens v [B, L, K], got v=None")
+        if visual_tokens < 1:
+            raise ValueError(f"routing {self.name!r} needs at least one visual token, got L=0")
+        if self.max_visual_tokens is not None and visual_tokens > self.max_visual_tokens:
+            raise ValueError(
+                f"routing {self.name!r} takes {self.max_visual_tokens} visual token per image, got L={visual_tokens}: "
+                f"mean-pool first (v.mean(1, keepdim=True)), or use routing 'vllora'"
+            )
+
+
+def _none(t: Tensor, u: Tensor | None, relu: bool) -> Tensor:
+    return t
+
+
+def _none_backward(dz: Tensor, t: Tensor, u: Tensor | None, relu: bool) -> tuple[Tensor, Tensor | None]:
+    return dz, None
+
+
+def _add(t: Tensor, u: Tensor, relu: bool) -> Tensor:
+    return t + u
+
+
+def _add_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    return dz, dz.sum(1, keepdim=True)
+
+
+def _mul(t: Tensor, u: Tensor, relu: bool) -> Tensor:
+    return t * u
+
+
+def _mul_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    return dz * u, (dz * t).sum(1, keepdim=True)
+
+
+def _expand(t: Tensor, u: Tensor, relu: bool) -> Tensor:
+    # t times u repeated to [R, R] is (sum of t) u: the square matrix is never needed.
+    return t.sum(-1, keepdim=True) * u
+
+
+def _expand_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    dt = (dz @ u.mT).expand_as(t)
+    return dt, t.sum(-1, keepdim=True).mT @ dz
+
+
+def gram_is_cheaper(text_tokens: int, visual_tokens: int, rank: int) -> bool:
+    """Whether t (u' u) takes fewer products than (t u') u: L R^2 + T R^2 against 2 T L R."""
+    return (visual_tokens + text_tokens) * rank < 2 * text_tokens * visual_tokens
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _vllora(t: Tensor, u: Tensor, relu: bool) -> Tensor:
+    left, right = (F.relu(t), F.relu(u)) if relu else (t, u)
+    if gram_is_cheaper(t.shape[1], u.shape[1], t.shape[2]):
+        # Sums of squares over many tokens: half precision would lose them.
+        gram = _at_least_float32(right).mT @ _at_least_float32(u)  # [B, R, R]
+        return (_at_least_float32(left) @ gram).to(t.dtype)
+    return (left @ right.mT) @ u
+
+
+def _vllora_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    left, right = (F.relu(t), F.relu(u)) if relu else (t, u)
+    if gram_is_cheaper(t.shape[1], u.shape[1], t.shape[2]):
+        wide_u, wide_right, wide_dz = (_at_least_float32(x) for x in (u, right, dz))
+        dleft = (wide_dz @ (wide_u.mT @ wide_right)).to(t.dtype)
+        dgram = _at_least_float32(left).mT @ wide_dz  # [B, R, R]
+        dright, du = (wide_u @ dgram.mT).to(u.dtype), (wide_right @ dgram).to(u.dtype)
+    else:
+        scores, dscores = left @ right.mT, dz @ u.mT  # [B, T, L]
+        dleft = dscores @ right
+        dright, du = dscores.mT @ left, scores.mT @ dz
+    if relu:
+        return dleft * (t > 0), du + dright * (u > 0)
+    return dleft, du + dright
+
+
+def _identity(u: Tensor) -> Tensor:
+    return u
+
+
+_ROWS = (
+    Routing("none", 0, "z = t", 0, False, _none, _none_backward),
+    Routing("add", 1, "z = t + v", 1, False, _add, _add_backward),
+    Routing("mul", 2, "z = t * v", 1, False, _mul, _mul_backward),
+    Routing("expand", 3, "z = (sum_j t_j) v", 1, False, _expand, _expand_backward, torch.ones_like),
+    Routing("vllora", 4, "z = t v' v", None, True, _vllora, _vllora_backward, _identity),
+)
+ROUTINGS: Mapping[str, Routing] = MappingProxyType({row.name: row for row in _ROWS})
+
+
+def find_routing(name: str) -> Routing:
+    """The row called ``name``; ``ValueError`` names the known ones and the nearest when there is none."""
+    row = ROUTINGS.get(name)
+    if row is None:
+        close = difflib.get_close_matches(str(name), list(ROUTINGS), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown routing {name!r}: known are {', '.join(map(repr, ROUTINGS))}{hint}")
+    return row
+
+
+def routing_table() -> str:
+    """The table as Markdown, for the documentation (a test compares the two)."""
+    lines = ["| name | formula | visual tokens | relu |", "|---|---|---|---|"]
+    for row in ROUTINGS.values():
+        tokens = {None: "any", 0: "-"}.get(row.max_visual_tokens, str(row.max_visual_tokens))
+        lines.append(f"| {row.name} | `{row.formula}` | {tokens} | {'yes' if row.supports_relu else 'no'} |")
+    return "\n".join(lines)
