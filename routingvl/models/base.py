@@ -1,0 +1,276 @@
+"""What both models share: a frozen ViT, a routed language model, the context between them, saving and loading."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from routingvl import checkpoint
+from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict
+from routingvl.context import VisualContext
+from routingvl.kernels import ROUTINGS
+from routingvl.models.vision import VISION_FEATURES, vit_features
+from routingvl.surgery import TrainableReport, inject, trainable_report
+
+
+class ModelOutput(NamedTuple):
+    """loss: scalar, or None without labels; logits: see the model."""
+
+    loss: torch.Tensor | None
+    logits: torch.Tensor
+
+
+class RoutedVLModel(nn.Module):
+    """A frozen ViT whose features reach a language model as a visual prefix and through routed bottlenecks.
+
+    Use a subclass. ``options`` holds the keyword arguments that :meth:`save_pretrained` writes and
+    :meth:`from_pretrained` passes on.
+    """
+
+    language_model_name: ClassVar[str]
+    model_type: ClassVar[str]
+
+    def __init__(
+        self,
+        vision: nn.Module | None,
+        text: nn.Module,
+        routing: RoutingConfig,
+        *,
+        vision_features: str = "pooler",
+        visual_prefix: bool = True,
+        vision_width: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("vision_features", vision_features, VISION_FEATURES)
+        found = getattr(getattr(text, "config", None), "model_type", None)
+        if found != self.model_type:
+            raise ConfigError(f"{type(self).__name__} needs a text model of type {self.model_type!r}, not {found!r}")
+        if vision is not None and not hasattr(vision.config, "patch_size"):
+            raise ConfigError(f"vision must be a ViT of transformers (ViTModel), not {type(vision).__name__}")
+        if vision is None and vision_width is None:
+            vision_width = text.config.hidden_size
+        # Checked here for the kind of feature, and again for the tensor of each call.
+        _check_tokens(routing, 2 if vision_features == "tokens" else 1)
+        self.routing = routing
+        self.vision_features = vision_features
+        self.visual_prefix = visual_prefix
+        self.vision_width = vision.config.hidden_size if vision is not None else vision_width
+        self.context = VisualContext()
+        self.vit = vision
+        setattr(self, self.language_model_name, text)
+        inject(text, routing, self.context, backend)
+        if vision is not None:
+            vision.requires_grad_(False)
+        self.visual_projection: nn.Linear | None = None
+        if self.vision_width != text.config.hidden_size:
+            self.visual_projection = nn.Linear(
+                self.vision_width, text.config.hidden_size, device=self.device, dtype=self.dtype
+            )
+        self.backbones: dict[str, str | None] = {"vision": None, "text": None}
+        self.train(text.training)
+
+    @classmethod
+    def from_backbones(
+        cls, vision: str | Path | nn.Module | None, text: str | Path | nn.Module, config: RoutingConfig, **options: Any
+    ) -> RoutedVLModel:
+        """Build the model from its two backbones.
+
+        Args:
+            vision: hub name, local folder or ViTModel; None when only ``vision_features=`` will be passed (then
+                ``vision_width`` gives their width, by default the text model's).
+            text: hub name, local folder or model object.
+            config: the routed bottlenecks.
+            **options: see the class.
+
+        Raises:
+            ConfigError: an option is unknown, or the parts do not fit each other.
+            OSError: a name or folder holds no model (transformers' message names it).
+        """
+        vision_model, vision_name = _resolve(vision, cls.load_vision)
+        text_model, text_name = _resolve(text, cls.load_text)
+        known = checkpoint.keyword_names(cls.__init__)
+        for name in options:
+            if name not in known:
+                raise ConfigError(checkpoint.unknown_key(f"{cls.__name__}.from_backbones", name, known))
+        model = cls(vision_model, text_model, config, **options)
+        model.backbones = {"vision": vision_name, "text": text_name}
+        return model
+
+    @staticmethod
+    def load_vision(name: str) -> nn.Module:
+        """The ViT of a hub name or folder, in evaluation mode and float32."""
+        from transformers import ViTModel
+
+        return ViTModel.from_pretrained(name, dtype=torch.float32).eval()
+
+    @staticmethod
+    def load_text(name: str) -> nn.Module:
+        """The language model of a hub name or folder, in float32."""
+        raise NotImplementedError
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The text backbone with its bottlenecks."""
+        return getattr(self, self.language_model_name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model lives."""
+        return self.language_model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the language model."""
+        return self.language_model.get_input_embeddings().weight.dtype
+
+    @property
+    def report(self) -> TrainableReport:
+        """What trains; the total counts the language model and head, not the ViT."""
+        return trainable_report(self, exclude="vit.")
+
+    def train(self, mode: bool = True) -> RoutedVLModel:
+        """Training mode for everything but the frozen ViT."""
+        super().train(mode)
+        if self.vit is not None:
+            self.vit.eval()
+        return self
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """pixel_values [B, 3, H, W] -> features [B, L, d_vision], without gradients; L is 1 but for "tokens".
+
+        The result is what ``vision_features=`` takes, so images that come again can be encoded once.
+        """
+        if self.vit is None:
+            raise ValueError("the model was built without a ViT: pass vision_features= instead of pixel_values=")
+        return vit_features(self.vit, pixel_values, self.vision_features)
+
+    def visual_features(
+        self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Features [B, L, d] in the language model's width and type, from exactly one of the two inputs.
+
+        Raises:
+            ValueError: both or neither are given, or the shape does not fit.
+        """
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("pass either pixel_values= (images) or vision_features= (encoded images)")
+        if vision_features is None:
+            vision_features = self.encode_images(pixel_values)
+        if vision_features.dim() != 3 or vision_features.shape[-1] != self.vision_width:
+            raise ValueError(
+                f"vision_features must be [batch, visual tokens, {self.vision_width}], not {list(vision_features.shape)}"
+            )
+        _check_tokens(self.routing, vision_features.shape[1])
+        features = vision_features.to(self.dtype)
+        return features if self.visual_projection is None else self.visual_projection(features)
+
+    def prefix_mask(self, features: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The text's mask [B, T] with the prefix's columns of ones in front: [B, L + T]."""
+        ones = attention_mask.new_ones(features.shape[:2])
+        return torch.cat([ones, attention_mask], dim=1)
+
+    def check_text(self, features: torch.Tensor, input_ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+        """Raise ValueError unless text and image belong together and fit the position embeddings."""
+        if input_ids is None or input_ids.dim() != 2:
+            raise ValueError("input_ids must be [batch, tokens]")
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask {list(mask.shape)} must have the shape of input_ids {list(input_ids.shape)}; "
+                "the model adds the visual prefix's columns itself"
+            )
+        if features.shape[0] != input_ids.shape[0]:
+            raise ValueError(f"features have batch {features.shape[0]}, text has batch {input_ids.shape[0]}")
+        length = input_ids.shape[1] + (features.shape[1] if self.visual_prefix else 0)
+        if length > self.max_positions:
+            raise ValueError(f"{length} positions (prefix and text) exceed the text model's {self.max_positions}")
+
+    @property
+    def max_positions(self) -> int:
+        """How many positions (prefix and text together) the text model has embeddings for."""
+        return self.language_model.config.max_position_embeddings
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute each transformer layer in backward instead of keeping its activations (non-reentrant)."""
+        # Under torch.compile the recomputation is part of the traced graph, where a context function is not allowed.
+        kwargs = {"use_reentrant": False, "context_fn": self.context.checkpoint_context_fn}
+        enable = getattr(self.language_model, "activation_checkpointing_enable", None)
+        (enable or self.language_model.gradient_checkpointing_enable)(kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        disable = getattr(self.language_model, "activation_checkpointing_disable", None)
+        (disable or self.language_model.gradient_checkpointing_disable)()
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments, beside backbones and routing, that make this model again."""
+        return {
+            "vision_features": self.vision_features,
+            "visual_prefix": self.visual_prefix,
+            "vision_width": self.vision_width,
+        }
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the trained parameters (safetensors) and the configuration (JSON); backbones by reference only."""
+        checkpoint.save_adapter(self, directory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        vision: str | Path | nn.Module | None = None,
+        text: str | Path | nn.Module | None = None,
+        backend: str | None = None,
+    ) -> RoutedVLModel:
+        """Load what :meth:`save_pretrained` wrote.
+
+        Args:
+            directory: the folder.
+            vision, text: backbones to use instead of the ones the folder refers to (needed when they were given as
+                objects, or have moved).
+            backend: see :func:`routingvl.kernels.routed_lora`.
+
+        Raises:
+            CheckpointError: the folder is not a saved model of this class, a backbone is missing or another one than
+                was trained with, or the parameters do not fit.
+        """
+        saved = checkpoint.read_adapter_config(directory, cls.__name__)
+        routing = from_dict(RoutingConfig, saved["routing"], f"{directory}: routing")
+        backbones = checkpoint.resolve_backbones(directory, saved, vision=vision, text=text)
+        model = cls.from_backbones(
+            backbones["vision"], backbones["text"], routing, backend=backend, **saved["model"]
+        )
+        checkpoint.load_adapter(model, directory, saved)
+        return model.eval()
+
+
+def load_pretrained(directory: str | Path, **kwargs: Any) -> RoutedVLModel:
+    """Load a saved model of either class; see :meth:`RoutedVLModel.from_pretrained`."""
+    name = checkpoint.read_adapter_config(directory)["model_class"]
+    models = importlib.import_module("routingvl.models")
+    if name not in models.__all__:
+        raise checkpoint.CheckpointError(f"{directory}: model_class {name!r} is not a model of this library")
+    return getattr(models, name).from_pretrained(directory, **kwargs)
+
+
+def _check_tokens(routing: RoutingConfig, visual_tokens: int) -> None:
+    try:
+        ROUTINGS[routing.routing].check(visual_tokens, routing.relu)
+    except ValueError as error:
+        raise ConfigError(f"{error}; vision_features='mean' pools them") from error
+
+
+def _resolve(backbone: str | Path | nn.Module | None, load: Any) -> tuple[nn.Module | None, str | None]:
+    """The module, and the name or absolute folder it can be loaded from again (None for a bare object)."""
+    if backbone is None or isinstance(backbone, nn.Module):
+        name = getattr(getattr(backbone, "config", None), "_name_or_path", None) or None
+    else:
+        name = str(backbone)
+        backbone = load(name)
+    if name is not None and Path(name).is_dir():
+        name = str(Path(name).resolve())
+    return backbone, name

@@ -1,0 +1,172 @@
+"""Image captioning: a frozen ViT and a GPT-2 that writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from routingvl.config import RoutingConfig, check_choice
+from routingvl.models.base import ModelOutput, RoutedVLModel
+
+CAPTION_LOSSES = ("sound", "reference")
+
+
+class ViTGPT2ForCaptioning(RoutedVLModel):
+    """ViT + GPT-2 language model (arXiv 2403.09377, the COCO captioning experiments).
+
+    Build it with :meth:`from_backbones`. Text is the caption and one end-of-text token; without a visual prefix a
+    begin-of-text token stands in front.
+
+    Args:
+        vision, text, routing: backbones (modules) and bottlenecks.
+        vision_features: "pooler", "cls", "mean" or "tokens", see :func:`routingvl.models.vision.vit_features`.
+        visual_prefix: put the visual tokens in front of the text.
+        caption_loss: "sound" (default): every token is predicted from what stands before it, the first one from the
+            last visual token; labels of -100 do not count. "reference": the published loss, which never supervises
+            the first token, ignores token id 0 and counts end-of-text padding.
+        vision_width: d of ``vision_features=`` inputs when vision is None.
+        backend: see :func:`routingvl.kernels.routed_lora`.
+    """
+
+    language_model_name = "gpt"
+    model_type = "gpt2"
+
+    def __init__(
+        self,
+        vision: nn.Module | None,
+        text: nn.Module,
+        routing: RoutingConfig,
+        *,
+        vision_features: str = "pooler",
+        visual_prefix: bool = True,
+        caption_loss: str = "sound",
+        vision_width: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        check_choice("caption_loss", caption_loss, CAPTION_LOSSES)
+        super().__init__(
+            vision,
+            text,
+            routing,
+            vision_features=vision_features,
+            visual_prefix=visual_prefix,
+            vision_width=vision_width,
+            backend=backend,
+        )
+        self.caption_loss = caption_loss
+
+    @staticmethod
+    def load_text(name: str) -> nn.Module:
+        """GPT2LMHeadModel of a hub name or folder, in float32."""
+        from transformers import GPT2LMHeadModel
+
+        return GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32)
+
+    def options(self) -> dict[str, Any]:
+        """See :meth:`RoutedVLModel.options`."""
+        return super().options() | {"caption_loss": self.caption_loss}
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> ModelOutput:
+        """Score captions.
+
+        Args:
+            pixel_values: [B, 3, H, W] images, or
+            vision_features: [B, L, d_vision] from :meth:`encode_images`.
+            input_ids: [B, T] captions.
+            attention_mask: [B, T] of the text, 1 for tokens to read; None for all.
+            labels: [B, T], input_ids with -100 where nothing is to be learned.
+
+        Returns:
+            Cross entropy in nats, mean over the tokens that count, and logits [B, L + T, vocabulary] ([B, T, ...]
+            without visual prefix).
+        """
+        features = self.visual_features(pixel_values, vision_features)
+        self.check_text(features, input_ids, attention_mask)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        with self.context.bind(features):
+            if self.visual_prefix:
+                embedded = self.gpt.get_input_embeddings()(input_ids)
+                logits = self.gpt(
+                    inputs_embeds=torch.cat([features.to(embedded.dtype), embedded], dim=1),
+                    attention_mask=self.prefix_mask(features, attention_mask),
+                    use_cache=False,
+                ).logits
+            else:
+                logits = self.gpt(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        loss = None if labels is None else self._loss(logits, labels)
+        return ModelOutput(loss, logits)
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        prefix = logits.shape[1] - labels.shape[1]
+        if self.caption_loss == "reference":
+            # The published slices: with a prefix position p the first supervised position is p, predicting token 1.
+            logits, labels = logits[:, prefix:-1], labels[:, 1:]
+            labels = labels.masked_fill(labels == 0, -100)
+        elif prefix:
+            logits = logits[:, prefix - 1 : -1]
+        else:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        num_beams: int = 1,
+        max_new_tokens: int = 20,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Write captions with a key-value cache, by beam search or whatever ``kwargs`` ask of ``GPT2.generate``.
+
+        Args:
+            pixel_values: [B, 3, H, W] images, or
+            vision_features: [B, L, d_vision] from :meth:`encode_images`.
+            input_ids: [B, T] the beginning of each caption, without padding; None to start from the image.
+            num_beams: width of the beam.
+            max_new_tokens: length limit.
+            **kwargs: passed on to transformers' ``generate`` (num_return_sequences, do_sample, length_penalty ...).
+
+        Returns:
+            Long [B * num_return_sequences, new tokens], padded with end-of-text.
+        """
+        features = self.visual_features(pixel_values, vision_features)
+        start = self._start(features, input_ids)
+        end = self.gpt.config.eos_token_id
+        kwargs = {"pad_token_id": end, "do_sample": False} | kwargs
+        # transformers lays the candidates of one image side by side, so an image's features repeat in place.
+        copies = max(num_beams, kwargs.get("num_return_sequences", 1))
+        with self.context.bind(features.repeat_interleave(copies, dim=0)):
+            tokens = self.gpt.generate(
+                **start, num_beams=num_beams, max_new_tokens=max_new_tokens, use_cache=True, **kwargs
+            )
+        # Started from embeddings, generate returns the new tokens alone.
+        return tokens if "inputs_embeds" in start else tokens[:, start["input_ids"].shape[1] :]
+
+    def _start(self, features: torch.Tensor, input_ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        batch = features.shape[0]
+        if input_ids is not None:
+            self.check_text(features, input_ids, None)
+        if self.visual_prefix:
+            embeds = features
+            if input_ids is not None:
+                embedded = self.gpt.get_input_embeddings()(input_ids)
+                embeds = torch.cat([features.to(embedded.dtype), embedded], dim=1)
+            return {"inputs_embeds": embeds, "attention_mask": embeds.new_ones(embeds.shape[:2], dtype=torch.long)}
+        start = torch.full((batch, 1), self.gpt.config.bos_token_id, dtype=torch.long, device=features.device)
+        ids = start if input_ids is None else torch.cat([start, input_ids], dim=1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
