@@ -1,0 +1,37 @@
+"""Data in the public formats: images, COCO captions, VQAv2, batches, and the files derived from the official ones.
+
+Each module's docstring opens with its public signatures.
+"""
+
+from routingvl.data.coco import Caption, CaptionDataset, CaptionSplit, load_captions
+from routingvl.data.collate import CaptionCollator, VQACollator, collate_images
+from routingvl.data.files import DataError
+from routingvl.data.images import ImageDataset, ImageError, ImagePreprocessor, ImageRecord, load_image
+from routingvl.data.prepare import prepare_coco, prepare_vqa
+from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
+from routingvl.data.vqa import Question, VQADataset, VQASplit, load_official_vqa, load_vqa
+
+__all__ = [
+    "AnswerVocabulary",
+    "Caption",
+    "CaptionCollator",
+    "CaptionDataset",
+    "CaptionSplit",
+    "DataError",
+    "ImageDataset",
+    "ImageError",
+    "ImagePreprocessor",
+    "ImageRecord",
+    "Question",
+    "VQACollator",
+    "VQADataset",
+    "VQASplit",
+    "collate_images",
+    "load_captions",
+    "load_image",
+    "load_official_vqa",
+    "load_vqa",
+    "prepare_coco",
+    "prepare_vqa",
+    "soft_scores",
+]

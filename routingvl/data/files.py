@@ -1,0 +1,124 @@
+"""Reading annotation files, writing derived ones, and finding COCO images on disk.
+
+read_json(path, fix="") -> Any                 DataError for a missing or broken file; ``fix`` says how to make it
+write_json_files(folder, {name: value})        all of them or none
+sha256_of(path) -> str
+ImageFolders(root).path("COCO_val2014_000000000042.jpg") -> Path
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+COCO_PREFIX = re.compile(r"^COCO_([a-z]+\d{4})_")
+
+
+class DataError(ValueError):
+    """Annotations cannot be used; the message names the file, the entry and the fix."""
+
+
+def read_json(path: str | Path, fix: str = "") -> Any:
+    """Parse a JSON file. Raises :class:`DataError` naming the file (and ``fix``) when it is missing or not JSON."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}" + (f"; {fix}" if fix else "")) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from error
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON (cut off while copying?): {error}") from error
+
+
+@contextlib.contextmanager
+def required_keys(path: str | Path, kind: str, identity: Any) -> Iterator[None]:
+    """Turn a failed look-up in one entry of an annotation file into a :class:`DataError` that names the entry."""
+    try:
+        yield
+    except KeyError as error:
+        raise DataError(f"{path}: {kind} {identity} has no key {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise DataError(f"{path}: {kind} {identity} does not have the expected form: {error}") from error
+
+
+def write_json_files(folder: str | Path, files: Mapping[str, Any]) -> dict[str, Path]:
+    """Write ``{file name: value}`` as JSON files into ``folder``; returns ``{file name: path}``.
+
+    Every file is first written under a temporary name in the same folder, and only when all are complete are they
+    renamed, in order: a failure while writing leaves the folder's files as they were.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[tuple[str, Path]] = []
+    try:
+        for name, value in files.items():
+            descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
+            written.append((temporary, folder / name))
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                json.dump(value, stream, ensure_ascii=False, separators=(",", ":"))
+                stream.write("\n")
+            os.chmod(temporary, 0o644)  # mkstemp makes private files; data sets are shared between users
+        for temporary, target in written:
+            os.replace(temporary, target)
+    finally:
+        for temporary, _ in written:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+    return {name: folder / name for name in files}
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class ImageFolders:
+    """Finds an image by its COCO name: ``COCO_val2014_*.jpg`` lies in ``ROOT/Images/val2014`` or in ``ROOT/val2014``.
+
+    The folder comes from the prefix of the file name, never from the split: Karpathy's restval images train, but lie in
+    val2014. Names without such a prefix are taken relative to the root (or to ``ROOT/Images``).
+
+    Args:
+        root: image root; None when images are not needed (stored features), then every path is None.
+
+    Raises:
+        DataError: the root, or the folder that an image name asks for, does not exist.
+    """
+
+    def __init__(self, root: str | Path | None):
+        self.root = None if root is None else Path(root)
+        self._folders: dict[str, Path] = {}
+        if self.root is not None and not self.root.is_dir():
+            raise DataError(f"image folder {self.root} does not exist")
+
+    def path(self, file_name: str, folder: str = "") -> Path | None:
+        """Path of an image; ``folder`` is used only for a name that does not say its folder itself."""
+        if self.root is None:
+            return None
+        prefix = COCO_PREFIX.match(file_name)
+        return self._resolve(prefix.group(1) if prefix else folder) / file_name
+
+    def _resolve(self, folder: str) -> Path:
+        if folder not in self._folders:
+            candidates = [self.root / "Images" / folder, self.root / folder]
+            for candidate in candidates:
+                if candidate.is_dir():
+                    self._folders[folder] = candidate
+                    break
+            else:
+                raise DataError(f"no folder {folder!r} of images; looked for {' and '.join(map(str, candidates))}")
+        return self._folders[folder]

@@ -1,0 +1,290 @@
+"""Images: reading with Pillow, preprocessing as the frozen ViT expects, and the datasets' way to a picture.
+
+    load_image(path) -> PIL.Image (mode RGB)                                        ImageError names the file
+    ImagePreprocessor(size, mean, std, resample=2, rescale=1/255)
+        .from_pretrained(folder or hub name), .from_dict(config), .to_dict()
+        (PIL image or path) -> float32 [3, H, W]
+    ImageRecord(image_id, file_name, path)
+    PictureSource(preprocessor=None, features=None, on_bad_image="fail")    used by every dataset, as .pictures
+        (ImageRecord) -> {"pixel_values": [3, H, W]} | {"vision_features": [L, d]} | None when skipped
+        .skipped, .reset_skipped()
+    ImageDataset(records, preprocessor, on_bad_image="fail")                one item an image, to precompute features
+
+Values are bit for bit those of transformers' ``ViTImageProcessorPil``; torchvision is never needed. EXIF rotation is
+not applied, as there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from routingvl.data.files import DataError
+
+logger = logging.getLogger(__name__)
+
+Features = Mapping[int, Tensor] | Callable[[int], Tensor]
+BAD_IMAGE_POLICIES = ("fail", "skip")
+PREPROCESSOR_FILE = "preprocessor_config.json"
+_WORKER_SLOTS = 257  # of the counter of skipped images: the main process, then one a DataLoader worker
+
+
+class ImageError(ValueError):
+    """An image is missing or cannot be decoded; the message names the file."""
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read and decode an image completely, as RGB, whatever its mode (grey, 16-bit, palette, alpha, CMYK).
+
+    Raises :class:`ImageError`, naming the file, when it is missing, truncated or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(image)
+    except FileNotFoundError as error:
+        raise ImageError(f"image {path} does not exist") from error
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ImageError(f"image {path} cannot be read: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """``image`` in mode RGB; alpha is dropped, 16-bit grey is scaled to 8 bits (Pillow would clip it to white)."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # "I;16" and its byte orders; "I" is what some formats give for 16 bits
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class ImagePreprocessor:
+    """Resize, rescale and normalise an image: ``(pixel * rescale - mean) / std`` per channel.
+
+    Attributes:
+        size: height and width in pixels; one integer for a square.
+        mean, std: of each channel, in rescaled intensities.
+        resample: Pillow's filter number (2 is bilinear, 3 bicubic).
+        rescale: factor on the 8-bit intensities.
+    """
+
+    size: int | tuple[int, int] = 224
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resample: int = 2
+    rescale: float = 1 / 255
+    _table: np.ndarray = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+        if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+            raise ValueError(f"size={self.size!r} must be a positive integer or (height, width)")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            values = (values,) * 3 if isinstance(values, (int, float)) else tuple(values)
+            if len(values) != 3:
+                raise ValueError(f"{name}={getattr(self, name)!r} must have one value for each of R, G and B")
+            object.__setattr__(self, name, tuple(float(value) for value in values))
+        if not all(self.std):
+            raise ValueError(f"std={self.std!r} must not contain zero")
+        object.__setattr__(self, "size", size)
+        # An 8-bit channel has 256 intensities, so their normalised values are tabled: the rounding steps of
+        # transformers (float64 product, then float32), done 256 times instead of once a pixel.
+        intensities = (np.arange(256, dtype=np.float64) * self.rescale).astype(np.float32)
+        mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.mean, self.std))
+        object.__setattr__(self, "_table", (intensities - mean) / std)
+
+    def __call__(self, image: Image.Image | str | os.PathLike[str]) -> Tensor:
+        """Preprocess an image, or the file at a path, to float32 [3, H, W]. Raises :class:`ImageError`."""
+        image = to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
+        height, width = self.size
+        pixels = np.asarray(image.resize((width, height), resample=self.resample))
+        return torch.from_numpy(np.stack([self._table[channel][pixels[..., channel]] for channel in range(3)]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as transformers writes them to ``preprocessor_config.json``."""
+        return {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"height": self.size[0], "width": self.size[1]},
+            "resample": self.resample,
+            "do_rescale": True,
+            "rescale_factor": self.rescale,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], source: str = PREPROCESSOR_FILE) -> ImagePreprocessor:
+        """Build from a ``preprocessor_config.json``, old (``feature_extractor_type``, one integer as size) or new.
+
+        Raises :class:`DataError`, opening with ``source``, for steps that would not give a fixed size.
+        """
+        size = config.get("size", 224)
+        if isinstance(size, Mapping):
+            size = (size.get("height"), size.get("width"))
+        if (
+            not config.get("do_resize", True)
+            or config.get("do_center_crop", False)
+            or (isinstance(size, tuple) and None in size)
+        ):
+            raise DataError(
+                f"{source}: only resizing to a fixed height and width is supported, not size={config.get('size')!r}, "
+                f"do_resize={config.get('do_resize', True)}, do_center_crop={config.get('do_center_crop', False)}"
+            )
+        normalize = config.get("do_normalize", True)
+        try:
+            return cls(
+                size=size if isinstance(size, int) else tuple(size),
+                mean=config.get("image_mean") or cls.mean if normalize else (0.0, 0.0, 0.0),
+                std=config.get("image_std") or cls.std if normalize else (1.0, 1.0, 1.0),
+                resample=config.get("resample", cls.resample),
+                rescale=config.get("rescale_factor", cls.rescale) if config.get("do_rescale", True) else 1.0,
+            )
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{source}: {error}") from error
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir: str | os.PathLike[str]) -> ImagePreprocessor:
+        """Read the preprocessing that belongs to a ViT, from its local folder or by its hub name.
+
+        A model without ``preprocessor_config.json`` gets ``image_size`` of its ``config.json`` with mean and standard
+        deviation 0.5 (what the published ViT checkpoints use), and a log line says so. Raises :class:`DataError` when
+        neither file is found.
+        """
+        if (path := _pretrained_file(name_or_dir, PREPROCESSOR_FILE)) is not None:
+            return cls.from_dict(_read_config(path), source=str(path))
+        path = _pretrained_file(name_or_dir, "config.json")
+        image_size = None if path is None else _read_config(path).get("image_size")
+        if image_size is None:
+            raise DataError(
+                f"{name_or_dir} has neither {PREPROCESSOR_FILE} nor a config.json with image_size; give the folder or "
+                f"hub name of a ViT, or save ImagePreprocessor(...).to_dict() as {PREPROCESSOR_FILE}"
+            )
+        logger.warning("%s has no %s: taking size %s, mean and std 0.5", name_or_dir, PREPROCESSOR_FILE, image_size)
+        return cls(size=image_size if isinstance(image_size, int) else tuple(image_size))
+
+
+def _pretrained_file(name_or_dir: str | os.PathLike[str], file_name: str) -> Path | None:
+    """A file of a model, from its folder or by hub name through transformers' cache; None when it has no such file."""
+    folder = Path(name_or_dir)
+    if folder.is_dir():
+        return folder / file_name if (folder / file_name).is_file() else None
+    from transformers.utils import cached_file  # here, because a local folder needs no transformers
+
+    try:
+        found = cached_file(os.fspath(name_or_dir), file_name, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name_or_dir} is neither a local folder nor a reachable hub name: {error}") from error
+    return None if found is None else Path(found)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image of a split: its COCO id, its file name and, when an image root is known, its path."""
+
+    image_id: int
+    file_name: str
+    path: Path | None = None
+
+
+class PictureSource:
+    """Gives the visual input of an example: stored features when there are any, else the preprocessed file.
+
+    Args:
+        preprocessor: turns an image file into pixel values; may be None when ``features`` is given.
+        features: image id -> [L, d], a mapping or a function; images are then never opened.
+        on_bad_image: "fail" raises :class:`ImageError` (or :class:`DataError` for an id that ``features`` lacks);
+            "skip" returns None instead, logs the reason and counts it in :attr:`skipped`.
+    """
+
+    def __init__(
+        self,
+        preprocessor: ImagePreprocessor | None = None,
+        features: Features | None = None,
+        on_bad_image: str = "fail",
+    ):
+        if preprocessor is None and features is None:
+            raise ValueError("give a preprocessor (to read image files) or features (image id -> [L, d])")
+        if on_bad_image not in BAD_IMAGE_POLICIES:
+            raise ValueError(f"on_bad_image={on_bad_image!r} is not one of {', '.join(BAD_IMAGE_POLICIES)}")
+        self.preprocessor = preprocessor
+        self.features = features
+        self.on_bad_image = on_bad_image
+        # In shared memory, so that what DataLoader workers skip is seen by the process that started them. Each adds to
+        # its own slot: an addition to a shared number is not atomic.
+        self._skipped = torch.zeros(_WORKER_SLOTS, dtype=torch.int64).share_memory_()
+
+    @property
+    def skipped(self) -> int:
+        """Examples skipped since the start or the last :meth:`reset_skipped`, in every worker together."""
+        return int(self._skipped.sum())
+
+    def reset_skipped(self) -> None:
+        """Count from zero again."""
+        self._skipped.zero_()
+
+    def __call__(self, image: ImageRecord) -> dict[str, Tensor] | None:
+        """``{"vision_features": [L, d]}`` or ``{"pixel_values": [3, H, W]}``; None for a skipped image."""
+        try:
+            return self._read(image)
+        except (ImageError, DataError) as error:
+            if self.on_bad_image == "fail":
+                raise
+            logger.warning("skipped: %s", error)
+            worker = torch.utils.data.get_worker_info()
+            self._skipped[0 if worker is None else 1 + worker.id % (_WORKER_SLOTS - 1)] += 1
+            return None
+
+    def _read(self, image: ImageRecord) -> dict[str, Tensor]:
+        if self.features is not None:
+            try:
+                get = self.features if callable(self.features) else self.features.__getitem__
+                return {"vision_features": get(image.image_id)}
+            except KeyError as error:
+                raise DataError(f"no stored features for image {image.image_id} ({image.file_name})") from error
+        if image.path is None:
+            raise DataError(f"image {image.file_name} is needed, but its split was loaded without an image folder")
+        return {"pixel_values": self.preprocessor(image.path)}
+
+
+class ImageDataset(Dataset):
+    """One item an image: ``{"image_id": int, "pixel_values": float32 [3, H, W]}``, or None for a skipped image.
+
+    Made for running the frozen ViT once over the ``images`` of a split; collate with
+    :func:`routingvl.data.collate.collate_images`.
+    """
+
+    def __init__(self, records: Sequence[ImageRecord], preprocessor: ImagePreprocessor, on_bad_image: str = "fail"):
+        self.records = list(records)
+        self.pictures = PictureSource(preprocessor, on_bad_image=on_bad_image)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        record = self.records[index]
+        picture = self.pictures(record)
+        return None if picture is None else {"image_id": record.image_id, **picture}

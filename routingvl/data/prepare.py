@@ -1,0 +1,132 @@
+"""Derive the files that training reads from the official ones (``routingvl prepare-data``).
+
+    prepare_coco(dataset_coco_json, output_dir) -> manifest
+        captions_{train,val,test}_karpathy.json, captions_manifest.json
+    prepare_vqa(questions, annotations, dataset_coco_json, output_dir, vocabulary=None, min_questions=9) -> manifest
+        karpathy_{train,val,test}.json, trainval_label2ans.json, trainval_ans2label.json, vqa_manifest.json
+
+The same input gives the same bytes. All files of one call are written, or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from routingvl.data.coco import SPLITS, CaptionSplit, caption_file, load_captions
+from routingvl.data.files import DataError, sha256_of, write_json_files
+from routingvl.data.vocabulary import MIN_QUESTIONS, AnswerVocabulary, soft_scores
+from routingvl.data.vqa import Question, answer_entries, by_karpathy_split, join_official
+
+CAPTIONS_MANIFEST = "captions_manifest.json"
+VQA_MANIFEST = "vqa_manifest.json"
+
+
+def prepare_coco(dataset_coco_json: str | Path, output_dir: str | Path) -> dict[str, Any]:
+    """Write one caption file a split from Karpathy's dataset_coco.json (restval goes to train, space is stripped).
+
+    Args:
+        dataset_coco_json: the file, from caption_datasets.zip.
+        output_dir: folder for the results; made if needed.
+
+    Returns:
+        The manifest, also written: inputs with their SHA-256, and the numbers of images and captions of each file.
+
+    Raises:
+        DataError: the input is missing, broken or lacks a split; nothing is written then.
+    """
+    files: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
+    for name in SPLITS:
+        split = load_captions(dataset_coco_json, name)
+        files[caption_file(name)] = _coco_form(split)
+        counts[caption_file(name)] = {"images": len(split.images), "captions": len(split.captions)}
+    return _write(output_dir, files, CAPTIONS_MANIFEST, [dataset_coco_json], {"files": counts})
+
+
+def prepare_vqa(
+    questions: Sequence[str | Path],
+    annotations: Sequence[str | Path],
+    dataset_coco_json: str | Path,
+    output_dir: str | Path,
+    vocabulary: str | Path | None = None,
+    min_questions: int = MIN_QUESTIONS,
+) -> dict[str, Any]:
+    """Write one question list a Karpathy split, and the answer vocabulary, from the official VQAv2 files.
+
+    Entries have the form of LXMERT and VL-T5, with soft scores (``label``) and the annotators' raw ``answers``, from
+    which the official accuracy is computed.
+
+    Args:
+        questions: the official question files of train2014 and val2014.
+        annotations: the annotation files of the same sets.
+        dataset_coco_json: Karpathy's file, which assigns images to splits.
+        output_dir: folder for the results; made if needed.
+        vocabulary: a published trainval_label2ans.json (or ans2label) to use; None derives one from all annotations.
+        min_questions: answers of fewer questions are left out of a derived vocabulary.
+
+    Returns:
+        The manifest, also written: inputs with their SHA-256; the vocabulary's size, origin and SHA-256; the numbers of
+        images, questions and questions without an answer in the vocabulary of each file.
+
+    Raises:
+        DataError: an input is missing, broken or does not match another; nothing is written then.
+    """
+    if not annotations:
+        raise DataError("no annotation files were given: the lists need the annotators' answers")
+    joined = join_official(questions, annotations)
+    if vocabulary is None:
+        answers = AnswerVocabulary.derive((question for question, _ in joined), min_questions)
+        origin = f"derived: answers of at least {min_questions} questions"
+    else:
+        answers = AnswerVocabulary.load(vocabulary)
+        origin = Path(vocabulary).name
+    files: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
+    for name, entries in by_karpathy_split(joined, dataset_coco_json).items():
+        rows = [_list_entry(question, file_name, answers) for question, file_name in entries]
+        files[f"karpathy_{name}.json"] = rows
+        counts[f"karpathy_{name}.json"] = {
+            "images": len({row["img_id"] for row in rows}),
+            "questions": len(rows),
+            "without_known_answer": sum(not row["label"] for row in rows),
+        }
+    facts = {
+        "files": counts,
+        "vocabulary": {"answers": len(answers), "sha256": answers.sha256, "origin": origin},
+    }
+    inputs = [*questions, *annotations, dataset_coco_json]
+    return _write(output_dir, files | answers.to_files(), VQA_MANIFEST, inputs, facts)
+
+
+def _coco_form(split: CaptionSplit) -> dict[str, Any]:
+    return {
+        "images": [{"id": image.image_id, "file_name": image.file_name} for image in split.images],
+        "annotations": [
+            {"id": caption.caption_id, "image_id": caption.image_id, "caption": caption.text}
+            for caption in split.captions
+        ],
+    }
+
+
+def _list_entry(question: Question, file_name: str, vocabulary: AnswerVocabulary) -> dict[str, Any]:
+    return {
+        "question_id": question.question_id,
+        "img_id": Path(file_name).stem,
+        "sent": question.text,
+        "question_type": question.question_type,
+        "answer_type": question.answer_type,
+        "label": soft_scores(question.answers, vocabulary),
+        "answers": answer_entries(question.answers),
+    }
+
+
+def _write(
+    output_dir: str | Path, files: Mapping[str, Any], manifest_name: str, inputs: Sequence[str | Path], facts: Any
+) -> dict[str, Any]:
+    """Write ``files`` and, last, a manifest of ``inputs`` (name and SHA-256) and ``facts``; returns the manifest."""
+    digests = [{"file": Path(path).name, "sha256": sha256_of(path)} for path in inputs]
+    manifest = {"inputs": digests, **facts}
+    write_json_files(output_dir, {**files, manifest_name: manifest})
+    return manifest

@@ -1,0 +1,409 @@
+"""VQAv2 questions and answers: official files with the Karpathy split, or one JSON list a split.
+
+load_vqa(source, split, image_root=None) -> VQASplit
+    source: a folder, or one per-split JSON list
+    split: "train" | "val" | "test" (Karpathy's), or "nominival" | "minival" (LXMERT's lists),
+           or "train2014" | "val2014" | "test2015" | "test-dev2015" (official, not re-split)
+load_official_vqa(questions, annotations, *, dataset_coco=None, split=None, image_root=None) -> VQASplit
+VQASplit: .images [ImageRecord], .questions [Question], .annotations() -> official annotation dicts for the accuracy
+AnswerVocabulary(answers) / .load(file or folder) / .derive(questions, min_questions=9); len, .index, .answers,
+    .sha256;  vocabulary.answers[label] is the answer of a label
+soft_scores(answers, vocabulary) -> {answer: score}
+VQADataset(split, vocabulary, preprocessor=None, *, features=None, on_bad_image="fail")
+    item: question_id, image_id, question, target {label: score} or None, question_type, answer_type, answers (raw
+    strings) or None, and pixel_values [3, H, W] or vision_features [L, d]; None for a skipped image
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset
+
+from routingvl.data.coco import DATASET_FILE, SPLITS, check_unique, image_splits
+from routingvl.data.files import DataError, ImageFolders, read_json, required_keys
+from routingvl.data.images import Features, ImagePreprocessor, ImageRecord, PictureSource
+from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
+
+__all__ = [
+    "AnswerVocabulary",
+    "Question",
+    "VQADataset",
+    "VQASplit",
+    "load_official_vqa",
+    "load_vqa",
+    "soft_scores",
+]
+
+logger = logging.getLogger(__name__)
+
+TRAINVAL = ("train2014", "val2014")
+OFFICIAL_SPLITS = (*TRAINVAL, "test2015", "test-dev2015")
+LXMERT_SPLITS = ("nominival", "minival")
+_TRAILING_NUMBER = re.compile(r"\d+$")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question; what its file does not tell is None.
+
+    Attributes:
+        question_id, image_id: COCO's ids.
+        text: the question.
+        answers: the annotators' answers (ten, as a rule), raw.
+        label: answer -> soft score, when the file gives it; otherwise it follows from ``answers``.
+        top_answer: the official ``multiple_choice_answer``.
+        question_type, answer_type: classes of the official report.
+    """
+
+    question_id: int
+    image_id: int
+    text: str
+    answers: tuple[str, ...] | None = None
+    label: Mapping[str, float] | None = None
+    top_answer: str | None = None
+    question_type: str | None = None
+    answer_type: str | None = None
+
+
+class _Entry(NamedTuple):
+    """One entry of an official file, with the image subset (val2014, say) and the path of that file."""
+
+    fields: Mapping[str, Any]
+    subset: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class VQASplit:
+    """The questions of one split, in file order, and the images they ask about, each once.
+
+    Attributes:
+        name: as asked for.
+        images: in the order in which the questions first name them.
+        questions: every question.
+    """
+
+    name: str
+    images: list[ImageRecord]
+    questions: list[Question]
+
+    def annotations(self) -> list[dict[str, Any]]:
+        """Entries in the form of the official annotation file, for questions whose annotators' answers are known."""
+        return [
+            {
+                "question_id": question.question_id,
+                "image_id": question.image_id,
+                "question_type": question.question_type,
+                "answer_type": question.answer_type,
+                "answers": answer_entries(question.answers),
+            }
+            for question in self.questions
+            if question.answers is not None
+        ]
+
+
+def answer_entries(answers: Iterable[str]) -> list[dict[str, Any]]:
+    """Raw answers as the official files list them, ``answer_id`` counting from 1."""
+    return [{"answer": answer, "answer_id": number} for number, answer in enumerate(answers, start=1)]
+
+
+def questions_file(subset: str) -> str:
+    """Official name of a question file; ``subset`` such as train2014."""
+    return f"v2_OpenEnded_mscoco_{subset}_questions.json"
+
+
+def annotations_file(subset: str) -> str:
+    """Official name of an annotation file; ``subset`` such as train2014."""
+    return f"v2_mscoco_{subset}_annotations.json"
+
+
+def load_vqa(source: str | Path, split: str, image_root: str | Path | None = None) -> VQASplit:
+    """Read one split of VQAv2 from whatever form ``source`` holds it in.
+
+    In a folder, ``train``, ``val`` and ``test`` (or ``karpathy_train`` ...) are the first of these that is there:
+    ``karpathy_{split}.json``; the official train2014 and val2014 files, re-split by ``dataset_coco.json``; LXMERT's
+    ``{split}.json`` (a log line says so, because its train and test are other sets). ``nominival`` and ``minival`` are
+    LXMERT's lists; ``train2014``, ``val2014``, ``test2015``, ``test-dev2015`` are the official files as they are.
+
+    Args:
+        source: folder, or one per-split JSON list (``split`` then only names it).
+        split: see above.
+        image_root: folder with ``Images/val2014/...`` or ``val2014/...``; None when images are not needed.
+
+    Raises:
+        DataError: a file, image folder or key is missing, or questions and annotations do not match; the message
+            names the file and the question.
+    """
+    source = Path(source)
+    if source.is_file():
+        return _load_list(source, split, image_root)
+    name = split.removeprefix("karpathy_")
+    looked_for: list[Path] = []
+    if name in SPLITS:
+        listed = source / f"karpathy_{name}.json"
+        if listed.is_file():
+            return _load_list(listed, split, image_root)
+        official = [source / file(subset) for file in (questions_file, annotations_file) for subset in TRAINVAL]
+        if all(path.is_file() for path in (*official, source / DATASET_FILE)):
+            return load_official_vqa(
+                official[:2], official[2:], dataset_coco=source / DATASET_FILE, split=name, image_root=image_root
+            )
+        looked_for = [listed, *official, source / DATASET_FILE]
+    elif name in OFFICIAL_SPLITS:
+        annotations = source / annotations_file(name)
+        if (questions := source / questions_file(name)).is_file():
+            return load_official_vqa(
+                [questions], [annotations] if annotations.is_file() else [], split=name, image_root=image_root
+            )
+        looked_for = [questions]
+    elif name not in LXMERT_SPLITS:
+        known = ", ".join((*SPLITS, *LXMERT_SPLITS, *OFFICIAL_SPLITS))
+        raise DataError(f"unknown VQA split {split!r}; the splits are {known}")
+    if split in (*SPLITS, *LXMERT_SPLITS):
+        if (listed := source / f"{split}.json").is_file():
+            if split in SPLITS:
+                logger.warning("%s: using LXMERT's list %s, which is not the Karpathy split", split, listed)
+            return _load_list(listed, split, image_root)
+        looked_for.append(listed)
+    raise DataError(
+        f"no questions of split {split!r}; looked for {', '.join(map(str, looked_for))}. `routingvl prepare-data` "
+        f"makes karpathy_{{train,val,test}}.json from the official VQAv2 files and {DATASET_FILE}"
+    )
+
+
+def load_official_vqa(
+    questions: Sequence[str | Path],
+    annotations: Sequence[str | Path],
+    *,
+    dataset_coco: str | Path | None = None,
+    split: str | None = None,
+    image_root: str | Path | None = None,
+) -> VQASplit:
+    """Join official question and annotation files, and keep the questions on images of one Karpathy split.
+
+    Args:
+        questions: ``v2_OpenEnded_mscoco_*_questions.json`` files, whose questions are joined.
+        annotations: ``v2_mscoco_*_annotations.json`` files; none for a test set without answers.
+        dataset_coco: Karpathy's file; None keeps every question.
+        split: train, val or test with ``dataset_coco``; otherwise only a name.
+        image_root: as in :func:`load_vqa`.
+
+    Raises:
+        DataError: as in :func:`load_vqa`; in particular for a question without annotation (or the other way round) and
+            for an image that dataset_coco.json does not know.
+    """
+    if dataset_coco is not None and split not in SPLITS:
+        raise DataError(f"unknown Karpathy split {split!r}; the splits are {', '.join(SPLITS)}")
+    joined = join_official(questions, annotations)
+    if dataset_coco is not None:
+        joined = by_karpathy_split(joined, dataset_coco)[split]
+    return _build_split(split or "all", joined, image_root, ", ".join(map(str, questions)))
+
+
+def join_official(questions: Sequence[str | Path], annotations: Sequence[str | Path]) -> list[tuple[Question, str]]:
+    """Every question of the official files, with its annotation, and the file name of its image.
+
+    Raises :class:`DataError` as :func:`load_official_vqa` does.
+    """
+    question_entries = _read_entries(questions, "questions")
+    annotation_entries = _read_entries(annotations, "annotations")
+    if annotations:
+        _check_same_questions(question_entries, annotation_entries, annotations)
+    return [_join(identity, entry, annotation_entries.get(identity)) for identity, entry in question_entries.items()]
+
+
+def by_karpathy_split(
+    joined: Iterable[tuple[Question, str]], dataset_coco: str | Path
+) -> dict[str, list[tuple[Question, str]]]:
+    """Group the result of :func:`join_official` into train, val and test, by the split of each image."""
+    splits = image_splits(dataset_coco)
+    grouped: dict[str, list[tuple[Question, str]]] = {name: [] for name in SPLITS}
+    for question, file_name in joined:
+        if question.image_id not in splits:
+            raise DataError(f"{dataset_coco} has no image {question.image_id} of question {question.question_id}")
+        grouped[splits[question.image_id]].append((question, file_name))
+    return grouped
+
+
+def _read_entries(paths: Sequence[str | Path], key: str) -> dict[int, _Entry]:
+    """Entries of official files by question id; ``key`` names the list of entries in the file."""
+    entries: dict[int, _Entry] = {}
+    for path in map(Path, paths):
+        content = read_json(path)
+        if not isinstance(content, Mapping) or key not in content:
+            raise DataError(f'{path} has no "{key}"; expected an official VQAv2 file of {key}')
+        with required_keys(path, "file", path.name):
+            subset = content["data_subtype"].replace("test-dev", "test")  # test-dev2015 asks about images of test2015
+        for position, fields in enumerate(content[key]):
+            with required_keys(path, f"{key} entry number", position):
+                identity = fields["question_id"]
+            if identity in entries:
+                raise DataError(f"{path}: question {identity} is listed twice")
+            entries[identity] = _Entry(fields, subset, path)
+    return entries
+
+
+def _check_same_questions(
+    questions: Mapping[int, _Entry], annotations: Mapping[int, _Entry], annotation_files: Sequence[str | Path]
+) -> None:
+    if missing := questions.keys() - annotations.keys():
+        identity = min(missing)
+        raise DataError(
+            f"{questions[identity].path}: question {identity} (and {len(missing) - 1} more) has no annotation in "
+            f"{', '.join(map(str, annotation_files))}; are question and annotation files of the same set?"
+        )
+    if extra := annotations.keys() - questions.keys():
+        identity = min(extra)
+        raise DataError(f"{annotations[identity].path}: annotation of question {identity}, which no question file has")
+
+
+def _join(identity: int, entry: _Entry, annotation: _Entry | None) -> tuple[Question, str]:
+    with required_keys(entry.path, "question", identity):
+        image_id = entry.fields["image_id"]
+        question = Question(identity, image_id, _question_text(entry.fields["question"], entry.path, identity))
+        file_name = f"COCO_{entry.subset}_{image_id:012d}.jpg"
+    if annotation is not None:
+        with required_keys(annotation.path, "annotation of question", identity):
+            question = replace(
+                question,
+                answers=_raw_answers(annotation.fields["answers"]),
+                top_answer=annotation.fields["multiple_choice_answer"],
+                question_type=annotation.fields["question_type"],
+                answer_type=annotation.fields["answer_type"],
+            )
+    return question, file_name
+
+
+def _load_list(path: Path, split: str, image_root: str | Path | None) -> VQASplit:
+    """Read one per-split JSON list in the form of LXMERT, VL-T5 and the published code."""
+    content = read_json(path)
+    if not isinstance(content, list):
+        raise DataError(f"{path} is not a JSON list of questions")
+    entries = []
+    for position, fields in enumerate(content):
+        with required_keys(path, "entry number", position):
+            identity, image = fields["question_id"], fields["img_id"]
+            digits = _TRAILING_NUMBER.search(image)
+            if digits is None:
+                raise DataError(f"{path}: img_id {image!r} of question {identity} does not end in an image number")
+            question = Question(
+                identity,
+                int(digits.group()),
+                _question_text(fields["sent"] if "sent" in fields else fields["question"], path, identity),
+                answers=_raw_answers(fields["answers"]) if "answers" in fields else None,
+                label={answer: float(score) for answer, score in fields["label"].items()}
+                if "label" in fields
+                else None,
+                question_type=fields.get("question_type"),
+                answer_type=fields.get("answer_type"),
+            )
+        entries.append((question, f"{image}.jpg"))
+    check_unique((question.question_id for question, _ in entries), path, "question")
+    return _build_split(split, entries, image_root, str(path))
+
+
+def _question_text(raw: str, path: Path, question_id: int) -> str:
+    if not (text := raw.strip()):
+        raise DataError(f"{path}: question {question_id} is empty; remove it from the file")
+    return text
+
+
+def _raw_answers(entries: Iterable[Mapping[str, Any] | str]) -> tuple[str, ...]:
+    # Interned, because a few thousand strings make up millions of answers.
+    return tuple(sys.intern(entry if isinstance(entry, str) else entry["answer"]) for entry in entries)
+
+
+def _build_split(
+    name: str, entries: Iterable[tuple[Question, str]], image_root: str | Path | None, source: str
+) -> VQASplit:
+    folders = ImageFolders(image_root)
+    images: dict[int, ImageRecord] = {}
+    questions = []
+    for question, file_name in entries:
+        questions.append(question)
+        if question.image_id not in images:
+            images[question.image_id] = ImageRecord(question.image_id, file_name, folders.path(file_name))
+    if not questions:
+        raise DataError(f"{source}: no questions of split {name!r}")
+    return VQASplit(name, list(images.values()), questions)
+
+
+class VQADataset(Dataset):
+    """Questions with their images and soft targets.
+
+    Items are dicts with ``question_id``, ``image_id``, ``question``, ``target`` ({label: score}, perhaps empty; None
+    when the split has no answers), ``question_type``, ``answer_type``, ``answers`` (raw strings, or None) and
+    ``pixel_values`` float32 [3, H, W] or ``vision_features`` [L, d]; a skipped image gives None, which the collators of
+    :mod:`routingvl.data.collate` drop. Answers outside the vocabulary are no targets.
+
+    Args:
+        split: from :func:`load_vqa`.
+        vocabulary: the classifier's answers.
+        preprocessor: for image files; not needed with ``features``.
+        features: image id -> [L, d], a mapping or a function; images are then never opened.
+        on_bad_image: "fail" or "skip", see :class:`~routingvl.data.images.PictureSource`.
+
+    Raises:
+        DataError: the split has answers, but the vocabulary holds none of them.
+    """
+
+    def __init__(
+        self,
+        split: VQASplit,
+        vocabulary: AnswerVocabulary,
+        preprocessor: ImagePreprocessor | None = None,
+        *,
+        features: Features | None = None,
+        on_bad_image: str = "fail",
+    ):
+        self.split = split
+        self.vocabulary = vocabulary
+        self.pictures = PictureSource(preprocessor, features, on_bad_image)
+        self._images = {image.image_id: image for image in split.images}
+        labelled = (question for question in split.questions if question.label is not None or question.answers)
+        if (first := next(labelled, None)) and not (self.target(first) or any(map(self.target, labelled))):
+            raise DataError(
+                f"no answer of split {split.name!r} is in the vocabulary of {len(vocabulary)} answers; "
+                "is it of another data set?"
+            )
+
+    @property
+    def skipped(self) -> int:
+        """Examples skipped for their image so far, in every worker together."""
+        return self.pictures.skipped
+
+    def target(self, question: Question) -> dict[int, float] | None:
+        """Soft scores by label; None when neither the question's label nor its answers are known."""
+        if question.label is not None:
+            scores = {answer: score for answer, score in question.label.items() if answer in self.vocabulary}
+        elif question.answers is not None:
+            scores = soft_scores(question.answers, self.vocabulary)
+        else:
+            return None
+        return {self.vocabulary.index[answer]: score for answer, score in scores.items()}
+
+    def __len__(self) -> int:
+        return len(self.split.questions)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        question = self.split.questions[index]
+        picture = self.pictures(self._images[question.image_id])
+        if picture is None:
+            return None
+        return {
+            "question_id": question.question_id,
+            "image_id": question.image_id,
+            "question": question.text,
+            "target": self.target(question),
+            "question_type": question.question_type,
+            "answer_type": question.answer_type,
+            "answers": question.answers,
+            **picture,
+        }
