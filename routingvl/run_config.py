@@ -79,24 +79,24 @@ class DataConfig:
         images: folder that holds train2014/, val2014/ and test2015/.
         answers: trainval_label2ans.json, the answer vocabulary of VQA; null takes it from the annotations folder.
         train_split: examples to train on.
-        val_split: examples that choose the best checkpoint.
-        max_text_length: longest text in tokens, the prefix not counted; null takes 20 (vqa) or 50 (caption).
-        pad_to_max_length: pad every text to max_text_length instead of the longest in its batch.
+        val_split: examples that choose the best checkpoint; null does not validate.
+        max_text_length: longest text in tokens, special tokens included and the prefix not; null takes 20 (vqa) or 50.
+        padding: pad texts to the longest of their batch (longest) or to max_text_length (max_length).
         on_bad_image: an unreadable image stops the run (fail) or drops its example and is counted (skip).
         precompute_features: run the frozen ViT once an image at the start and keep its output in memory.
         feature_batch_size: images a batch while features are computed.
         workers: processes that load batches; 0 loads in the training process.
-        train_limit: use only so many training examples.
-        val_limit: use only so many validation examples while training.
+        train_limit: use only the first so many captions or questions for training.
+        val_limit: use only the first so many images (caption) or questions (vqa) for validation.
     """
 
     annotations: str | None = None
     images: str | None = None
     answers: str | None = None
     train_split: str = "train"
-    val_split: str = "val"
+    val_split: str | None = "val"
     max_text_length: int | None = None
-    pad_to_max_length: bool = False
+    padding: str = "longest"
     on_bad_image: str = "fail"
     precompute_features: bool = False
     feature_batch_size: int = 64
@@ -105,6 +105,7 @@ class DataConfig:
     val_limit: int | None = None
 
     def __post_init__(self) -> None:
+        check_choice("padding", self.padding, ("longest", "max_length"))
         check_choice("on_bad_image", self.on_bad_image, ("fail", "skip"))
         _check_at_least(self, 1, "max_text_length", "feature_batch_size", "train_limit", "val_limit")
         _check_at_least(self, 0, "workers")
@@ -289,7 +290,8 @@ class _Parser(ArgumentParser):
     """Reports every parse failure as :class:`ConfigError`, with the nearest known key or flag for an unknown one."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:
-        raise ConfigError(explain(message, known_keys()))
+        own = [flag.removeprefix("--") for flag in self._option_string_actions]
+        raise ConfigError(explain(message, [*known_keys(), *own]))
 
 
 def known_keys() -> list[str]:
@@ -363,6 +365,37 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
         return [plain(item) for item in value] if isinstance(value, tuple) else value
 
     return plain(dataclasses.asdict(config))
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Every setting under its dotted name, such as ``train.lr``."""
+    values = config_to_dict(config)
+    parts = {name: values.pop(name) for name in PARTS}
+    return values | {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
+
+
+def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (old value, new value) of every setting that differs."""
+    before, after = flatten(old), flatten(new)
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def override(config: RunConfig, **settings: Any) -> RunConfig:
+    """``config`` with some settings changed, each under its dotted name or its last part (``num_beams=1``).
+
+    Raises :class:`ConfigError` for a name that is unknown, or that belongs to several parts, and for impossible values.
+    """
+    values, known = config_to_dict(config), known_keys()
+    for name, value in settings.items():
+        found = [name] if name in known else [key for key in known if key.rsplit(".", 1)[-1] == name]
+        if not found:
+            leaves = [key.rsplit(".", 1)[-1] for key in known]
+            raise ConfigError(f"unknown setting {name!r}{nearest(name, known if '.' in name else leaves)}")
+        if len(found) > 1:
+            raise ConfigError(f"{name!r} could be {' or '.join(found)}; give the dotted name")
+        part, _, key = found[0].rpartition(".")
+        (values[part] if part else values)[key] = value
+    return run_config_from_dict(values)
 
 
 def config_to_yaml(config: RunConfig) -> str:

@@ -1,0 +1,88 @@
+"""The ``routingvl`` command: a table of sub-commands, each in its own module of ``routingvl.commands``.
+
+Nothing heavy is imported here, so that ``routingvl --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from routingvl import __version__
+
+# name -> module of routingvl.commands with run(args) -> exit status, and the line of --help
+COMMANDS = {
+    "train": ("train", "train routed bottlenecks from a YAML config and command-line overrides"),
+    "evaluate": ("evaluate", "score a run on a split and write its predictions"),
+    "caption": ("caption", "caption image files with a run"),
+    "answer": ("answer", "answer a question about an image with a run"),
+    "prepare-data": ("prepare_data", "derive every annotation file from the official COCO and VQAv2 files"),
+    "demo": ("demo", "train and compare every routing function on a small embedded data set"),
+    "benchmark": ("benchmark", "time the bottleneck operations against their alternatives"),
+    "doctor": ("doctor", "report versions, devices, the backend and what is missing on this machine"),
+    "export": ("export", "copy a run's adapter to a folder, in our format or PEFT's"),
+}
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def help_text() -> str:
+    """What ``routingvl --help`` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: routingvl COMMAND [options]",
+            "",
+            "Fine-tune ViT + RoBERTa and ViT + GPT-2 through routed low-rank bottlenecks (arXiv 2403.09377).",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "options:",
+            "  -h, --help  this text; routingvl COMMAND --help explains a command",
+            "  --version   the version",
+            "  --debug     show the traceback of an error (with any command)",
+            "",
+            "example: routingvl train --config configs/vqa-lora.yaml --train.lr 1e-4",
+        ]
+    )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 (failed), 2 (bad input) or 130 (interrupted)."""
+    args = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0 if args else USAGE_ERROR
+    if args[0] == "--version":
+        print(f"routingvl {__version__}")
+        return 0
+    if args[0] not in COMMANDS:
+        from difflib import get_close_matches
+
+        close = get_close_matches(args[0], COMMANDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "; routingvl --help lists the commands"
+        return _fail(f"unknown command {args[0]!r}{hint}")
+    module = importlib.import_module(f"routingvl.commands.{COMMANDS[args[0]][0]}")
+    try:
+        return module.run(args[1:])
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        # Every error of bad input in this library is one of these; anything else is a fault and shows its traceback.
+        if debug:
+            raise
+        return _fail(" ".join(str(error).split()), 1 if isinstance(error, FloatingPointError) else USAGE_ERROR)
+
+
+def _fail(message: str, status: int = USAGE_ERROR) -> int:
+    print(f"routingvl: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,53 @@
+"""``routingvl train``: a YAML config, overrides, and one run folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from routingvl.config import ConfigError
+from routingvl.run_config import config_from_namespace, config_parser
+
+EXAMPLE = "routingvl train --config configs/vqa-lora.yaml --train.lr 3e-4 --routing.rank 64 --output_dir runs/rank64"
+
+
+def run(args: Sequence[str]) -> int:
+    """Parse, train, and say where the results are."""
+    parser = config_parser(
+        prog="routingvl train",
+        description="Train routed bottlenecks. Settings come from --config, then from flags, which win.",
+        epilog=f"example: {EXAMPLE}",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--resume", metavar="RUN", help="Continue this run folder from its last state, exactly.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the run folder when it is not empty.")
+    parser.add_argument("--quiet", action="store_true", help="Print nothing but errors and the result.")
+    namespace = parser.parse_args(with_config_of_resumed_run(list(args)))
+    config = config_from_namespace(namespace)
+
+    from routingvl.train import train
+
+    log = "quiet" if namespace.quiet else None
+    result = train(config, log=log, resume=namespace.resume is not None, overwrite=namespace.overwrite)
+    best = (
+        "" if result.best_metric is None else f", best {result.metric} {result.best_metric:.4f} at {result.best_step}"
+    )
+    print(f"{result.steps} steps in {result.seconds:.1f} s{best}; run folder {result.run_dir}")
+    return 0
+
+
+def with_config_of_resumed_run(args: list[str]) -> list[str]:
+    """Put the config of the run that ``--resume`` names in front, so that resuming repeats no flag."""
+    for i, arg in enumerate(args):
+        if arg == "--resume" and i + 1 < len(args):
+            run = args[i + 1]
+        elif arg.startswith("--resume="):
+            run = arg.removeprefix("--resume=")
+        else:
+            continue
+        path = Path(run) / "config.yaml"
+        if not path.is_file():
+            raise ConfigError(f"--resume: {run} has no config.yaml; give the run folder to continue")
+        return ["--config", str(path), *args, "--output_dir", run]
+    return args

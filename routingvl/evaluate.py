@@ -1,0 +1,124 @@
+"""A run folder in; predictions in the form that servers take, and every metric that can run, out."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from routingvl.config import ConfigError
+from routingvl.execution import make_accelerator
+from routingvl.metrics.results import coco_results_name, vqa_results_name, write_coco_results, write_vqa_results
+from routingvl.run_config import changed_settings, override
+from routingvl.runs import RunFolder, environment, write_json
+from routingvl.tasks import Task, load_task
+
+# What evaluation may change; everything else was decided when the run was trained.
+FREE_IN_EVALUATION = ("data.", "eval.", "device", "model.backend", "train.mixed_precision")
+
+
+def evaluate(
+    run_dir: str | Path,
+    split: str = "test",
+    *,
+    checkpoint: str = "best",
+    output: str | Path | None = None,
+    limit: int | None = None,
+    log: str | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Score a run on a split; nothing that the run was trained with is repeated.
+
+    Writes ``metrics.json`` and the predictions (COCO's or EvalAI's form) into ``output``, by default
+    ``run_dir/eval-<split>``.
+
+    Args:
+        run_dir: folder of a training run.
+        split: name of the split, as in ``data.train_split``.
+        checkpoint: "best" or "last".
+        output: folder for the results.
+        limit: only the first so many images or questions.
+        log: "quiet" shows no progress bar.
+        **overrides: settings of ``data``, ``eval``, ``device`` or ``model.backend`` to change, by dotted name or last
+            part (``num_beams=1``).
+
+    Returns:
+        The metrics (see :meth:`routingvl.tasks.Task.scores`), with ``split``, ``checkpoint``, ``seconds``,
+        ``examples_per_second``, ``skipped`` (unreadable images left out) and ``predictions`` (path of the file).
+
+    Raises:
+        RunError: there is no such run or checkpoint.
+        ConfigError: an override is unknown or is fixed by the run.
+    """
+    folder = RunFolder(Path(run_dir))
+    trained = folder.load_config()
+    config = override(trained, **overrides)
+    for key in changed_settings(trained, config):
+        if not key.startswith(FREE_IN_EVALUATION):
+            raise ConfigError(f"{key} is fixed by the run {folder.path}; train another run to change it")
+    config.check_files()
+    accelerator = make_accelerator(config)
+    task = load_task(folder, config, checkpoint, accelerator.device)
+    loaded = task.load_split(split, limit)
+    task.precompute(loaded.images)
+    dataset = task.dataset(loaded, training=False)
+    begin = time.perf_counter()
+    progress = log != "quiet" and sys.stderr.isatty()
+    predictions = predict_dataset(task, dataset, accelerator, num_beams=config.eval.num_beams, progress=progress)
+    seconds = time.perf_counter() - begin
+    metrics: dict[str, Any] = {"split": split, "checkpoint": checkpoint}
+    if accelerator.is_main_process:
+        metrics |= task.scores(loaded, predictions)
+        metrics |= {
+            "skipped": len(dataset) - len(predictions),
+            "seconds": seconds,
+            "examples_per_second": len(predictions) / seconds,
+        }
+        target = Path(output) if output is not None else folder.path / f"eval-{split}"
+        metrics["predictions"] = str(write_predictions(target, config.task, split, folder.path.name, predictions))
+        write_json(target / "metrics.json", metrics | {"environment": environment()})
+    accelerator.wait_for_everyone()
+    return metrics
+
+
+def write_predictions(target: Path, task: str, split: str, method: str, predictions: dict[int, str]) -> Path:
+    """Write the result file of a task under the name that servers expect; returns its path."""
+    if task == "caption":
+        return write_coco_results(target / coco_results_name(split, method), predictions)
+    return write_vqa_results(target / vqa_results_name(split, method), predictions)
+
+
+def predict_dataset(
+    task: Task, dataset: Dataset, accelerator: Accelerator, *, num_beams: int, progress: bool = False
+) -> dict[int, str]:
+    """Predictions for every example of ``dataset`` by image or question id, the same in every process.
+
+    Each process takes every n-th example, so none is predicted twice and no padding has to be removed again.
+    """
+    task.model.eval()
+    mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    batches = list(_chunks(mine, task.config.eval.batch_size))
+    found: dict[int, str] = {}
+    show = progress and accelerator.is_main_process
+    with torch.inference_mode(), accelerator.autocast():
+        for batch in tqdm(
+            task.loader(dataset, batches), desc="predict", disable=not show, leave=False, dynamic_ncols=True
+        ):
+            if batch is not None:
+                found |= task.predict(batch, num_beams)
+    merged: dict[int, str] = {}
+    for part in gather_object([found]):
+        merged |= part
+    return merged
+
+
+def _chunks(indices: range, size: int) -> Iterable[list[int]]:
+    return (list(indices[start : start + size]) for start in range(0, len(indices), size))
