@@ -1,9 +1,9 @@
 """Tokenisation of captions in the manner of the Penn Treebank, with Java or without.
 
 Caption metrics count words, and published numbers count those of Stanford's PTBTokenizer (CoreNLP 3.4.1, which
-pycocoevalcap brings as a jar for Java). :func:`tokenize_captions` runs the same jar or, where there is no Java, a small
-Python tokenizer with the same conventions: lower case, ``'s`` and ``n't`` split off, hyphenated words whole, punctuation
-dropped. The two agree on ordinary captions; docs/metrics.md says where they differ.
+pycocoevalcap brings as a jar for Java). :func:`tokenize_captions` runs the same jar or, where there is no Java, a
+small Python tokenizer with the same conventions: lower case, ``'s`` and ``n't`` split off, hyphenated words whole,
+punctuation dropped. The two agree on ordinary captions; docs/metrics.md says where they differ.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _UNICODE = str.maketrans(
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 
 _ABBREVIATIONS = (
-    "mr mrs ms dr st sgt capt gen lt col prof rev hon maj adm gov sen rep pres messrs jr sr inc co corp ltd bros ave blvd"
-    " rd mt ft dept bldg univ assn vs etc al ph.d jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu"
-    " thurs fri"
+    "mr mrs ms dr st sgt capt gen lt col prof rev hon maj adm gov sen rep pres messrs jr sr inc co corp ltd bros ave"
+    " blvd rd mt ft dept bldg univ assn vs etc al ph.d jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues"
+    " wed thu thurs fri"
 ).split()
 _WORD = r"[^\W_]+"
 # The first pattern that fits at a position makes the token; what follows it is looked at afresh.
@@ -104,7 +104,7 @@ def tokenize_python(captions: Sequence[str]) -> list[str]:
 def tokenize_java(captions: Sequence[str]) -> list[str]:
     """The same by Stanford's PTBTokenizer.
 
-    The jar reads from a pipe, so nothing is written anywhere (pycocoevalcap's own wrapper writes into its installation).
+    The jar reads from a pipe, so nothing is written anywhere; pycocoevalcap's wrapper writes into its own folder.
 
     Raises:
         RuntimeError: Java is missing, fails, or does not answer in :data:`JAVA_TIMEOUT` seconds.
