@@ -17,7 +17,7 @@ from tqdm import tqdm
 from routingvl.config import ConfigError
 from routingvl.execution import make_accelerator
 from routingvl.metrics.results import coco_results_name, vqa_results_name, write_coco_results, write_vqa_results
-from routingvl.run_config import changed_settings, override
+from routingvl.run_config import RunConfig, changed_settings, override
 from routingvl.runs import RunFolder, environment, write_json
 from routingvl.tasks import Task, load_task
 
@@ -59,11 +59,7 @@ def evaluate(
         ConfigError: an override is unknown or is fixed by the run.
     """
     folder = RunFolder(Path(run_dir))
-    trained = folder.load_config()
-    config = override(trained, **overrides)
-    for key in changed_settings(trained, config):
-        if not key.startswith(FREE_IN_EVALUATION):
-            raise ConfigError(f"{key} is fixed by the run {folder.path}; train another run to change it")
+    config = evaluation_config(folder, **overrides)
     config.check_files()
     accelerator = make_accelerator(config)
     task = load_task(folder, config, checkpoint, accelerator.device)
@@ -87,6 +83,16 @@ def evaluate(
         write_json(target / "metrics.json", metrics | {"environment": environment()})
     accelerator.wait_for_everyone()
     return metrics
+
+
+def evaluation_config(folder: RunFolder, **overrides: Any) -> RunConfig:
+    """The config of a run with some settings of evaluation changed; raises ConfigError for one that training fixed."""
+    trained = folder.load_config()
+    config = override(trained, **overrides)
+    for key in changed_settings(trained, config):
+        if not key.startswith(FREE_IN_EVALUATION):
+            raise ConfigError(f"{key} is fixed by the run {folder.path}; train another run to change it")
+    return config
 
 
 def write_predictions(target: Path, task: str, split: str, method: str, predictions: dict[int, str]) -> Path:

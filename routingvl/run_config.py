@@ -252,6 +252,20 @@ class RunConfig:
         """Longest text in tokens."""
         return self.data.max_text_length or DEFAULT_TEXT_LENGTH[self.task]
 
+    def absolute(self) -> RunConfig:
+        """The same config with every local path made absolute, so that its run works from any folder."""
+
+        def resolved(part: Any, *keys: str) -> Any:
+            paths = {key: value for key in keys if (value := getattr(part, key)) and os.path.exists(value)}
+            return dataclasses.replace(part, **{key: os.path.abspath(value) for key, value in paths.items()})
+
+        return dataclasses.replace(
+            self,
+            output_dir=os.path.abspath(self.output_dir),
+            model=resolved(self.model, "vision", "text", "tokenizer"),
+            data=resolved(self.data, "annotations", "images", "answers"),
+        )
+
     def check_files(self) -> None:
         """Raise :class:`ConfigError` when a path of ``data`` is missing, before anything slow starts."""
         for key, needed in (("annotations", True), ("images", True), ("answers", False)):

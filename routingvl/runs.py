@@ -50,8 +50,15 @@ class RunFolder:
     answers = property(lambda self: self.path / "label2ans.json")
 
     def checkpoint(self, name: str) -> Path:
-        """Folder of the adapter called ``name`` ("best" or "last")."""
+        """Folder of the adapter called ``name`` ("best" or "last"), whether it is there or not."""
         return self.path / name
+
+    def adapter(self, name: str) -> Path:
+        """Folder of the adapter called ``name``; raises :class:`RunError` when the run has none."""
+        path = self.checkpoint(name)
+        if not path.is_dir():
+            raise RunError(f"{self.path} has no adapter {name!r}; train it further, or choose another --checkpoint")
+        return path
 
     def start(self, config: RunConfig, *, overwrite: bool) -> None:
         """Make the folder for a new run and write its config and environment.

@@ -10,7 +10,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +19,13 @@ from routingvl.config import ConfigError
 from routingvl.data.coco import CaptionDataset, CaptionSplit, load_captions
 from routingvl.data.collate import CaptionCollator, VQACollator, collate_images
 from routingvl.data.files import DataError
-from routingvl.data.images import ImageDataset, ImagePreprocessor, ImageRecord, load_image
+from routingvl.data.images import ImageDataset, ImagePreprocessor, ImageRecord
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
 from routingvl.data.vqa import VQADataset, VQASplit, load_vqa
 from routingvl.metrics import caption_scores, soft_score_report, vqa_report
 from routingvl.models import ViTGPT2ForCaptioning, ViTRobertaForVQA, load_pretrained
 from routingvl.run_config import RunConfig
-from routingvl.runs import RunError, RunFolder, write_json
+from routingvl.runs import RunFolder, write_json
 
 Batch = dict[str, Any]
 
@@ -143,10 +142,6 @@ class Task(ABC):
         if self.preprocessor is not None:
             write_json(folder.preprocessor, self.preprocessor.to_dict())
 
-    def picture(self, path: str | Path) -> torch.Tensor:
-        """pixel_values [3, H, W] of an image file; raises ImageError naming it."""
-        return self.preprocessor(load_image(path))
-
 
 class VQATask(Task):
     """Choose one of the answers."""
@@ -190,7 +185,7 @@ class VQATask(Task):
         return "accuracy" if split.annotations() else "soft_score"
 
     def scores(self, split: VQASplit, predictions: Mapping[int, str]) -> dict[str, Any]:
-        """Official accuracy (also by type) where annotators' answers are known, soft score where labels are; percent."""
+        """Percent: official accuracy, by type too, where annotators' answers are known; soft score where labels are."""
         annotations = [
             entry | {key: entry[key] or "unknown" for key in ("answer_type", "question_type")}
             for entry in split.annotations()
@@ -337,10 +332,7 @@ def load_task(folder: RunFolder, config: RunConfig, checkpoint: str, device: tor
 
     Raises RunError when the run has no such adapter.
     """
-    adapter = folder.checkpoint(checkpoint)
-    if not adapter.is_dir():
-        raise RunError(f"{folder.path} has no adapter {checkpoint!r}; train it, or choose another --checkpoint")
-    model = load_pretrained(adapter, backend=config.model.backend).to(device)
+    model = load_pretrained(folder.adapter(checkpoint), backend=config.model.backend).to(device)
     tokenizer = load_tokenizer(str(folder.tokenizer))
     preprocessor = None
     if folder.preprocessor.is_file():

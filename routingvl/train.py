@@ -90,6 +90,7 @@ def train(
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the state of the last complete step is saved.
     """
     config.check_files()
+    config = config.absolute()
     if resume and overwrite:
         raise ConfigError("resume continues a run and overwrite replaces it; choose one")
     accelerator = make_accelerator(config)
@@ -257,8 +258,8 @@ class Trainer:
     def announce(self) -> None:
         report = self.task.model.report
         self.log.message(
-            f"{self.config.task}: {len(self.task.train_set)} examples, "
-            f"{self.steps} steps of {self.settings.batch_size} on {self.accelerator.num_processes} x {self.accelerator.device}; "
+            f"{self.config.task}: {len(self.task.train_set)} examples, {self.steps} steps of "
+            f"{self.settings.batch_size} on {self.accelerator.num_processes} x {self.accelerator.device}; "
             f"{report.trainable:,} of {report.total:,} parameters train; run folder {self.folder.path}"
         )
 

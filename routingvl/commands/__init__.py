@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
 
 from routingvl.config import ConfigError, nearest
+from routingvl.run_config import changed_settings, parse_config
+from routingvl.runs import RunFolder
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -33,7 +38,33 @@ class CommandParser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message} (--help lists the options)")
 
 
-def add_run_argument(parser: argparse.ArgumentParser) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The run folder and which of its adapters to use."""
     parser.add_argument("run", metavar="RUN", help="run folder of a training")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="adapter to use (default: best)")
+
+
+def split_settings(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part settings such as ``--eval.num_beams 3`` (a dotted name, or --device) from the command's own arguments."""
+    own, settings = [], []
+    rest = iter(args)
+    for arg in rest:
+        name, has_value, _ = arg.partition("=")
+        if name.startswith("--") and ("." in name or name == "--device"):
+            settings += [arg] if has_value else [arg, *islice(rest, 1)]
+        else:
+            own.append(arg)
+    return own, settings
+
+
+def read_overrides(run: str, settings: Sequence[str]) -> dict[str, Any]:
+    """The settings among ``--key value`` arguments that differ from those of a run, by dotted name."""
+    folder = RunFolder(Path(run))
+    trained = folder.load_config()
+    if not settings:
+        return {}
+    changed = parse_config(["--config", str(folder.config_file), *settings])
+    return {key: new for key, (_, new) in changed_settings(trained, changed).items()}
+
+
+SETTINGS_NOTE = "Settings of data, eval, device and model.backend can be changed for this call: --eval.num_beams 3."

@@ -1,0 +1,101 @@
+"""``routingvl doctor``: what this machine has, what runs here, and what to do about the rest."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from routingvl.commands import CommandParser
+
+EXAMPLE = "routingvl doctor"
+OPTIONAL = {
+    "tensorboard": "train.trackers=[tensorboard]",
+    "wandb": "train.trackers=[wandb]",
+    "peft": "loading what export --format peft writes",
+}
+
+
+def run(args: Sequence[str]) -> int:
+    """Print the report; exit status 1 when something that every command needs is broken."""
+    parser = CommandParser("doctor", "Report versions, devices, backend, Java and optional packages.", EXAMPLE)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    options = parser.parse_args(args)
+    report = examine()
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        for section, entries in report.items():
+            print(section)
+            for name, value in entries.items():
+                print(f"  {name:<16}{'not installed' if value is None else value}")
+    return 1 if any("PROBLEM" in str(value) for entries in report.values() for value in entries.values()) else 0
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """Every finding by section; a value that starts with PROBLEM needs action."""
+    import torch
+
+    from routingvl.kernels.launch import select_backend
+    from routingvl.runs import git_state, hardware, package_versions
+
+    devices = hardware()
+    devices["gpus"] = ", ".join(f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in devices["gpus"]) or "none"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        backend, reason = select_backend(device)
+    except (RuntimeError, ValueError) as error:
+        backend, reason = f"PROBLEM: {error}", "see above"
+    versions = package_versions()
+    state = git_state()
+    return {
+        "versions": {
+            "python": sys.version.split()[0],
+            **{name: version for name, version in versions.items() if name not in OPTIONAL},
+            "commit": "not a checkout" if state is None else state["commit"][:12] + " (changed)" * state["dirty"],
+        },
+        "devices": devices,
+        "bottlenecks": {"backend": backend, "reason": reason},
+        "checks": {"torchvision": check_torchvision(), "transformers": check_transformers()},
+        "caption metrics": check_caption_metrics(),
+        "optional packages": {
+            name: versions[name] or f"not installed; only {use} needs it" for name, use in OPTIONAL.items()
+        },
+    }
+
+
+def check_torchvision() -> str:
+    """A torchvision that does not fit torch breaks the import of transformers' models, though nothing here needs it."""
+    if importlib.util.find_spec("torchvision") is None:
+        return "absent, and not needed"
+    error = _import_error("import torchvision")
+    return f"PROBLEM: does not fit torch ({error}); pip uninstall torchvision" if error else "fits torch (not needed)"
+
+
+def check_transformers() -> str:
+    """Whether the three model classes import."""
+    error = _import_error("from transformers import GPT2LMHeadModel, RobertaModel, ViTModel")
+    return f"PROBLEM: {error}" if error else "ViT, RoBERTa and GPT-2 import"
+
+
+def check_caption_metrics() -> dict[str, str]:
+    """Which caption metrics can run here."""
+    java = shutil.which("java")
+    if java:
+        done = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60, check=False)
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        java = f"{lines[0] if lines else 'no version'} ({java})"
+    return {
+        "java": java or "absent: METEOR cannot run, and a Python tokenizer takes the place of Stanford's",
+        "BLEU, ROUGE, CIDEr": "run always",
+    }
+
+
+def _import_error(statement: str) -> str | None:
+    """The last line of what ``statement`` prints to stderr in a fresh interpreter when it fails, else None."""
+    done = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, timeout=300, check=False)
+    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["unknown error"])[-1]

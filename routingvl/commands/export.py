@@ -1,0 +1,43 @@
+"""``routingvl export``: a run's adapter as a folder of its own, in our format or PEFT's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from routingvl.commands import CommandParser, add_run_arguments
+from routingvl.config import ConfigError
+
+EXAMPLE = "routingvl export runs/caption-none adapters/caption --format peft"
+
+
+def run(args: Sequence[str]) -> int:
+    """Load the adapter with its backbones, and write it anew."""
+    parser = CommandParser(
+        "export",
+        "Write a run's adapter into a folder: for routingvl (load_pretrained), or for PEFT, which has no routing\n"
+        "and so takes plain LoRA (routing none) only.",
+        EXAMPLE,
+    )
+    add_run_arguments(parser)
+    parser.add_argument("output", metavar="FOLDER", help="folder to write; must be empty or new")
+    parser.add_argument("--format", choices=("routingvl", "peft"), default="routingvl", help="default: routingvl")
+    options = parser.parse_args(args)
+
+    from routingvl.models import load_pretrained
+    from routingvl.runs import RunFolder, replacing
+
+    folder, output = RunFolder(Path(options.run)), Path(options.output)
+    folder.load_config()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output} is not an empty folder; choose another one")
+    model = load_pretrained(folder.adapter(options.checkpoint))
+    with replacing(output) as target:
+        if options.format == "peft":
+            from routingvl.checkpoint import export_peft
+
+            export_peft(model, target, base_model=model.backbones["text"])
+        else:
+            model.save_pretrained(target)
+    print(f"{options.format} adapter of {folder.path} written to {output}")
+    return 0
