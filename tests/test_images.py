@@ -1,0 +1,240 @@
+"""Image reading and preprocessing; the oracle is transformers' ViTImageProcessorPil."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from routingvl.data.collate import collate_images
+from routingvl.data.files import DataError, ImageFolders
+from routingvl.data.images import (
+    ImageDataset,
+    ImageError,
+    ImagePreprocessor,
+    ImageRecord,
+    PictureSource,
+    load_image,
+    to_rgb,
+)
+
+
+def picture(height: int = 37, width: int = 53, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def jpeg(tmp_path):
+    path = tmp_path / "good.jpg"
+    picture().save(path)
+    return path
+
+
+@pytest.fixture
+def truncated(tmp_path):
+    path = tmp_path / "truncated.jpg"
+    picture(200, 200).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    return path
+
+
+class TestLoadImage:
+    @pytest.mark.parametrize(
+        ("mode", "suffix"), [("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("1", "png"), ("LA", "png"), ("RGBA", "png")]
+    )
+    def test_every_mode_becomes_rgb(self, tmp_path, mode, suffix):
+        path = tmp_path / f"image.{suffix}"
+        picture().convert(mode).save(path)
+        loaded = load_image(path)
+        assert (loaded.mode, loaded.size) == ("RGB", (53, 37))
+        assert np.ptp(np.asarray(loaded)) > 100
+
+    def test_grey_is_the_same_in_every_channel(self, tmp_path):
+        picture().convert("L").save(tmp_path / "grey.png")
+        pixels = np.asarray(load_image(tmp_path / "grey.png"))
+        np.testing.assert_array_equal(pixels[..., 0], pixels[..., 2])
+        np.testing.assert_array_equal(pixels[..., 0], np.asarray(picture().convert("L")))
+
+    def test_sixteen_bits_are_scaled_not_clipped(self, tmp_path):
+        wide = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+        Image.fromarray(wide).save(tmp_path / "wide.png")
+        np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "wide.png"))[..., 1], wide >> 8)
+
+    def test_transparent_palette_gives_no_warning(self, tmp_path, recwarn):
+        image = picture().convert("P")
+        image.save(tmp_path / "clear.png", transparency=bytes(range(256)))
+        assert load_image(tmp_path / "clear.png").mode == "RGB"
+        assert not recwarn.list
+
+    def test_truncated_jpeg_is_an_error_that_names_the_file(self, truncated):
+        with pytest.raises(ImageError, match=r"truncated\.jpg cannot be read"):
+            load_image(truncated)
+
+    def test_missing_file(self, tmp_path):
+        with pytest.raises(ImageError, match=r"absent\.jpg does not exist"):
+            load_image(tmp_path / "absent.jpg")
+
+    @pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff"])
+    def test_not_an_image(self, tmp_path, content):
+        (tmp_path / "bad.jpg").write_bytes(content)
+        with pytest.raises(ImageError, match=r"bad\.jpg cannot be read"):
+            load_image(tmp_path / "bad.jpg")
+
+    def test_folder_in_place_of_a_file(self, tmp_path):
+        with pytest.raises(ImageError, match="cannot be read"):
+            load_image(tmp_path)
+
+    def test_error_survives_the_way_back_from_a_worker(self):
+        assert "x.jpg" in str(pickle.loads(pickle.dumps(ImageError("image x.jpg does not exist"))))
+
+
+CONFIGS = [
+    {},
+    {"size": {"height": 32, "width": 48}},
+    {"size": {"height": 16, "width": 16}, "resample": 3},
+    {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "size": {"height": 40, "width": 40}},
+    {"do_normalize": False, "size": {"height": 24, "width": 24}},
+    {"rescale_factor": 1 / 127.5, "size": {"height": 24, "width": 24}},
+    {"do_rescale": False, "size": {"height": 24, "width": 24}},
+]
+
+
+class TestPreprocessor:
+    @pytest.mark.parametrize("config", CONFIGS)
+    @pytest.mark.parametrize("shape", [(37, 53), (300, 200), (24, 24)])
+    def test_bit_identical_to_transformers(self, config, shape):
+        from transformers import ViTImageProcessorPil
+
+        image = picture(*shape)
+        expected = ViTImageProcessorPil(**config)(image, return_tensors="pt")["pixel_values"][0]
+        actual = ImagePreprocessor.from_dict(config)(image)
+        assert actual.dtype == torch.float32
+        assert actual.is_contiguous()
+        assert torch.equal(actual, expected)
+
+    @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA"])
+    def test_file_and_image_of_any_mode(self, tmp_path, mode):
+        path = tmp_path / "image.tif"
+        picture().convert(mode).save(path)
+        preprocess = ImagePreprocessor(size=(20, 30))
+        assert preprocess(path).shape == (3, 20, 30)
+        assert torch.equal(preprocess(path), preprocess(to_rgb(Image.open(path))))
+
+    def test_to_dict_is_read_back_by_us_and_by_transformers(self):
+        from transformers import ViTImageProcessorPil
+
+        ours = ImagePreprocessor(size=(20, 30), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), resample=3)
+        assert ImagePreprocessor.from_dict(json.loads(json.dumps(ours.to_dict()))) == ours
+        theirs = ViTImageProcessorPil.from_dict(ours.to_dict())
+        assert torch.equal(ours(picture()), theirs(picture(), return_tensors="pt")["pixel_values"][0])
+
+    @pytest.mark.parametrize("kind", [{"feature_extractor_type": "ViTFeatureExtractor", "size": 18}, None])
+    def test_from_pretrained_folder(self, tmp_path, kind):
+        from transformers import ViTImageProcessorPil
+
+        if kind is None:
+            ViTImageProcessorPil(size={"height": 18, "width": 18}).save_pretrained(tmp_path)
+        else:
+            (tmp_path / "preprocessor_config.json").write_text(json.dumps(kind))
+        assert ImagePreprocessor.from_pretrained(tmp_path) == ImagePreprocessor(size=18)
+
+    def test_falls_back_to_the_image_size_of_the_model_and_says_so(self, tmp_path, caplog):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "image_size": 36}))
+        assert ImagePreprocessor.from_pretrained(tmp_path) == ImagePreprocessor(
+            size=36, mean=(0.5,) * 3, std=(0.5,) * 3
+        )
+        assert "preprocessor_config.json" in caplog.text
+
+    def test_folder_of_no_vision_model(self, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+        with pytest.raises(DataError, match=r"neither preprocessor_config\.json nor a config\.json with image_size"):
+            ImagePreprocessor.from_pretrained(tmp_path)
+
+    def test_unknown_hub_name(self, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(DataError, match="no-such-organisation/no-such-vit"):
+            ImagePreprocessor.from_pretrained("no-such-organisation/no-such-vit")
+
+    @pytest.mark.parametrize(
+        "config",
+        [{"size": {"shortest_edge": 224}}, {"do_center_crop": True}, {"do_resize": False}, {"image_mean": [0.5]}],
+    )
+    def test_unsupported_config_names_its_file(self, config):
+        with pytest.raises(DataError, match=r"some/preprocessor_config\.json"):
+            ImagePreprocessor.from_dict(config, source="some/preprocessor_config.json")
+
+    @pytest.mark.parametrize("options", [{"size": 0}, {"size": (3, 4, 5)}, {"std": 0.0}, {"mean": (0.5, 0.5)}])
+    def test_impossible_values(self, options):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            ImagePreprocessor(**options)
+
+    def test_pickles_for_workers(self):
+        preprocess = ImagePreprocessor(size=8)
+        assert torch.equal(pickle.loads(pickle.dumps(preprocess))(picture()), preprocess(picture()))
+
+
+class TestImageFolders:
+    @pytest.mark.parametrize("layout", ["Images/val2014", "val2014"])
+    def test_folder_comes_from_the_file_name(self, tmp_path, layout):
+        (tmp_path / layout).mkdir(parents=True)
+        name = "COCO_val2014_000000000042.jpg"
+        assert ImageFolders(tmp_path).path(name, folder="train2014") == tmp_path / layout / name
+
+    def test_name_without_prefix(self, tmp_path):
+        (tmp_path / "own").mkdir()
+        assert ImageFolders(tmp_path).path("x.jpg") == tmp_path / "x.jpg"
+        assert ImageFolders(tmp_path).path("x.jpg", folder="own") == tmp_path / "own" / "x.jpg"
+
+    def test_missing_folders_are_named(self, tmp_path):
+        with pytest.raises(DataError, match="absent does not exist"):
+            ImageFolders(tmp_path / "absent")
+        with pytest.raises(DataError, match=r"Images/train2014 and .*train2014"):
+            ImageFolders(tmp_path).path("COCO_train2014_000000000001.jpg")
+
+
+class TestPictureSource:
+    def test_features_win_and_images_are_never_opened(self):
+        features = {7: torch.ones(1, 4)}
+        record = ImageRecord(7, "absent.jpg", None)
+        for given in (features, features.__getitem__):
+            assert torch.equal(PictureSource(features=given)(record)["vision_features"], features[7])
+
+    def test_missing_features_name_the_image(self):
+        with pytest.raises(DataError, match="image 8"):
+            PictureSource(features={7: torch.ones(1, 4)})(ImageRecord(8, "eight.jpg"))
+
+    def test_no_image_folder(self):
+        with pytest.raises(DataError, match="without an image folder"):
+            PictureSource(ImagePreprocessor(8))(ImageRecord(8, "eight.jpg"))
+
+    def test_needs_a_source_and_a_known_policy(self):
+        with pytest.raises(ValueError, match="preprocessor"):
+            PictureSource()
+        with pytest.raises(ValueError, match="on_bad_image='ignore'"):
+            PictureSource(ImagePreprocessor(8), on_bad_image="ignore")
+
+    def test_fail_raises(self, truncated):
+        with pytest.raises(ImageError, match=r"truncated\.jpg"):
+            PictureSource(ImagePreprocessor(8))(ImageRecord(1, "truncated.jpg", truncated))
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_skip_drops_and_counts_also_with_workers(self, jpeg, truncated, tmp_path, workers):
+        paths = [jpeg, truncated, jpeg, truncated, truncated, tmp_path / "absent.jpg", jpeg]
+        records = [ImageRecord(i, path.name, path) for i, path in enumerate(paths)]
+        dataset = ImageDataset(records, ImagePreprocessor(8), on_bad_image="skip")
+        loader = DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=collate_images)
+        batches = list(loader)
+        assert [batch and batch["image_ids"] for batch in batches] == [[0], [2], None, [6]]
+        assert batches[0]["pixel_values"].shape == (1, 3, 8, 8)
+        assert dataset.pictures.skipped == 4
+        dataset.pictures.reset_skipped()
+        assert dataset.pictures.skipped == 0
+
+    def test_failure_in_a_worker_names_the_file(self, truncated):
+        dataset = ImageDataset([ImageRecord(1, "truncated.jpg", truncated)], ImagePreprocessor(8))
+        with pytest.raises(ImageError, match=r"truncated\.jpg"):
+            list(DataLoader(dataset, num_workers=1, collate_fn=collate_images))
