@@ -109,7 +109,9 @@ def read_adapter_config(directory: str | Path, model_class: str | None = None) -
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error})") from error
     if config.get("peft_type") != PEFT_TYPE:
-        raise CheckpointError(f"{path}: peft_type is {config.get('peft_type')!r}; a routingvl adapter has {PEFT_TYPE!r}")
+        raise CheckpointError(
+            f"{path}: peft_type is {config.get('peft_type')!r}; a routingvl adapter has {PEFT_TYPE!r}"
+        )
     if config.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format_version {config.get('format_version')!r} is not {FORMAT_VERSION}: "
@@ -144,7 +146,8 @@ def resolve_backbones(directory: str | Path, config: Mapping[str, Any], **given:
         if relative and not Path(name).is_dir():
             if not beside.is_dir():
                 raise CheckpointError(
-                    f"{Path(directory) / CONFIG}: the {role} backbone's folder {name} is gone: pass {role}= when loading"
+                    f"{Path(directory) / CONFIG}: the {role} backbone's folder {name} is gone: "
+                    f"pass {role}= when loading"
                 )
             name = str(beside)  # run folder and backbones were moved together
         resolved[role] = name
@@ -304,7 +307,8 @@ def export_peft(model: nn.Module, directory: str | Path, base_model: str | None 
     routed = [name for name, layer in layers.items() if layer.routing != "none"]
     if routed:
         raise CheckpointError(
-            f"{routed[0]} routes with {layers[routed[0]].routing!r}: PEFT would drop the image; only routing 'none' exports"
+            f"{routed[0]} routes with {layers[routed[0]].routing!r}: PEFT would drop the image; "
+            "only routing 'none' exports"
         )
     tensors: dict[str, torch.Tensor] = {}
     root = _language_model_root(model)

@@ -6,6 +6,7 @@ the whole library: B batch, T text tokens, L visual tokens, K width in, N width 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -280,10 +281,9 @@ def _columns(slices: Sequence[tuple[int, int]] | None, out_features: int) -> tup
         return None, out_features
     widths = {stop - start for start, stop in slices}
     ordered = sorted(slices)
-    overlap = any(left[1] > right[0] for left, right in zip(ordered, ordered[1:]))
+    overlap = any(left[1] > right[0] for left, right in itertools.pairwise(ordered))
     if len(widths) != 1 or min(widths) < 1 or overlap or ordered[0][0] < 0 or ordered[-1][1] > out_features:
         raise ValueError(
             f"slices {list(slices)} must be equally wide, apart from each other and within the {out_features} outputs"
         )
     return tuple(start for start, _ in slices), widths.pop()
-

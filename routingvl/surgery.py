@@ -69,7 +69,8 @@ class TrainableReport:
         head = f"trainable {self.trainable:,} of {self.total:,} parameters ({100 * self.trainable / self.total:.2f} %)"
         width = max((len(layer.name) for layer in self.layers), default=0)
         rows = [
-            f"  {layer.name:<{width}}  {layer.kind:<7}  {layer.routing:<6}  r={layer.rank:<4} {layer.backend}: {layer.reason}"
+            f"  {layer.name:<{width}}  {layer.kind:<7}  {layer.routing:<6}  r={layer.rank:<4} "
+            f"{layer.backend}: {layer.reason}"
             for layer in self.layers
         ]
         return "\n".join([head, *rows])
@@ -318,4 +319,3 @@ def _unfreeze(model: nn.Module, family: Family | None, config: RoutingConfig) ->
             within = name.startswith(inside) if inside is not None else _layer_index(name) is not None
             if isinstance(module, nn.LayerNorm) and within:
                 module.requires_grad_(True)
-

@@ -101,9 +101,7 @@ def build_model(case: dict[str, Any]) -> nn.Module:
     prefix = case["class"].rsplit(".", 1)[1] not in ("GPT2LMHeadModel", "RobertaVQAVLRouting")
     if gpt:
         text = GPT2LMHeadModel(GPT2Config(**case["config"]))
-        model = ViTGPT2ForCaptioning.from_backbones(
-            None, text, config, visual_prefix=prefix, caption_loss="reference"
-        )
+        model = ViTGPT2ForCaptioning.from_backbones(None, text, config, visual_prefix=prefix, caption_loss="reference")
     else:
         text = RobertaModel(RobertaConfig(**case["config"]))
         model = ViTRobertaForVQA.from_backbones(

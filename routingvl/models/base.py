@@ -71,6 +71,8 @@ class RoutedVLModel(nn.Module):
             self.visual_projection = nn.Linear(
                 self.vision_width, text.config.hidden_size, device=self.device, dtype=self.dtype
             )
+        # How many positions (prefix and text together) the text model has embeddings for.
+        self.max_positions = text.config.max_position_embeddings
         self.backbones: dict[str, str | None] = {"vision": None, "text": None}
         self.train(text.training)
 
@@ -149,9 +151,7 @@ class RoutedVLModel(nn.Module):
             raise ValueError("the model was built without a ViT: pass vision_features= instead of pixel_values=")
         return vit_features(self.vit, pixel_values, self.vision_features)
 
-    def visual_features(
-        self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None
-    ) -> torch.Tensor:
+    def visual_features(self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None) -> torch.Tensor:
         """Features [B, L, d] in the language model's width and type, from exactly one of the two inputs.
 
         Raises:
@@ -163,7 +163,8 @@ class RoutedVLModel(nn.Module):
             vision_features = self.encode_images(pixel_values)
         if vision_features.dim() != 3 or vision_features.shape[-1] != self.vision_width:
             raise ValueError(
-                f"vision_features must be [batch, visual tokens, {self.vision_width}], not {list(vision_features.shape)}"
+                f"vision_features must be [batch, visual tokens, {self.vision_width}], "
+                f"not {list(vision_features.shape)}"
             )
         _check_tokens(self.routing, vision_features.shape[1])
         features = vision_features.to(self.dtype)
@@ -188,11 +189,6 @@ class RoutedVLModel(nn.Module):
         length = input_ids.shape[1] + (features.shape[1] if self.visual_prefix else 0)
         if length > self.max_positions:
             raise ValueError(f"{length} positions (prefix and text) exceed the text model's {self.max_positions}")
-
-    @property
-    def max_positions(self) -> int:
-        """How many positions (prefix and text together) the text model has embeddings for."""
-        return self.language_model.config.max_position_embeddings
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute each transformer layer in backward instead of keeping its activations (non-reentrant)."""
@@ -241,9 +237,7 @@ class RoutedVLModel(nn.Module):
         saved = checkpoint.read_adapter_config(directory, cls.__name__)
         routing = from_dict(RoutingConfig, saved["routing"], f"{directory}: routing")
         backbones = checkpoint.resolve_backbones(directory, saved, vision=vision, text=text)
-        model = cls.from_backbones(
-            backbones["vision"], backbones["text"], routing, backend=backend, **saved["model"]
-        )
+        model = cls.from_backbones(backbones["vision"], backbones["text"], routing, backend=backend, **saved["model"])
         checkpoint.load_adapter(model, directory, saved)
         return model.eval()
 

@@ -68,6 +68,7 @@ class ViTRobertaForVQA(RoutedVLModel):
             vision_width=vision_width,
             backend=backend,
         )
+        self.max_positions -= text.embeddings.padding_idx + 1  # RoBERTa counts positions from padding_idx + 1
         self.num_labels = num_labels
         self.classifier_layers = classifier_layers
         self.text_embedding = text_embedding
@@ -88,11 +89,6 @@ class ViTRobertaForVQA(RoutedVLModel):
             "classifier_layers": self.classifier_layers,
             "text_embedding": self.text_embedding,
         }
-
-    @property
-    def max_positions(self) -> int:
-        """RoBERTa counts positions from padding_idx + 1."""
-        return super().max_positions - self.roberta.embeddings.padding_idx - 1
 
     def forward(
         self,
