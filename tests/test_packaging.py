@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import routingvl
 
@@ -168,10 +169,11 @@ def test_wheel_metadata(wheel):
 
 def test_constraints_pin_every_dependency_within_its_range(wheel):
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = {item.name.lower(): item for item in map(Requirement, filter(None, (re.sub("#.*", "", x) for x in lines)))}
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pins = {canonicalize_name(pin.name): pin for pin in pins}
     for text in metadata(wheel[0]).get_all("Requires-Dist"):
         requirement = Requirement(text)
-        pin = pins[requirement.name.lower()]
+        pin = pins[canonicalize_name(requirement.name)]
         (exact,) = [part.version for part in pin.specifier if part.operator == "=="] or [None]
         if requirement.name == "triton":  # a range: a CUDA build of torch brings its own
             assert exact is None
@@ -180,12 +182,14 @@ def test_constraints_pin_every_dependency_within_its_range(wheel):
             assert requirement.specifier.contains(exact), f"{pin} is outside {requirement}"
 
 
-def run_python(code: str, cwd: Path, path: Path | None) -> str:
+def run_python(code: str, cwd: Path, path: Path | None, *flags: str) -> str:
     """Output of a fresh interpreter in ``cwd`` with only ``path`` added to the search path."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if path is not None:
         environment["PYTHONPATH"] = str(path)
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -221,10 +225,9 @@ def test_import_from_the_wheel(wheel, tmp_path):
 def test_import_from_an_editable_install(source, tmp_path):
     site = tmp_path / "site"
     build("build_editable", source, site).close()
-    # a folder on PYTHONPATH does not have its .pth files read; site-packages does
-    code = "import site, sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
-    code += f"site.addsitedir({str(site)!r})\n" + FIND_ALL
-    assert_found(run_python(code, tmp_path, None), source / "routingvl", source)
+    # -S leaves out the environment's own packages, an editable install of this repository among them
+    code = f"import site; site.addsitedir({str(site)!r})\n{FIND_ALL}"
+    assert_found(run_python(code, tmp_path, None, "-S"), source / "routingvl", source)
 
 
 def test_nothing_is_imported_by_the_package_itself():
