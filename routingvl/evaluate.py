@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from routingvl.config import ConfigError
-from routingvl.execution import make_accelerator
+from routingvl.execution import hush_transformers, make_accelerator
 from routingvl.metrics.results import coco_results_name, vqa_results_name, write_coco_results, write_vqa_results
 from routingvl.run_config import RunConfig, changed_settings, override
 from routingvl.runs import RunFolder, environment, write_json
@@ -61,6 +61,7 @@ def evaluate(
     folder = RunFolder(Path(run_dir))
     config = evaluation_config(folder, **overrides)
     config.check_files()
+    hush_transformers(log == "quiet")
     accelerator = make_accelerator(config)
     task = load_task(folder, config, checkpoint, accelerator.device)
     loaded = task.load_split(split, limit)

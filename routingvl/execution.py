@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,14 @@ from accelerate.state import AcceleratorState
 from routingvl.config import ConfigError
 from routingvl.kernels.launch import select_backend
 from routingvl.run_config import RunConfig
+
+
+def hush_transformers(quiet: bool) -> None:
+    """Hide the bars that transformers draws while it loads models, when output is not wanted or goes to a file."""
+    from transformers.utils import logging
+
+    if quiet or not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:

@@ -10,7 +10,7 @@ import torch
 
 from routingvl.config import ConfigError
 from routingvl.evaluate import evaluation_config
-from routingvl.execution import make_accelerator
+from routingvl.execution import hush_transformers, make_accelerator
 from routingvl.runs import RunFolder
 from routingvl.tasks import CaptionTask, VQATask, load_task
 
@@ -30,6 +30,7 @@ class Predictor:
     def __init__(self, run_dir: str | Path, *, checkpoint: str = "best", **overrides: Any) -> None:
         folder = RunFolder(Path(run_dir))
         self.config = evaluation_config(folder, **overrides)
+        hush_transformers(quiet=True)
         self.accelerator = make_accelerator(self.config)
         self.task = load_task(folder, self.config, checkpoint, self.accelerator.device)
         self.task.model.eval()

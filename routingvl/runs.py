@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from routingvl.config import ConfigError
-from routingvl.run_config import RunConfig, changed_settings, config_to_yaml, flatten, load_config
+from routingvl.config_file import config_to_yaml, load_config
+from routingvl.run_config import RunConfig, changed_settings, flatten
 
 PACKAGES = (
     "routingvl torch triton transformers accelerate safetensors numpy Pillow jsonargparse PyYAML tqdm matplotlib "

@@ -23,7 +23,7 @@ from routingvl.data.images import ImageDataset, ImagePreprocessor, ImageRecord
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
 from routingvl.data.vqa import VQADataset, VQASplit, load_vqa
 from routingvl.metrics import caption_scores, soft_score_report, vqa_report
-from routingvl.models import ViTGPT2ForCaptioning, ViTRobertaForVQA, load_pretrained
+from routingvl.models import RoutedVLModel, ViTGPT2ForCaptioning, ViTRobertaForVQA, load_pretrained
 from routingvl.run_config import RunConfig
 from routingvl.runs import RunFolder, write_json
 
@@ -34,18 +34,23 @@ class Task(ABC):
     """Model and data of one run.
 
     Attributes:
+        model: set by :func:`build_task` or :func:`load_task`.
         train_set, val_set: data sets, once :meth:`load_training_data` ran; val_set is None without validation.
         metric: the validation score that chooses the best checkpoint, known from then on.
     """
 
-    def __init__(
-        self, config: RunConfig, model: torch.nn.Module, tokenizer: Any, preprocessor: ImagePreprocessor | None
-    ) -> None:
-        self.config, self.model, self.tokenizer, self.preprocessor = config, model, tokenizer, preprocessor
+    model: RoutedVLModel
+
+    def __init__(self, config: RunConfig, tokenizer: Any, preprocessor: ImagePreprocessor) -> None:
+        self.config, self.tokenizer, self.preprocessor = config, tokenizer, preprocessor
         self.features: dict[int, torch.Tensor] = {}
         self.train_set: Dataset | None = None
         self.val_set: Dataset | None = None
         self.metric = ""
+
+    @abstractmethod
+    def build_model(self) -> RoutedVLModel:
+        """A new model as the config describes it."""
 
     @abstractmethod
     def load_split(self, split: str, limit: int | None = None, training: bool = False) -> Any:
@@ -79,11 +84,14 @@ class Task(ABC):
     def collator(self) -> Callable[[Sequence[Any]], Batch | None]:
         """Turns examples into a batch."""
 
-    def load_training_data(self) -> None:
-        """Read the training and validation splits, and encode their images when features are precomputed."""
+    def read_training_splits(self) -> tuple[Any, Any]:
+        """The annotations of the training split, and of the validation split or None."""
         data = self.config.data
         train = self.load_split(data.train_split, data.train_limit, training=True)
-        val = None if data.val_split is None else self.load_split(data.val_split, data.val_limit)
+        return train, None if data.val_split is None else self.load_split(data.val_split, data.val_limit)
+
+    def load_training_data(self, train: Any, val: Any) -> None:
+        """Make the data sets of two splits, and encode their images when features are precomputed."""
         self.precompute([*train.images, *(val.images if val else [])])
         self.train_set = self.dataset(train, training=True)
         if val is not None:
@@ -139,8 +147,7 @@ class Task(ABC):
     def save_files(self, folder: RunFolder) -> None:
         """Put into the run folder what evaluation needs beside the adapter: tokenizer and preprocessing."""
         self.tokenizer.save_pretrained(folder.tokenizer)
-        if self.preprocessor is not None:
-            write_json(folder.preprocessor, self.preprocessor.to_dict())
+        write_json(folder.preprocessor, self.preprocessor.to_dict())
 
 
 class VQATask(Task):
@@ -149,6 +156,20 @@ class VQATask(Task):
     def __init__(self, *args: Any, vocabulary: AnswerVocabulary) -> None:
         super().__init__(*args)
         self.vocabulary = vocabulary
+
+    def build_model(self) -> ViTRobertaForVQA:
+        model = self.config.model
+        return ViTRobertaForVQA.from_backbones(
+            model.vision,
+            self.config.text_model,
+            self.config.routing,
+            num_labels=len(self.vocabulary),
+            classifier_layers=model.classifier_layers,
+            text_embedding=model.text_embedding,
+            vision_features=model.vision_features,
+            visual_prefix=model.visual_prefix,
+            backend=model.backend,
+        )
 
     def load_split(self, split: str, limit: int | None = None, training: bool = False) -> VQASplit:
         loaded = load_vqa(self.config.data.annotations, split, self.config.data.images)
@@ -218,6 +239,18 @@ class VQATask(Task):
 class CaptionTask(Task):
     """Write a caption."""
 
+    def build_model(self) -> ViTGPT2ForCaptioning:
+        model = self.config.model
+        return ViTGPT2ForCaptioning.from_backbones(
+            model.vision,
+            self.config.text_model,
+            self.config.routing,
+            caption_loss=model.caption_loss,
+            vision_features=model.vision_features,
+            visual_prefix=model.visual_prefix,
+            backend=model.backend,
+        )
+
     def load_split(self, split: str, limit: int | None = None, training: bool = False) -> CaptionSplit:
         loaded = load_captions(self.config.data.annotations, split, self.config.data.images)
         if limit is None:
@@ -283,47 +316,24 @@ class CaptionTask(Task):
         return caption_scores(described, references, metrics=metrics, tokenizer=tokenizer)
 
 
-def build_task(config: RunConfig, *, model: torch.nn.Module | None, tokenizer: Any, device: torch.device) -> Task:
-    """The task of a new run, its training data read and its model on ``device``.
+def build_task(config: RunConfig, *, model: RoutedVLModel | None, tokenizer: Any, device: torch.device) -> Task:
+    """The task of a new run, its training data read and its model (a given one, or a new one) on ``device``.
+
+    Annotations are read first, so that a wrong path fails before backbones load.
 
     Raises ConfigError, DataError or OSError naming what is missing.
     """
     tokenizer = tokenizer or load_tokenizer(config.model.tokenizer or config.text_model)
     preprocessor = ImagePreprocessor.from_pretrained(config.model.vision)
-    options = {
-        "vision_features": config.model.vision_features,
-        "visual_prefix": config.model.visual_prefix,
-        "backend": config.model.backend,
-    }
-    if config.task == "vqa":
-        vocabulary = load_answers(config)
-        if model is None:
-            model = ViTRobertaForVQA.from_backbones(
-                config.model.vision,
-                config.text_model,
-                config.routing,
-                num_labels=len(vocabulary),
-                classifier_layers=config.model.classifier_layers,
-                text_embedding=config.model.text_embedding,
-                **options,
-            )
-        if model.num_labels != len(vocabulary):
-            raise ConfigError(f"the model has {model.num_labels} answers, the vocabulary {len(vocabulary)}")
-        task: Task = VQATask(config, model, tokenizer, preprocessor, vocabulary=vocabulary)
-    else:
-        if model is None:
-            model = ViTGPT2ForCaptioning.from_backbones(
-                config.model.vision,
-                config.text_model,
-                config.routing,
-                caption_loss=config.model.caption_loss,
-                **options,
-            )
-        task = CaptionTask(config, model, tokenizer, preprocessor)
+    vocabulary = AnswerVocabulary.load(config.data.answers or config.data.annotations) if config.task == "vqa" else None
+    task = make_task(config, tokenizer, preprocessor, vocabulary)
+    train, val = task.read_training_splits()
+    task.model = (model or task.build_model()).to(device)
+    if vocabulary is not None and task.model.num_labels != len(vocabulary):
+        raise ConfigError(f"the model has {task.model.num_labels} answers, the vocabulary {len(vocabulary)}")
     if config.model.activation_checkpointing:
-        model.gradient_checkpointing_enable()
-    model.to(device)
-    task.load_training_data()
+        task.model.gradient_checkpointing_enable()
+    task.load_training_data(train, val)
     return task
 
 
@@ -332,14 +342,21 @@ def load_task(folder: RunFolder, config: RunConfig, checkpoint: str, device: tor
 
     Raises RunError when the run has no such adapter.
     """
-    model = load_pretrained(folder.adapter(checkpoint), backend=config.model.backend).to(device)
-    tokenizer = load_tokenizer(str(folder.tokenizer))
-    preprocessor = None
-    if folder.preprocessor.is_file():
-        preprocessor = ImagePreprocessor.from_dict(json.loads(folder.preprocessor.read_text(encoding="utf-8")))
-    if config.task == "vqa":
-        return VQATask(config, model, tokenizer, preprocessor, vocabulary=AnswerVocabulary.load(folder.answers))
-    return CaptionTask(config, model, tokenizer, preprocessor)
+    adapter = folder.adapter(checkpoint)
+    vocabulary = AnswerVocabulary.load(folder.answers) if config.task == "vqa" else None
+    preprocessor = ImagePreprocessor.from_dict(json.loads(folder.preprocessor.read_text(encoding="utf-8")))
+    task = make_task(config, load_tokenizer(str(folder.tokenizer)), preprocessor, vocabulary)
+    task.model = load_pretrained(adapter, backend=config.model.backend).to(device)
+    return task
+
+
+def make_task(
+    config: RunConfig, tokenizer: Any, preprocessor: ImagePreprocessor, vocabulary: AnswerVocabulary | None
+) -> Task:
+    """The task that ``config.task`` names, still without a model."""
+    if vocabulary is not None:
+        return VQATask(config, tokenizer, preprocessor, vocabulary=vocabulary)
+    return CaptionTask(config, tokenizer, preprocessor)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -347,11 +364,6 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name)
-
-
-def load_answers(config: RunConfig) -> AnswerVocabulary:
-    """The answer vocabulary of a VQA config; raises ConfigError naming the key when there is none."""
-    return AnswerVocabulary.load(config.data.answers or config.data.annotations)
 
 
 def _own_rng() -> torch.Generator:

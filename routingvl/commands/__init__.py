@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from routingvl.config import ConfigError, nearest
-from routingvl.run_config import changed_settings, parse_config
+from routingvl.config_file import parse_config
+from routingvl.run_config import changed_settings
 from routingvl.runs import RunFolder
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from routingvl.config import ConfigError
-from routingvl.run_config import config_from_namespace, config_parser
+from routingvl.config_file import config_from_namespace, config_parser
 
 EXAMPLE = "routingvl train --config configs/vqa-lora.yaml --train.lr 3e-4 --routing.rank 64 --output_dir runs/rank64"
 
