@@ -1,5 +1,6 @@
 """Deriving the training files from the official ones."""
 
+import gc
 import hashlib
 import json
 from pathlib import Path
@@ -68,6 +69,7 @@ class TestPrepareCoco:
     def test_missing_input(self, tmp_path):
         with pytest.raises(DataError, match=r"absent\.json"):
             prepare_coco(tmp_path / "absent.json", tmp_path / "out")
+        assert gc.isenabled()  # it is paused meanwhile
         assert not (tmp_path / "out").exists()
 
 

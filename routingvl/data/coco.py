@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
-from routingvl.data.files import DataError, ImageFolders, read_json, required_keys
+from routingvl.data.files import DataError, ImageFolders, collection_paused, read_json, required_keys
 from routingvl.data.images import Features, ImagePreprocessor, ImageRecord, PictureSource
 
 SPLITS = ("train", "val", "test")
@@ -68,6 +68,7 @@ class CaptionSplit:
         return grouped
 
 
+@collection_paused()
 def load_captions(annotations: str | Path, split: str, image_root: str | Path | None = None) -> CaptionSplit:
     """Read one split of COCO captions.
 

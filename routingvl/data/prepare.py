@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from routingvl.data.coco import SPLITS, CaptionSplit, caption_file, load_captions
-from routingvl.data.files import DataError, sha256_of, write_json_files
+from routingvl.data.files import DataError, collection_paused, sha256_of, write_json_files
 from routingvl.data.vocabulary import MIN_QUESTIONS, AnswerVocabulary, soft_scores
 from routingvl.data.vqa import Question, answer_entries, by_karpathy_split, join_official
 
@@ -23,6 +23,7 @@ CAPTIONS_MANIFEST = "captions_manifest.json"
 VQA_MANIFEST = "vqa_manifest.json"
 
 
+@collection_paused()
 def prepare_coco(dataset_coco_json: str | Path, output_dir: str | Path) -> dict[str, Any]:
     """Write one caption file a split from Karpathy's dataset_coco.json (restval goes to train, space is stripped).
 
@@ -45,6 +46,7 @@ def prepare_coco(dataset_coco_json: str | Path, output_dir: str | Path) -> dict[
     return _write(output_dir, files, CAPTIONS_MANIFEST, [dataset_coco_json], {"files": counts})
 
 
+@collection_paused()
 def prepare_vqa(
     questions: Sequence[str | Path],
     annotations: Sequence[str | Path],

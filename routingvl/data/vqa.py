@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 
 from routingvl.data.coco import DATASET_FILE, SPLITS, check_unique, image_splits
-from routingvl.data.files import DataError, ImageFolders, read_json, required_keys
+from routingvl.data.files import DataError, ImageFolders, collection_paused, read_json, required_keys
 from routingvl.data.images import Features, ImagePreprocessor, ImageRecord, PictureSource
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
 
@@ -124,6 +124,7 @@ def annotations_file(subset: str) -> str:
     return f"v2_mscoco_{subset}_annotations.json"
 
 
+@collection_paused()
 def load_vqa(source: str | Path, split: str, image_root: str | Path | None = None) -> VQASplit:
     """Read one split of VQAv2 from whatever form ``source`` holds it in.
 
@@ -178,6 +179,7 @@ def load_vqa(source: str | Path, split: str, image_root: str | Path | None = Non
     )
 
 
+@collection_paused()
 def load_official_vqa(
     questions: Sequence[str | Path],
     annotations: Sequence[str | Path],
