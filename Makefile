@@ -43,6 +43,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 	    { echo "routingvl needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1): say make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	    { echo "$(PYTHON) cannot make environments: install its venv package (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "making $(VENV) and installing into it, which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
