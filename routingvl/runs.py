@@ -61,28 +61,29 @@ class RunFolder:
             raise RunError(f"{self.path} has no adapter {name!r}; train it further, or choose another --checkpoint")
         return path
 
-    def start(self, config: RunConfig, *, overwrite: bool) -> None:
-        """Make the folder for a new run and write its config and environment.
-
-        Raises :class:`RunError` when the folder holds anything, unless ``overwrite`` (which empties a run folder, and
-        refuses a folder that does not look like one).
-        """
+    def check_free(self, *, overwrite: bool) -> None:
+        """Raise :class:`RunError` when the folder holds anything, or with ``overwrite`` anything but a run."""
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file; choose another output_dir")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            if not overwrite:
-                raise RunError(
-                    f"run folder {self.path} is not empty; choose another output_dir, "
-                    "continue it with --resume, or replace it with --overwrite"
-                )
-            if not self.config_file.is_file():
-                raise RunError(f"{self.path} has no config.yaml, so it is no run folder and is not overwritten")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if not overwrite:
+            raise RunError(
+                f"run folder {self.path} is not empty; choose another output_dir, "
+                "continue it with --resume, or replace it with --overwrite"
+            )
+        if not self.config_file.is_file():
+            raise RunError(f"{self.path} has no config.yaml, so it is no run folder and is not overwritten")
+
+    def start(self, config: RunConfig) -> None:
+        """Make the folder, in place of an older run there, and write its config and environment."""
+        if self.path.is_dir():
             shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True)
         write_text(self.config_file, config_to_yaml(config))
         write_json(self.environment_file, environment())
 
-    def reopen(self, config: RunConfig) -> None:
+    def check_resumable(self, config: RunConfig) -> None:
         """Check that the run here can be continued under ``config``; raises :class:`RunError` naming what differs."""
         if not self.state_file.is_file():
             raise RunError(
@@ -209,8 +210,6 @@ class RunLog:
         resume_step: int | None = None,
         active: bool = True,
     ) -> None:
-        if isinstance(log, str) and log != "quiet":
-            raise ConfigError(f"log={log!r} must be None, 'quiet' or a function of one record")
         self.folder, self.active = folder, active
         self.callback = log if callable(log) else None
         self.quiet = log == "quiet" or not active

@@ -89,21 +89,25 @@ def train(
         FloatingPointError: the loss is no longer a number.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the state of the last complete step is saved.
     """
-    config.check_files()
-    config = config.absolute()
+    if isinstance(log, str) and log != "quiet":
+        raise ConfigError(f"log={log!r} must be None, 'quiet' or a function of one record")
     if resume and overwrite:
         raise ConfigError("resume continues a run and overwrite replaces it; choose one")
+    config.check_files()
+    config = config.absolute()
+    folder = RunFolder(Path(config.output_dir))
+    if resume:
+        folder.check_resumable(config)
+    else:
+        folder.check_free(overwrite=overwrite)
     hush_transformers(log is not None)
     accelerator = make_accelerator(config)
-    folder = RunFolder(Path(config.output_dir))
-    with accelerator.local_main_process_first():
-        if resume:
-            folder.reopen(config)
-        elif accelerator.is_main_process:
-            folder.start(config, overwrite=overwrite)
     set_seed(config.train.seed)
     task = build_task(config, model=model, tokenizer=tokenizer, device=accelerator.device)
+    # From here on everything has been read and fits; what stood in the folder may go.
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process and not resume:
+        folder.start(config)
         task.save_files(folder)
     trainer = Trainer(config, task, accelerator, folder, log, resume)
     try:

@@ -131,15 +131,15 @@ def test_override():
     }
     with pytest.raises(ConfigError, match="unknown setting 'num_beam'; did you mean 'num_beams'"):
         override(config, num_beam=3)
-    with pytest.raises(ConfigError, match="'batch_size' could be train.batch_size or eval.batch_size"):
+    with pytest.raises(ConfigError, match=r"'batch_size' could be train.batch_size or eval.batch_size"):
         override(config, batch_size=3)
 
 
 def test_paths_are_checked(tmp_path):
-    with pytest.raises(ConfigError, match="data.annotations is not set; give --data.annotations"):
+    with pytest.raises(ConfigError, match=r"data.annotations is not set; give --data.annotations"):
         RunConfig().check_files()
     config = override(RunConfig(), annotations=str(tmp_path), images=str(tmp_path / "gone"))
-    with pytest.raises(ConfigError, match="data.images: .*gone does not exist"):
+    with pytest.raises(ConfigError, match=r"data.images: .*gone does not exist"):
         config.check_files()
 
 

@@ -39,7 +39,14 @@ def write_tiny(folder: Path) -> Path:
 
 def write_backbones(folder: Path) -> None:
     torch.manual_seed(0)
-    common = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 2 * WIDTH}
+    # No dropout of the backbones' own: it would make a batch and its pieces differ.
+    silent = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    common = silent | {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 2 * WIDTH,
+    }
     vit = ViTModel(ViTConfig(image_size=SIZE, patch_size=8, **common))
     vit.save_pretrained(folder / "vit")
     preprocessor = ImagePreprocessor(size=SIZE).to_dict()
@@ -51,12 +58,19 @@ def write_backbones(folder: Path) -> None:
     ).save_pretrained(folder / "roberta")
     gpt2 = tokenizer("<|endoftext|>")
     gpt2.save_pretrained(folder / "gpt2")
-    end = gpt2.eos_token_id
-    GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(gpt2), n_positions=40, n_embd=WIDTH, n_layer=2, n_head=2, bos_token_id=end, eos_token_id=end
-        )
-    ).save_pretrained(folder / "gpt2")
+    config = GPT2Config(
+        vocab_size=len(gpt2),
+        n_positions=40,
+        n_embd=WIDTH,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=gpt2.bos_token_id,
+        eos_token_id=gpt2.eos_token_id,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
 
 
 def tokenizer(*special: str) -> PreTrainedTokenizerFast:
