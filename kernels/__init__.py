@@ -1,4 +1,6 @@
-"""Routed bottlenecks as differentiable functions of tensors. Imports torch and, where it is installed, triton; nothing else."""
+"""Routed bottlenecks as differentiable functions of tensors. Imports torch and, where it is installed, triton; nothing
+else.
+"""
 
 from .activations import ACTIVATIONS
 from .launch import select_backend

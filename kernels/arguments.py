@@ -42,7 +42,9 @@ def check_dtypes(**tensors: Tensor | None) -> None:
 
 
 def cast_for_autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in the dtype that autocast runs matrix products in; as they are when it is off or they are float64."""
+    """The tensors in the dtype that autocast runs matrix products in; as they are when it is off or they are
+    float64.
+    """
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)

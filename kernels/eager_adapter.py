@@ -1,7 +1,7 @@
 """Eager backend of the routed Adapter: torch operations ordered so that nothing is computed or stored twice.
 
-:class:`DenseAdapter` serves any routing function. :class:`RankOneAdapter` serves expand and vllora with one visual token, where
-the down-projection of the text collapses to one inner product a row: z_b = (x_b . w_b + k_b) u_b.
+:class:`DenseAdapter` serves any routing function. :class:`RankOneAdapter` serves expand and vllora with one visual
+token, where the down-projection of the text collapses to one inner product a row: z_b = (x_b . w_b + k_b) u_b.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from torch.autograd.function import once_differentiable
 
 from .activations import find_activation
 from .arguments import without_autocast
+from .products import fresh_linear, inner_products
 from .routing import Routing, find_routing
 
 
 def _up(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
     """[x +] h weight' + bias with h [B, T, R], weight [K, R]; the residual costs no pass of its own."""
     if not residual:
-        return F.linear(h, weight, bias)
+        return fresh_linear(h, weight, bias)
     y = x.clone(memory_format=torch.contiguous_format) if bias is None else (x + bias).contiguous()
     y.view(-1, y.shape[-1]).addmm_(h.flatten(0, 1), weight.t())
     return y
@@ -34,7 +35,7 @@ def _up_gradients(
     rows = dy.flatten(0, 1)
     dh = torch.mm(rows, weight).view_as(h)
     dweight = torch.mm(rows.t(), h.flatten(0, 1)) if needs[0] else None
-    return dh, dweight, rows.sum(0) if needs[1] else None
+    return dh, dweight, dy.sum((0, 1)) if needs[1] else None
 
 
 class DenseAdapter(torch.autograd.Function):
@@ -84,12 +85,14 @@ class DenseAdapter(torch.autograd.Function):
             dx = torch.addmm(dy.flatten(0, 1), rows, down_weight) if residual else torch.mm(rows, down_weight)
             dx = dx.view_as(x)
         ddown = torch.mm(rows.t(), x.flatten(0, 1)) if need_down else None
-        ddown_bias = rows.sum(0) if need_down_bias else None
+        ddown_bias = dt.sum((0, 1)) if need_down_bias else None
         return dx, du if need_u else None, ddown, ddown_bias, dup, dup_bias, None, None, None, None
 
 
 class RankOneAdapter(torch.autograd.Function):
-    """y = [x +] act(c u) U' + bias with c = x_b . w_b + k_b; w [B, K], k [B], u [B, R]. Saved: x, c [B, T, 1], w, u and U."""
+    """y = [x +] act(c u) U' + bias with c = x_b . w_b + k_b; w [B, K], k [B], u [B, R]. Saved: x, c [B, T, 1], w, u and
+    U.
+    """
 
     @staticmethod
     def forward(
@@ -102,7 +105,7 @@ class RankOneAdapter(torch.autograd.Function):
         activation: str,
         residual: bool,
     ) -> tuple[Tensor, Tensor]:
-        c = torch.baddbmm(k[:, None, None], x, w.unsqueeze(2))
+        c = inner_products(x, w) + k[:, None, None]
         h = find_activation(activation).forward(c * u.unsqueeze(1))
         return _up(h, x, up_weight, up_bias, residual), c
 
@@ -127,7 +130,7 @@ class RankOneAdapter(torch.autograd.Function):
         z = c * u.unsqueeze(1)
         dh, dup, dup_bias = _up_gradients(dy, act.forward(z), up_weight, (need_up, need_up_bias))
         dz = act.backward(dh, z)
-        dc = torch.bmm(dz, u.unsqueeze(2))  # [B, T, 1]
+        dc = inner_products(dz, u)  # [B, T, 1]
         dx = None
         if need_x:
             dx = torch.addcmul(dy, dc, w.unsqueeze(1)) if residual else dc * w.unsqueeze(1)

@@ -1,11 +1,11 @@
 """Eager backend of the routed LoRA: torch operations ordered so that nothing is computed or stored twice.
 
-Two autograd functions share the frozen product y = x W' + bias, into which they accumulate in place (they made y, so nobody
-else holds it):
+Two autograd functions share the frozen product y = x W' + bias, into which they accumulate in place (they made y, so
+nobody else holds it):
 
 - :class:`DenseLoRA` for any routing function: y += s route(t, u) b', by ``addmm_`` with alpha = s.
 - :class:`RankOneLoRA` for expand and vllora with one visual token, which are rank one in each image:
-  y_b += (x_b . w_b) o_b, with w_b = a' p(u_b) [K] and o_b = s b u_b [N]. The factor R is gone from the cost of text rows.
+  y_b += (x_b . w_b) o_b, with w_b = a' p(u_b) [K] and o_b = s b u_b [N]. A row of text no longer costs a factor R.
 
 Both receive the image code through small tensors (u, or w and o) that autograd differentiates outside.
 """
@@ -21,31 +21,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .arguments import without_autocast
+from .products import fresh_linear, inner_products
 from .reference import reference_lora
 from .routing import Routing, find_routing
-
-
-def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, layout: str) -> Tensor:
-    """x [B, T, K] times weight, [N, K] in layout "nk" or [K, N] in layout "kn", plus bias [N]: fresh, contiguous [B, T, N].
-
-    The same calls as nn.Linear and transformers' Conv1D make, so that the result has the same bits.
-    """
-    if layout == "nk":
-        return F.linear(x, weight, bias).contiguous()
-    rows = x.reshape(-1, x.shape[-1])
-    y = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
-    return y.view(*x.shape[:-1], weight.shape[1])
 
 
 def _start(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, layout: str, width: int
 ) -> Tensor:
-    """What the bottleneck is added to, in memory of our own; not initialised when there is nothing (see :func:`_beta`)."""
-    if weight is not None:
-        return base_product(x, weight, bias, layout)
-    if base is not None:
-        return base.clone(memory_format=torch.contiguous_format)
-    return x.new_empty(*x.shape[:-1], width)
+    """What the bottleneck is added to, in memory of our own; not initialised when that is nothing (``_beta`` is 0)."""
+    if weight is None:
+        empty = x.new_empty(*x.shape[:-1], width)
+        return empty if base is None else base.clone(memory_format=torch.contiguous_format)
+    return fresh_linear(x, weight if layout == "nk" else weight.t(), bias)
 
 
 def _beta(weight: Tensor | None, base: Tensor | None) -> int:
@@ -53,8 +41,8 @@ def _beta(weight: Tensor | None, base: Tensor | None) -> int:
 
 
 def _base_gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, layout: str) -> list[Tensor | None]:
-    """dx (frozen product only), dweight, dbias, dbase, each None unless needed; ``ctx.slots`` says where the inputs stand."""
-    needs = [ctx.needs_input_grad[slot] for slot in ctx.slots]
+    """dx (of the frozen product), dweight, dbias and dbase, each None unless needed."""
+    needs = [ctx.needs_input_grad[slot] for slot in (0, 5, 6, 7)]  # x, weight, bias, base: alike in both functions
     dx = dweight = dbias = None
     if weight is not None:
         rows = dy.flatten(0, 1)
@@ -64,13 +52,14 @@ def _base_gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, layo
             left, right = (rows, x.flatten(0, 1)) if layout == "nk" else (x.flatten(0, 1), rows)
             dweight = torch.mm(left.t(), right)
         if needs[2]:
-            dbias = rows.sum(0)
+            dbias = dy.sum((0, 1))
     return [dx, dweight, dbias, dy if needs[3] else None]
 
 
 class DenseLoRA(torch.autograd.Function):
-    """y = start + scaling route(t, u) b', t = low a', for every routing function; start is x W' + bias, or base, or nothing.
+    """y = start + scaling route(t, u) b' for every routing function, with t = low a'.
 
+    start is x W' + bias, or base, or nothing.
     ``low`` is the input of the bottleneck where dropout makes it differ from x, else None. Saved: x, t, u and weights.
     """
 
@@ -104,7 +93,6 @@ class DenseLoRA(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, low, u, a, b, weight, _, _, *ctx.options = inputs
-        ctx.slots = (0, 5, 6, 7)
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, low, u, a, b, weight, output[1])
 
@@ -147,8 +135,9 @@ class DenseLoRA(torch.autograd.Function):
 class RankOneLoRA(torch.autograd.Function):
     """y_b = start_b + c_b o_b for each image b, with c = low_b . p_b; start as in :class:`DenseLoRA`.
 
-    p [B, K] and o [B, G*n] (scaling included) are the image's. With ``a`` given, which is the case for ReLU only, the inner
-    product is taken in the code: c = relu(low_b a') . p_b with p [B, G*R]. Saved: x, c [B, T, 1], p, o (and the code if ``a``).
+    p [B, K] and o [B, G*n] (scaling included) are the image's. With ``a`` given, for ReLU only,
+    the inner product is taken in the code: c = relu(low_b a') . p_b with p [B, G*R]. Saved: x, c [B, T, 1], p and o,
+    and that code if there is one.
     """
 
     @staticmethod
@@ -168,7 +157,7 @@ class RankOneLoRA(torch.autograd.Function):
         y = _start(x, weight, bias, base, layout, o.shape[1])
         left = x if low is None else low
         code = None if a is None else F.relu(F.linear(left, a))
-        c = torch.bmm(left if code is None else code, p.unsqueeze(2))  # [B, T, 1]
+        c = inner_products(left if code is None else code, p)  # [B, T, 1]
         for group, column in enumerate(columns):
             row = o[:, None, group * width : (group + 1) * width]
             part = y[:, :, column : column + width]
@@ -182,7 +171,6 @@ class RankOneLoRA(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
         x, low, a, p, o, weight, _, _, ctx.layout, ctx.columns = inputs
         _, c, code = output
-        ctx.slots = (0, 5, 6, 7)
         ctx.mark_non_differentiable(c, *(() if code is None else (code,)))
         ctx.save_for_backward(x, low, a, p, o, weight, c, code)
 
@@ -199,11 +187,11 @@ class RankOneLoRA(torch.autograd.Function):
         dx, dweight, dbias, dbase = _base_gradients(ctx, dy, x, weight, ctx.layout)
         width = o.shape[1] // len(ctx.columns)
         do = torch.empty_like(o) if need_o else None
-        dc = torch.zeros_like(c)
+        dc = 0
         for group, column in enumerate(ctx.columns):
             dy_part = dy[:, :, column : column + width]
             up = slice(group * width, (group + 1) * width)
-            dc.baddbmm_(dy_part, o[:, up].unsqueeze(2))
+            dc = dc + inner_products(dy_part, o[:, up])
             if need_o:
                 do[:, up] = torch.bmm(c.mT, dy_part).squeeze(1)
         left = x if low is None else low
@@ -268,13 +256,14 @@ def eager_lora(
 ) -> Tensor:
     """The routed LoRA by the cheapest form there is; arguments as in :func:`routingvl.kernels.routed_lora_linear`.
 
-    In the output space plain LoRA and add are what they are in the bottleneck, because the up-projection is linear. What has
-    no closed form there (mul, ReLU, many visual tokens) runs as the definition does.
+    In the output space plain LoRA and add are what they are in the bottleneck, because the up-projection is linear.
+    What has no closed form there (mul, ReLU, many visual tokens) runs as the definition does.
     """
     u = F.linear(v, a) if row.uses_image else None
     rank_one = row.probe is not None and u.shape[1] == 1
     if placement == "output" and (relu or not rank_one) and row.name not in ("none", "add"):
-        base = base_product(x, weight, bias, layout) if weight is not None else base
+        if weight is not None:
+            base = F.linear(x, weight if layout == "nk" else weight.t(), bias)
         options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
         return reference_lora(x if low is None else low, v, a, b, routing=row.name, base=base, **options)
     if rank_one:

@@ -20,8 +20,8 @@ def triton_obstacle(device_type: str) -> str | None:
 def select_backend(device_type: str, backend: str | None = None) -> tuple[str, str]:
     """Choose the backend for tensors on ``device_type`` ("cpu", "cuda", ...).
 
-    ``backend`` ("eager" or "triton") decides when given, else the environment variable ``ROUTINGVL_BACKEND``, else the fastest
-    backend that runs there. Returns its name and the reason in words.
+    ``backend`` ("eager" or "triton") decides when given, else the environment variable ``ROUTINGVL_BACKEND``, else the
+    fastest backend that runs there. Returns its name and the reason in words.
 
     Raises:
         ValueError: the name is not a backend.

@@ -46,7 +46,8 @@ def routed_adapter(
         [B, T, K] in the dtype of the inputs; under autocast every input is cast first, the residual included.
 
     Raises:
-        ValueError: unknown name, shapes or dtypes that do not fit, more visual tokens than the routing takes, v missing.
+        ValueError: unknown name, shapes or dtypes that do not fit, more visual tokens than the routing takes, v
+            missing.
         RuntimeError: the backend asked for cannot run.
     """
     row = find_routing(routing)

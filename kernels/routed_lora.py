@@ -33,7 +33,8 @@ def routed_lora(
 ) -> Tensor:
     """Add a routed bottleneck to the output of a frozen projection.
 
-    Differentiable once in x, v, a, b and base; runs in float64, float32, float16, bfloat16 and under autocast. ``base`` is
+    Differentiable once in x, v, a, b and base; runs in float64, float32, float16, bfloat16 and under autocast. ``base``
+    is
     never modified: the result is one copy of it, into which the bottleneck is accumulated. :func:`routed_lora_linear`
     computes the frozen projection itself and needs no copy.
 
@@ -44,18 +45,21 @@ def routed_lora(
         b: up-projection [G*n, R]; rows g*n to (g+1)*n take components g*R to (g+1)*R of the routed code.
         routing: name in ``ROUTINGS``; it acts on the joined code of width G*R.
         scaling: factor of the bottleneck's output, alpha / R in the paper.
-        base: output of the frozen projection [B, T, N], N = G*n unless ``columns`` is given; None for the bottleneck alone.
+        base: output of the frozen projection [B, T, N], N = G*n unless ``columns`` is given; None for the bottleneck
+            alone.
         backend: "eager", "triton", or None for the default of :func:`routingvl.kernels.launch.select_backend`.
         relu: ReLU on both factors of vllora's inner product.
         groups: G, how many projections share the joined bottleneck (GPT-2's query and value: 2).
-        columns: for each group the column of base at which its n outputs are added; the rest of base is copied unchanged.
+        columns: for each group the column of base at which its n outputs are added; the rest of base is copied
+            unchanged.
         placement: "bottleneck" routes the codes, "output" the up-projected codes (joined over groups).
 
     Returns:
         [B, T, N] in the dtype of the inputs; under autocast every input is cast first, as for torch's own addmm.
 
     Raises:
-        ValueError: unknown name, shapes or dtypes that do not fit, more visual tokens than the routing takes, v missing.
+        ValueError: unknown name, shapes or dtypes that do not fit, more visual tokens than the routing takes, v
+            missing.
         RuntimeError: the backend asked for cannot run.
     """
     row = find_routing(routing)
@@ -92,17 +96,17 @@ def routed_lora_linear(
 ) -> Tensor:
     """The frozen projection and its routed bottleneck in one differentiable step: x W' + bias + scaling route(...) b'.
 
-    Because the projection's output is made here, the bottleneck is accumulated in place, and so is its share of dx in the
-    backward pass. With b = 0 the result has the same bits as the projection alone.
+    Because the projection's output is made here, the bottleneck is accumulated in place, and so is its share of dx in
+    the backward pass. With b = 0 the result has the same bits as the projection alone.
 
     Args:
         x, v, a, b, routing, scaling, relu, groups, columns, placement, backend: as in :func:`routed_lora`.
-        weight: frozen projection, [N, K] in layout "nk" (nn.Linear) or [K, N] in layout "kn" (transformers' Conv1D). It gets a
-            gradient only if it requires one.
+        weight: frozen projection, [N, K] in layout "nk" (nn.Linear) or [K, N] in layout "kn" (transformers' Conv1D). It
+            gets a gradient only if it requires one.
         bias: [N] or None.
         weight_layout: "nk" or "kn".
-        dropout: probability of dropping a component of the bottleneck's inputs (text and image drawn separately, kept ones
-            scaled by 1 / (1 - dropout)); 0 outside training. The frozen projection sees x whole.
+        dropout: probability of dropping a component of the bottleneck's inputs (text and image drawn separately, kept
+            ones scaled by 1 / (1 - dropout)); 0 outside training. The frozen projection sees x whole.
 
     Returns:
         [B, T, N].
@@ -147,7 +151,9 @@ def _check(
 
 
 def _check_columns(columns: Sequence[int] | None, groups: int, width: int, outputs: int | None) -> tuple[int, ...]:
-    """Start column of each group's ``width`` outputs; side by side unless told otherwise. ``outputs`` is N, None without base."""
+    """Start column of each group's ``width`` outputs; side by side unless told otherwise. ``outputs`` is N, None
+    without base.
+    """
     if columns is None:
         return tuple(group * width for group in range(groups))
     if outputs is None:

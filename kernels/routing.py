@@ -1,11 +1,11 @@
 """The table of routing functions: the single place that says which exist and what each one computes.
 
 A routing function mixes the image into the code of a low-rank bottleneck and has no parameters of its own
-(arXiv 2403.09377, section 3). With t = x a' [B, T, R] the code of the text and u = v a' [B, L, R] the code of the image it
-returns z [B, T, R]. The bottleneck then expands z.
+(arXiv 2403.09377, section 3). With t = x a' [B, T, R] the code of the text and u = v a' [B, L, R] the code of the image
+it returns z [B, T, R]. The bottleneck then expands z.
 
-Config validation, command line choices, the eager backend, the documentation and the tests read this table. A further function
-is one more pair ``route`` and ``route_backward`` and one more row.
+Config validation, command line choices, the eager backend, the documentation and the tests read this table. A further
+function is one more pair ``route`` and ``route_backward`` and one more row.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .products import inner_products
 
 Route = Callable[[Tensor, Tensor | None, bool], Tensor]
 RouteBackward = Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor | None]]
@@ -55,7 +57,9 @@ class Routing:
         return self.max_visual_tokens != 0
 
     def check(self, visual_tokens: int | None, relu: bool) -> None:
-        """Raise ``ValueError`` unless the function is defined for this many visual tokens (None: no image) and this ``relu``."""
+        """Raise ``ValueError`` unless the function is defined for this many visual tokens (None: no image) and this
+        ``relu``.
+        """
         if relu and not self.supports_relu:
             able = ", ".join(row.name for row in ROUTINGS.values() if row.supports_relu)
             raise ValueError(f"relu=True is defined for routing {able}, not for {self.name!r}")
@@ -102,7 +106,7 @@ def _expand(t: Tensor, u: Tensor, relu: bool) -> Tensor:
 
 
 def _expand_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-    dt = (dz @ u.mT).expand_as(t)
+    dt = inner_products(dz, u.squeeze(1)).expand_as(t)
     return dt, t.sum(-1, keepdim=True).mT @ dz
 
 
