@@ -80,10 +80,10 @@ class ShapesConfig:
     """
 
     seed: int = 0
-    train_images: int = 8000
+    train_images: int = 5000
     val_images: int = 300
     test_images: int = 300
-    train_questions: int = 16_000
+    train_questions: int = 12_000
     val_questions: int = 1400
     test_questions: int = 1400
 

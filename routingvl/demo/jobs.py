@@ -1,0 +1,132 @@
+"""Run training jobs in worker processes, and keep every finished result on disk, so that an interrupted demo goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from routingvl.data.coco import load_captions
+from routingvl.demo.pool import worker_pool
+from routingvl.demo.variants import SCORES, DemoSettings, Job
+from routingvl.runs import read_metrics
+
+Record = dict[str, Any]
+SAMPLES = 24  # test images whose predictions a record keeps for the report
+
+
+class ResultStore:
+    """Finished jobs of one output folder: a JSON line each, appended as they finish, found again by their key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: dict[str, Record] = {record["key"]: record for record in read_metrics(path)}
+
+    def add(self, record: Record) -> None:
+        self.records[record["key"]] = record
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def run_jobs(
+    jobs: Iterable[Job],
+    settings: DemoSettings,
+    work: Path,
+    store: ResultStore,
+    workers: int,
+    say: Callable[[str], None] = print,
+) -> list[Record]:
+    """The records of ``jobs``, in order; those that ``store`` does not have yet are trained, ``workers`` at a time.
+
+    Raises:
+        RuntimeError: a job failed (its own error is the cause). Finished jobs stay in the store.
+    """
+    jobs = list(jobs)
+    keys = [job.key(settings) for job in jobs]
+    missing = {key: job for key, job in zip(keys, jobs, strict=True) if key not in store.records}
+    if len(missing) < len(jobs):
+        say(f"{len(jobs) - len(missing)} of {len(jobs)} runs are already in {store.path}")
+    if missing:
+        with worker_pool(min(workers, len(missing))) as pool:
+            futures = {pool.submit(run_job, job, settings, str(work)): job for job in missing.values()}
+            for done, future in enumerate(as_completed(futures), start=1):
+                job = futures[future]
+                if error := future.exception():
+                    pool.shutdown(cancel_futures=True)
+                    raise RuntimeError(f"demo run failed ({job.title}): {error}") from error
+                record = future.result()
+                store.add(record)
+                score = SCORES[job.variant.task]
+                say(
+                    f"[{done}/{len(missing)}] {job.title}: test {score} {record['test'][score]:.3f}, "
+                    f"{record['seconds']['all']:.0f} s"
+                )
+    return [store.records[key] for key in keys]
+
+
+def run_job(job: Job, settings: DemoSettings, work: str) -> Record:
+    """Train one job and evaluate it on the test split, through the same calls as ``routingvl train`` and ``evaluate``.
+
+    Returns:
+        A record of plain values: the job, validation and test scores, the learning curves, seconds, parameter counts and
+        some predictions.
+    """
+    from routingvl.evaluate import evaluate
+    from routingvl.train import train
+
+    started = time.perf_counter()
+    key = job.key(settings)
+    run_dir = Path(work).resolve() / "runs" / key
+    # A run folder without a record is of an interrupted job.
+    shutil.rmtree(run_dir, ignore_errors=True)
+    result = train(job.run_config(settings, Path(work).resolve(), run_dir), log="quiet")
+    evaluating = time.perf_counter()
+    metrics = evaluate(run_dir, split="test", log="quiet")
+    finished = time.perf_counter()
+    scores, predictions = read_evaluation(job.variant.task, metrics, Path(work))
+    return {
+        "key": key,
+        **asdict(job),
+        "steps": result.steps,
+        "validation": result.best_metric,
+        "test": scores,
+        "curve": [(r["step"], r[result.metric]) for r in result.history if r["kind"] == "validation"],
+        "losses": [(r["step"], round(r["loss"], 5)) for r in result.history if r["kind"] == "train"],
+        "seconds": {
+            "train": round(result.seconds, 2),
+            "evaluate": round(finished - evaluating, 2),
+            "all": round(finished - started, 2),
+        },
+        "trainable": result.trainable,
+        "total": result.total,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "predictions": predictions,
+    }
+
+
+def read_evaluation(task: str, metrics: dict[str, Any], work: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the report needs of an evaluation: plain scores, and predictions by image or question id (first samples only).
+
+    Captions get one more score, ``exact``: the share (0 to 1) that equals a reference word for word.
+    """
+    rows = json.loads(Path(metrics["predictions"]).read_text(encoding="utf-8"))
+    if task == "vqa":
+        predictions = {row["question_id"]: row["answer"] for row in rows}
+        scores = {name: metrics[name] for name in ("accuracy", "per_answer_type", "per_question_type")}
+    else:
+        predictions = {row["image_id"]: row["caption"] for row in rows}
+        references = load_captions(work / "annotations", "test").references
+        exact = sum(predictions[image_id] in texts for image_id, texts in references.items()) / len(references)
+        scores = {name: metrics[name] for name in ("CIDEr", "BLEU-4", "ROUGE_L")} | {"exact": exact}
+    first_images = sorted({_image_id(task, number) for number in predictions})[:SAMPLES]
+    return scores, {str(n): text for n, text in predictions.items() if _image_id(task, n) in first_images}
+
+
+def _image_id(task: str, number: int) -> int:
+    return number // 1000 if task == "vqa" else number
