@@ -12,7 +12,7 @@ from typing import Any
 
 from routingvl.commands import CommandParser
 
-EXAMPLE = "routingvl doctor"
+EXAMPLE = "routingvl doctor --json"
 OPTIONAL = {
     "tensorboard": "train.trackers=[tensorboard]",
     "wandb": "train.trackers=[wandb]",
