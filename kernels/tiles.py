@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from types import MappingProxyType
 
 import torch
@@ -108,7 +108,7 @@ def family_of(arch: str) -> str:
     return "sm_100" if capability >= 100 else "sm_90"
 
 
-@lru_cache(maxsize=None)
+@cache
 def arch_of(device: torch.device) -> str:
     """Architecture of a device: "sm_90", "gfx942", ...; "default" for what is neither NVIDIA's nor AMD's."""
     if device.type != "cuda":
@@ -166,7 +166,7 @@ def _table(kind: str, precision: str, rows: int, family: str) -> _Rows:
     return (_DECODE if kind == "decode" else _KINDS[kind])[precision]
 
 
-@lru_cache(maxsize=None)
+@cache
 def tiles_for(kind: str, rank: int, precision: str, decode: bool, arch: str) -> tuple[Tile, ...]:
     """Every tile that fits the device, best first; see :func:`tile_for`."""
     table = _table(kind, precision, 1 if decode else DECODE_ROWS + 1, family_of(arch))
