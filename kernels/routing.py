@@ -4,8 +4,9 @@ A routing function mixes the image into the code of a low-rank bottleneck and ha
 (arXiv 2403.09377, section 3). With t = x a' [B, T, R] the code of the text and u = v a' [B, L, R] the code of the image
 it returns z [B, T, R]. The bottleneck then expands z.
 
-Config validation, command line choices, the eager backend, the documentation and the tests read this table. A further
-function is one more pair ``route`` and ``route_backward`` and one more row.
+Config validation, command line choices, both backends, the documentation and the tests read this table. A further
+function is one more pair ``route`` and ``route_backward``, one more row, and a branch in the kernels' :func:`route_fwd`
+and :func:`route_bwd` beside the table.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .device import constexpr, jit, tl
 from .products import inner_products
 
 Route = Callable[[Tensor, Tensor | None, bool], Tensor]
@@ -175,3 +177,56 @@ def routing_table() -> str:
         tokens = {None: "any", 0: "-"}.get(row.max_visual_tokens, str(row.max_visual_tokens))
         lines.append(f"| {row.name} | `{row.formula}` | {tokens} | {'yes' if row.supports_relu else 'no'} |")
     return "\n".join(lines)
+
+
+# The same functions inside a Triton kernel, for one visual token. t, u and dz are float32 tiles [rows, code]; u holds
+# for each row the code of its image. Components beyond the code's width are 0 in t, u and dz. The codes of the table,
+# in the form in which a kernel can read a global:
+ADD, MUL = constexpr(ROUTINGS["add"].code), constexpr(ROUTINGS["mul"].code)
+EXPAND, VLLORA = constexpr(ROUTINGS["expand"].code), constexpr(ROUTINGS["vllora"].code)
+
+
+@jit
+def route_fwd(t, u, ROUTING: tl.constexpr, RELU: tl.constexpr):
+    """z [rows, code]."""
+    if ROUTING == ADD:
+        z = t + u
+    elif ROUTING == MUL:
+        z = t * u
+    elif ROUTING == EXPAND:
+        z = tl.sum(t, 1)[:, None] * u
+    elif ROUTING == VLLORA:
+        if RELU:
+            z = tl.sum(tl.maximum(t, 0.0) * tl.maximum(u, 0.0), 1)[:, None] * u
+        else:
+            z = tl.sum(t * u, 1)[:, None] * u
+    else:
+        z = t
+    return z
+
+
+@jit
+def route_bwd(dz, t, u, ROUTING: tl.constexpr, RELU: tl.constexpr):
+    """dt, and each row's share of the gradient of its image's code, both [rows, code]; without an image the second is
+    meaningless. Components of dt beyond the code's width are undefined.
+    """
+    dt = dz
+    du = dz
+    if ROUTING == MUL:
+        dt = dz * u
+        du = dz * t
+    elif ROUTING == EXPAND:
+        dt = tl.broadcast_to(tl.sum(dz * u, 1)[:, None], dz.shape)
+        du = tl.sum(t, 1)[:, None] * dz
+    elif ROUTING == VLLORA:
+        dc = tl.sum(dz * u, 1)[:, None]
+        if RELU:
+            left = tl.maximum(t, 0.0)
+            right = tl.maximum(u, 0.0)
+            c = tl.sum(left * right, 1)[:, None]
+            dt = tl.where(t > 0, dc * right, 0.0)
+            du = c * dz + tl.where(u > 0, dc * left, 0.0)
+        else:
+            dt = dc * u
+            du = tl.sum(t * u, 1)[:, None] * dz + dc * t
+    return dt, du
