@@ -1,4 +1,8 @@
-"""Activations of the adapter's bottleneck, each with the gradient that the hand-written backward passes need."""
+"""Activations of the adapter's bottleneck, each with the gradient that the hand-written backward passes need.
+
+Every activation stands here twice: as torch operations in the table, and, chosen by its code at compile time, in the
+device functions :func:`act_fwd` and :func:`act_bwd` that Triton kernels inline.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .device import constexpr, jit, tl
 
 aten = torch.ops.aten
 
@@ -77,3 +83,52 @@ def find_activation(name: str) -> Activation:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown activation {name!r}: known are {', '.join(map(repr, ACTIVATIONS))}{hint}")
     return row
+
+
+@jit
+def logistic(z):
+    """1 / (1 + exp(-z)) in float32, without overflow at either end."""
+    e = tl.exp(-tl.abs(z))
+    return tl.where(z >= 0, 1.0, e) / (1.0 + e)
+
+
+@jit
+def gelu_new_gate(z):
+    """The argument at which gelu_new(z) = z logistic(gate): (1 + tanh(g)) / 2 = logistic(2 g)."""
+    return 1.5957691216057308 * (z + 0.044715 * z * z * z)  # 2 sqrt(2 / pi)
+
+
+@jit
+def act_fwd(z, ACT: constexpr):
+    """h = f(z), elementwise in float32; ACT is the code of a row of ``ACTIVATIONS``."""
+    if ACT == 1:
+        h = tl.maximum(z, 0.0)
+    elif ACT == 2:
+        h = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))  # 1 / sqrt(2)
+    elif ACT == 3:
+        h = z * logistic(gelu_new_gate(z))
+    elif ACT == 4:
+        h = z * logistic(z)
+    else:
+        h = z
+    return h
+
+
+@jit
+def act_bwd(dh, z, ACT: constexpr):
+    """dz = dh f'(z), elementwise in float32."""
+    if ACT == 1:
+        dz = tl.where(z > 0, dh, 0.0)
+    elif ACT == 2:
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)  # 1 / sqrt(2 pi)
+        dz = dh * (0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density)
+    elif ACT == 3:
+        s = logistic(gelu_new_gate(z))
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+        dz = dh * (s + z * s * (1.0 - s) * slope)
+    elif ACT == 4:
+        s = logistic(z)
+        dz = dh * (s + z * s * (1.0 - s))
+    else:
+        dz = dh
+    return dz
