@@ -60,9 +60,13 @@ def routed_adapter(
     if up_bias is not None:
         check_shape("up_bias", up_bias, (x.shape[2],))
     device = x.device.type
-    select_backend(device, backend)
     tensors = cast_for_autocast(device, x, v if row.uses_image else None, down_weight, down_bias, up_weight, up_bias)
     names = ("x", "v", "down_weight", "down_bias", "up_weight", "up_bias")
     check_dtypes(**dict(zip(names, tensors, strict=True)))
+    name, _ = select_backend(device, backend, dtype=tensors[0].dtype, width=down_weight.shape[0])
+    if name == "triton":
+        from .fused_adapter import fused_adapter as run
+    else:
+        run = eager_adapter
     with without_autocast(device):
-        return eager_adapter(*tensors, row=row, activation=activation, residual=residual, relu=relu)
+        return run(*tensors, row=row, activation=activation, residual=residual, relu=relu)

@@ -130,21 +130,6 @@ def precision_of(dtype: torch.dtype, arch: str) -> str:
     return "tf32" if _has_tf32(arch) and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def gram_precision(dtype: torch.dtype, arch: str) -> str:
-    """Precision of products with a float32 sum over many visual tokens: beside half precision tf32 loses nothing, and
-    unlike float16 it cannot overflow.
-    """
-    return "tf32" if _has_tf32(arch) and precision_of(dtype, arch) != "ieee" else "ieee"
-
-
-@cache
-def processors_of(device: torch.device) -> int:
-    """How many programs a device runs side by side, at one a processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 1 if device.type == "cpu" else 64
-
-
 def padded_rank(rank: int) -> int:
     """The power of two that a code of this rank occupies in a kernel; ``ValueError`` above 256."""
     if not 1 <= rank <= MAX_RANK:
@@ -224,21 +209,3 @@ def column_splits(tile: Tile, rows: int, columns: int, processors: int) -> int:
     wanted = -(-processors // row_blocks)
     limit = 6 if tile.block_m > 16 else 32
     return max(1, min(wanted, limit, -(-columns // tile.block_n)))
-
-
-def row_blocks(batch: int, tokens: int, block_m: int, unit: str) -> tuple[int, int, int]:
-    """How programs share M = batch * tokens rows: whole images a group of programs, programs a group, programs.
-
-    Args:
-        batch, tokens: B and T, neither 0.
-        block_m: rows a program.
-        unit: what a program may hold: "any rows"; rows of "one image"; or "whole images", that is as many complete
-            ones as fit, else a part of one, so that sums over an image's rows need no atomics.
-    """
-    if unit == "any rows":
-        images, chunks = batch, -(-batch * tokens // block_m)
-    elif unit == "whole images" and tokens <= block_m:
-        images, chunks = block_m // tokens, 1
-    else:
-        images, chunks = 1, -(-tokens // block_m)
-    return images, chunks, -(-batch // images) * chunks

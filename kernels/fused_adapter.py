@@ -1,0 +1,134 @@
+"""Triton backend of the routed Adapter: one autograd function around the ops of :mod:`.triton_adapter_ops`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .activations import find_activation
+from .arguments import without_autocast
+from .launch import contiguous_rows
+from .routing import Routing, find_routing, gram_is_cheaper, vllora_image_gradient
+from .triton_adapter_ops import adapter_backward, adapter_forward
+from .triton_ops import FORMS
+
+MAX_GRAM_RANK = 128  # a larger Gram matrix does not fit the registers of a program
+
+
+class FusedAdapter(torch.autograd.Function):
+    """y = [x +] act(route(x D' + d, u)) U' + c, with u [B, L, R] the image's code, or None.
+
+    With ``rank_one``: y = [x +] act((x_b . w_b + k_b) u_b) U' + c, and in place of D and d stand w [B, K] and k [B].
+    Saved: x, D, u, U and one code, t [B*T, R] or (rank one) the inner products [B*T]; what z and h were is computed
+    again in the backward kernel.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        down: Tensor,
+        down_bias: Tensor | None,
+        u: Tensor | None,
+        up: Tensor,
+        up_bias: Tensor | None,
+        form: str,
+        routing: str,
+        activation: str,
+        relu: bool,
+        residual: bool,
+        rank_one: bool,
+        save_code: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        image = u
+        if form == "gram":
+            right = F.relu(u) if relu else u
+            image = right.float().mT @ u.float()
+        down, down_bias, image, up, up_bias = (
+            w if w is None else w.contiguous() for w in (down, down_bias, image, up, up_bias)
+        )
+        codes = (FORMS[form], find_routing(routing).code, find_activation(activation).code)
+        flags = (relu, residual, rank_one, save_code)
+        y, code = adapter_forward(contiguous_rows(x), down, down_bias, image, up, up_bias, x.shape[1], *codes, *flags)
+        return y.view(x.shape), code, image if form == "gram" else None
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+        x, down, _, u, up, _, *ctx.options = inputs
+        _, code, gram = output
+        ctx.mark_non_differentiable(code, *(() if gram is None else (gram,)))
+        ctx.save_for_backward(x, down, u, up, code, gram)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(dy.device.type):
+            return FusedAdapter._gradients(ctx, dy)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, down, u, up, code, gram = ctx.saved_tensors
+        form, routing, activation, relu, residual, rank_one, _ = ctx.options
+        need_x, need_down, need_down_bias, need_u, need_up, need_up_bias = ctx.needs_input_grad[:6]
+        batch, tokens, _ = x.shape
+        rows = contiguous_rows(dy)
+        codes = (FORMS[form], find_routing(routing).code, find_activation(activation).code)
+        image = u if gram is None else gram
+        image = image if image is None else image.contiguous()
+        dx, dcode, dz, du, h = adapter_backward(
+            rows, code, down.contiguous(), image, up.contiguous(), tokens, *codes,
+            relu, residual, rank_one, need_x, need_u, need_up,
+        )  # fmt: skip
+        if not need_u:
+            du = None
+        elif form in ("tokens", "gram"):
+            du = vllora_image_gradient(dz.view(batch, tokens, -1), code.view(batch, tokens, -1), u, relu)
+        else:
+            du = du.view_as(u)
+        ddown = ddown_bias = None
+        if rank_one:
+            dc = dcode.view(batch, tokens, 1)
+            if need_down:
+                ddown = torch.bmm(dc.to(x.dtype).mT, x).squeeze(1)
+            if need_down_bias:
+                ddown_bias = dc.sum((1, 2)).to(x.dtype)
+        else:
+            ddown = torch.mm(dcode.t(), contiguous_rows(x)) if need_down else None
+            ddown_bias = dcode.sum(0) if need_down_bias else None
+        dup = torch.mm(rows.t(), h) if need_up else None
+        dup_bias = rows.sum(0) if need_up_bias else None
+        return dx.view(x.shape) if need_x else None, ddown, ddown_bias, du, dup, dup_bias, *(None,) * 7
+
+
+def fused_adapter(
+    x: Tensor,
+    v: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    row: Routing,
+    activation: str,
+    residual: bool,
+    relu: bool,
+) -> Tensor:
+    """The routed Adapter by kernels; arguments as in :func:`routingvl.kernels.routed_adapter`."""
+    u = F.linear(v, down_weight, down_bias) if row.uses_image else None
+    form = "none"
+    if u is not None:
+        form = "token" if u.shape[1] == 1 else "tokens"
+        if form == "tokens" and u.shape[2] <= MAX_GRAM_RANK and gram_is_cheaper(x.shape[1], u.shape[1], u.shape[2]):
+            form = "gram"
+    rank_one = form == "token" and row.probe is not None and not relu
+    down, bias = down_weight, down_bias
+    if rank_one:
+        probe = row.probe(u.squeeze(1))
+        down, bias = probe @ down_weight, probe @ down_bias if down_bias is not None else None
+    inputs = (x, down, bias, u, up_weight, up_bias)
+    saves = torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in inputs)
+    options = (form, row.name, activation, relu, residual, rank_one, saves)
+    return FusedAdapter.apply(*inputs, *options)[0]
