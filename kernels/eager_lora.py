@@ -21,39 +21,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .arguments import without_autocast
-from .products import fresh_linear, inner_products
+from .frozen import adds, frozen_gradients, start_from
+from .products import inner_products
 from .reference import reference_lora
 from .routing import Routing, find_routing
 
 
-def _start(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, layout: str, width: int
-) -> Tensor:
-    """What the bottleneck is added to, in memory of our own; not initialised when that is nothing (``_beta`` is 0)."""
-    if weight is None:
-        empty = x.new_empty(*x.shape[:-1], width)
-        return empty if base is None else base.clone(memory_format=torch.contiguous_format)
-    return fresh_linear(x, weight if layout == "nk" else weight.t(), bias)
-
-
-def _beta(weight: Tensor | None, base: Tensor | None) -> int:
-    return 0 if weight is None and base is None else 1
-
-
-def _base_gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, layout: str) -> list[Tensor | None]:
-    """dx (of the frozen product), dweight, dbias and dbase, each None unless needed."""
-    needs = [ctx.needs_input_grad[slot] for slot in (0, 5, 6, 7)]  # x, weight, bias, base: alike in both functions
-    dx = dweight = dbias = None
-    if weight is not None:
-        rows = dy.flatten(0, 1)
-        if needs[0]:
-            dx = torch.mm(rows, weight if layout == "nk" else weight.t()).view_as(x)
-        if needs[1]:
-            left, right = (rows, x.flatten(0, 1)) if layout == "nk" else (x.flatten(0, 1), rows)
-            dweight = torch.mm(left.t(), right)
-        if needs[2]:
-            dbias = dy.sum((0, 1))
-    return [dx, dweight, dbias, dy if needs[3] else None]
+def _frozen_needs(ctx: Any) -> list[bool]:
+    return [ctx.needs_input_grad[slot] for slot in (0, 5, 6, 7)]  # x, weight, bias, base: alike in both functions
 
 
 class DenseLoRA(torch.autograd.Function):
@@ -80,10 +55,10 @@ class DenseLoRA(torch.autograd.Function):
         columns: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         rank, width = b.shape[1], b.shape[0] // len(columns)
-        y = _start(x, weight, bias, base, layout, b.shape[0])
+        y = start_from(x, weight, bias, base, layout, b.shape[0])
         t = F.linear(x if low is None else low, a)  # [B, T, G*R]
         z = find_routing(routing).route(t, u, relu).flatten(0, 1)
-        rows, beta = y.view(-1, y.shape[-1]), _beta(weight, base)
+        rows, beta = y.view(-1, y.shape[-1]), int(adds(weight, base))
         for group, column in enumerate(columns):
             part = z[:, group * rank : (group + 1) * rank]
             up = b[group * width : (group + 1) * width]
@@ -107,7 +82,7 @@ class DenseLoRA(torch.autograd.Function):
         x, low, u, a, b, weight, t = ctx.saved_tensors
         layout, routing, relu, scaling, columns = ctx.options
         need_x, need_low, need_u, need_a, need_b = ctx.needs_input_grad[:5]
-        dx, dweight, dbias, dbase = _base_gradients(ctx, dy, x, weight, layout)
+        dx, dweight, dbias, dbase = frozen_gradients(dy, x, weight, layout, _frozen_needs(ctx))
         row = find_routing(routing)
         rank, width = b.shape[1], b.shape[0] // len(columns)
         z = row.route(t, u, relu).flatten(0, 1) if need_b else None
@@ -154,14 +129,14 @@ class RankOneLoRA(torch.autograd.Function):
         columns: Sequence[int],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         width = o.shape[1] // len(columns)
-        y = _start(x, weight, bias, base, layout, o.shape[1])
+        y = start_from(x, weight, bias, base, layout, o.shape[1])
         left = x if low is None else low
         code = None if a is None else F.relu(F.linear(left, a))
         c = inner_products(left if code is None else code, p)  # [B, T, 1]
         for group, column in enumerate(columns):
             row = o[:, None, group * width : (group + 1) * width]
             part = y[:, :, column : column + width]
-            if _beta(weight, base):
+            if adds(weight, base):
                 part.addcmul_(c, row)
             else:
                 torch.mul(c, row, out=part)
@@ -184,7 +159,7 @@ class RankOneLoRA(torch.autograd.Function):
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, low, a, p, o, weight, c, code = ctx.saved_tensors
         need_x, need_low, need_a, need_p, need_o = ctx.needs_input_grad[:5]
-        dx, dweight, dbias, dbase = _base_gradients(ctx, dy, x, weight, ctx.layout)
+        dx, dweight, dbias, dbase = frozen_gradients(dy, x, weight, ctx.layout, _frozen_needs(ctx))
         width = o.shape[1] // len(ctx.columns)
         do = torch.empty_like(o) if need_o else None
         dc = 0
@@ -236,6 +211,22 @@ def image_factors(
     return (F.relu(probe) if relu else probe @ a), o
 
 
+def is_rank_one(row: Routing, visual_tokens: int) -> bool:
+    """Whether the update is rank one in each image."""
+    return row.probe is not None and visual_tokens == 1
+
+
+def has_closed_form(row: Routing, visual_tokens: int, relu: bool, placement: str) -> bool:
+    """Whether the update can be had without codes as wide as the output.
+
+    In the output space plain LoRA and add are what they are in the bottleneck, because the up-projection is linear,
+    and what is rank one stays so; mul, ReLU and many visual tokens have no such form.
+    """
+    if placement == "bottleneck" or row.name in ("none", "add"):
+        return True
+    return is_rank_one(row, visual_tokens) and not relu
+
+
 def eager_lora(
     x: Tensor,
     low: Tensor | None,
@@ -256,17 +247,16 @@ def eager_lora(
 ) -> Tensor:
     """The routed LoRA by the cheapest form there is; arguments as in :func:`routingvl.kernels.routed_lora_linear`.
 
-    In the output space plain LoRA and add are what they are in the bottleneck, because the up-projection is linear.
-    What has no closed form there (mul, ReLU, many visual tokens) runs as the definition does.
+    What has no closed form runs as the definition does. ``low`` as for :class:`DenseLoRA`.
     """
-    u = F.linear(v, a) if row.uses_image else None
-    rank_one = row.probe is not None and u.shape[1] == 1
-    if placement == "output" and (relu or not rank_one) and row.name not in ("none", "add"):
+    visual_tokens = v.shape[1] if row.uses_image else 0
+    if not has_closed_form(row, visual_tokens, relu, placement):
         if weight is not None:
             base = F.linear(x, weight if layout == "nk" else weight.t(), bias)
         options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
         return reference_lora(x if low is None else low, v, a, b, routing=row.name, base=base, **options)
-    if rank_one:
+    u = F.linear(v, a) if row.uses_image else None
+    if is_rank_one(row, visual_tokens):
         p, o = image_factors(u, a, b, row, scaling=scaling, relu=relu, groups=groups, placement=placement)
         code_weight = a if relu else None
         return RankOneLoRA.apply(x, low, code_weight, p, o, weight, bias, base, layout, tuple(columns))[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -68,12 +69,10 @@ def routed_lora(
         check_shape("base", base, (*x.shape[:2], "N" if columns else b.shape[0]))
     columns = _check_columns(columns, groups, b.shape[0] // groups, None if base is None else base.shape[2])
     device = x.device.type
-    select_backend(device, backend)
     x, v, a, b, base = cast_for_autocast(device, x, v if row.uses_image else None, a, b, base)
     check_dtypes(x=x, v=v, a=a, b=b, base=base)
     options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
-    with without_autocast(device):
-        return eager_lora(x, None, v, a, b, row=row, base=base, **options)
+    return _run(backend, x, v, a, b, dropout=0.0, row=row, base=base, **options)
 
 
 def routed_lora_linear(
@@ -128,14 +127,26 @@ def routed_lora_linear(
         )
     columns = _check_columns(columns, groups, b.shape[0] // groups, outputs)
     device = x.device.type
-    select_backend(device, backend)
     x, v, weight, bias, a, b = cast_for_autocast(device, x, v if row.uses_image else None, weight, bias, a, b)
     check_dtypes(x=x, v=v, weight=weight, bias=bias, a=a, b=b)
-    low = F.dropout(x, dropout) if dropout > 0 else None
-    v = F.dropout(v, dropout) if dropout > 0 and v is not None else v
     options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
-    with without_autocast(device):
-        return eager_lora(x, low, v, a, b, row=row, weight=weight, bias=bias, layout=weight_layout, **options)
+    frozen = {"weight": weight, "bias": bias, "layout": weight_layout}
+    return _run(backend, x, v, a, b, dropout=dropout, row=row, **frozen, **options)
+
+
+def _run(
+    backend: str | None, x: Tensor, v: Tensor | None, a: Tensor, b: Tensor, *, dropout: float, **options: Any
+) -> Tensor:
+    """Hand checked arguments to the backend."""
+    name, _ = select_backend(x.device.type, backend, dtype=x.dtype, width=a.shape[0])
+    with without_autocast(x.device.type):
+        if name == "triton":
+            from .fused_lora import fused_lora  # importing it compiles nothing, but needs triton
+
+            return fused_lora(x, v, a, b, dropout=dropout, **options)
+        low = F.dropout(x, dropout) if dropout > 0 else None
+        v = F.dropout(v, dropout) if dropout > 0 and v is not None else v
+        return eager_lora(x, low, v, a, b, **options)
 
 
 def _check(

@@ -131,19 +131,25 @@ def _vllora(t: Tensor, u: Tensor, relu: bool) -> Tensor:
 
 
 def _vllora_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-    left, right = (F.relu(t), F.relu(u)) if relu else (t, u)
+    right = F.relu(u) if relu else u
     if gram_is_cheaper(t.shape[1], u.shape[1], t.shape[2]):
         wide_u, wide_right, wide_dz = (_at_least_float32(x) for x in (u, right, dz))
-        dleft = (wide_dz @ (wide_u.mT @ wide_right)).to(t.dtype)
-        dgram = _at_least_float32(left).mT @ wide_dz  # [B, R, R]
+        dt = (wide_dz @ (wide_u.mT @ wide_right)).to(t.dtype)
+    else:
+        dt = (dz @ u.mT) @ right
+    return dt * (t > 0) if relu else dt, vllora_image_gradient(dz, t, u, relu)
+
+
+def vllora_image_gradient(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> Tensor:
+    """du [B, L, R] of vllora for any number of visual tokens."""
+    left, right = (F.relu(t), F.relu(u)) if relu else (t, u)
+    if gram_is_cheaper(t.shape[1], u.shape[1], t.shape[2]):
+        wide_u, wide_right = _at_least_float32(u), _at_least_float32(right)
+        dgram = _at_least_float32(left).mT @ _at_least_float32(dz)  # [B, R, R]
         dright, du = (wide_u @ dgram.mT).to(u.dtype), (wide_right @ dgram).to(u.dtype)
     else:
-        scores, dscores = left @ right.mT, dz @ u.mT  # [B, T, L]
-        dleft = dscores @ right
-        dright, du = dscores.mT @ left, scores.mT @ dz
-    if relu:
-        return dleft * (t > 0), du + dright * (u > 0)
-    return dleft, du + dright
+        dright, du = (dz @ u.mT).mT @ left, (left @ right.mT).mT @ dz
+    return du + (dright * (u > 0) if relu else dright)
 
 
 def _identity(u: Tensor) -> Tensor:
