@@ -13,10 +13,26 @@ from .activations import find_activation
 from .arguments import without_autocast
 from .launch import contiguous_rows
 from .routing import Routing, find_routing, gram_is_cheaper, vllora_image_gradient
-from .triton_adapter_ops import adapter_backward, adapter_forward
+from .triton_adapter_ops import adapter_backward, adapter_forward_
 from .triton_ops import FORMS
 
-MAX_GRAM_RANK = 128  # a larger Gram matrix does not fit the registers of a program
+MAX_GRAM_RANK = 64  # a larger u' u would need more than half of the shared memory of some GPUs
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _operand(u: Tensor | None, form: str, relu: bool) -> Tensor | None:
+    """What a kernel takes in place of the image's code u [B, L, R]: for "gram" u' u [B, R, R], summed in float32."""
+    if form != "gram":
+        return _contiguous(u)
+    wide = u.float()
+    return (F.relu(wide) if relu else wide).mT @ wide
+
+
+def _codes(form: str, routing: str, activation: str) -> tuple[int, int, int]:
+    return FORMS[form], find_routing(routing).code, find_activation(activation).code
 
 
 class FusedAdapter(torch.autograd.Function):
@@ -42,48 +58,43 @@ class FusedAdapter(torch.autograd.Function):
         residual: bool,
         rank_one: bool,
         save_code: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        image = u
-        if form == "gram":
-            right = F.relu(u) if relu else u
-            image = right.float().mT @ u.float()
-        down, down_bias, image, up, up_bias = (
-            w if w is None else w.contiguous() for w in (down, down_bias, image, up, up_bias)
-        )
-        codes = (FORMS[form], find_routing(routing).code, find_activation(activation).code)
-        flags = (relu, residual, rank_one, save_code)
-        y, code = adapter_forward(contiguous_rows(x), down, down_bias, image, up, up_bias, x.shape[1], *codes, *flags)
-        return y.view(x.shape), code, image if form == "gram" else None
+    ) -> tuple[Tensor, Tensor]:
+        y = x.new_empty(x.shape)  # made here: an autograd function must not return a view
+        down_bias, up_bias = _contiguous(down_bias), _contiguous(up_bias)
+        code = adapter_forward_(
+            y.view(-1, y.shape[2]), contiguous_rows(x), down.contiguous(), down_bias, _operand(u, form, relu),
+            up.contiguous(), up_bias, x.shape[1], *_codes(form, routing, activation),
+            relu, residual, rank_one, save_code,
+        )  # fmt: skip
+        return y, code
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, down, _, u, up, _, *ctx.options = inputs
-        _, code, gram = output
-        ctx.mark_non_differentiable(code, *(() if gram is None else (gram,)))
-        ctx.save_for_backward(x, down, u, up, code, gram)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, down, u, up, output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(dy.device.type):
             return FusedAdapter._gradients(ctx, dy)
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, down, u, up, code, gram = ctx.saved_tensors
+        x, down, u, up, code = ctx.saved_tensors
         form, routing, activation, relu, residual, rank_one, _ = ctx.options
         need_x, need_down, need_down_bias, need_u, need_up, need_up_bias = ctx.needs_input_grad[:6]
         batch, tokens, _ = x.shape
         rows = contiguous_rows(dy)
-        codes = (FORMS[form], find_routing(routing).code, find_activation(activation).code)
-        image = u if gram is None else gram
-        image = image if image is None else image.contiguous()
         dx, dcode, dz, du, h = adapter_backward(
-            rows, code, down.contiguous(), image, up.contiguous(), tokens, *codes,
-            relu, residual, rank_one, need_x, need_u, need_up,
+            rows, code, down.contiguous(), _operand(u, form, relu), up.contiguous(), tokens,
+            *_codes(form, routing, activation), relu, residual, rank_one, need_x, need_u, need_up,
         )  # fmt: skip
         if not need_u:
             du = None
+        elif not len(rows):
+            du = torch.zeros_like(u)
         elif form in ("tokens", "gram"):
             du = vllora_image_gradient(dz.view(batch, tokens, -1), code.view(batch, tokens, -1), u, relu)
         else:

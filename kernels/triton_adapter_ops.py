@@ -13,7 +13,7 @@ from torch import Tensor
 from .launch import define_op, launch, on_device
 from .tiles import Tile, column_splits, padded_rank
 from .triton_adapter import adapter_backward_kernel, adapter_forward_kernel
-from .triton_ops import BLOCK_L, FORMS, _image_tile, blocks_of, fitting_tiles, processors, product_precision
+from .triton_ops import BLOCK_L, FORMS, blocks_of, fitting_tiles, image_tile, processors, product_precision
 
 ONE_IMAGE_FORMS = (FORMS["tokens"], FORMS["gram"])
 
@@ -24,6 +24,7 @@ def _new_code(rows: Tensor, count: int, rank: int, rank_one: bool) -> Tensor:
 
 
 def _adapter_forward(
+    y: Tensor,
     x: Tensor,
     down: Tensor,
     down_bias: Tensor | None,
@@ -38,17 +39,16 @@ def _adapter_forward(
     residual: bool,
     rank_one: bool,
     save_code: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     (rows, width), rank = x.shape, up.shape[1]
-    y = x.new_empty(rows, width)
     code = _new_code(x, rows if save_code else 0, rank, rank_one)
     if rows == 0:
-        return y, code
+        return code
     one_image = visual in ONE_IMAGE_FORMS
     span = tokens if one_image else rows
 
     def attempt(tile: Tile) -> None:
-        tile = _image_tile(tile, tokens, one_image)
+        tile = image_tile(tile, tokens, one_image)
         splits = column_splits(tile, rows, width, processors(x.device))
         adapter_forward_kernel[(blocks_of(rows, span, tile.block_m), splits)](
             y, code, x, down, x if down_bias is None else down_bias, x if image is None else image, up,
@@ -63,7 +63,7 @@ def _adapter_forward(
 
     with on_device(x):
         launch("adapter_forward", fitting_tiles("adapter_forward", rank, x), attempt)
-    return y, code
+    return code
 
 
 def _adapter_backward(
@@ -83,7 +83,7 @@ def _adapter_backward(
     need_u: bool,
     need_h: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (rows, width), rank, images = dy.shape, up.shape[1], dy.shape[0] // tokens
+    (rows, width), rank = dy.shape, up.shape[1]
     one_image = visual in ONE_IMAGE_FORMS
     write_du, write_dz = need_u and visual == FORMS["token"], need_u and one_image
     dx = dy.new_empty(rows if need_x else 0, width)
@@ -91,10 +91,11 @@ def _adapter_backward(
     dz = dy.new_empty(rows if write_dz else 0, rank)
     h = dy.new_empty(rows if need_h else 0, rank)
     if rows == 0:
-        return dx, dcode, dz, dy.new_zeros(images if write_du else 0, rank), h
+        return dx, dcode, dz, dy.new_empty(0, rank), h
+    images = rows // tokens
 
     def attempt(tile: Tile) -> Tensor:
-        tile = _image_tile(tile, tokens, one_image)
+        tile = image_tile(tile, tokens, one_image)
         span = tokens if one_image else max(1, tile.block_m // tokens) * tokens
         partial = dy.new_empty(images if write_du else 0, -(-span // tile.block_m), rank, dtype=torch.float32)
         adapter_backward_kernel[(blocks_of(rows, span, tile.block_m),)](
@@ -113,9 +114,9 @@ def _adapter_backward(
     return dx, dcode, dz, partial.sum(1).to(dy.dtype), h
 
 
-def _fake_adapter_forward(x, down, down_bias, image, up, up_bias, tokens, *options):
+def _fake_adapter_forward(y, x, down, down_bias, image, up, up_bias, tokens, *options):
     *_, rank_one, save_code = options
-    return x.new_empty(x.shape), _new_code(x, x.shape[0] if save_code else 0, up.shape[1], rank_one)
+    return _new_code(x, x.shape[0] if save_code else 0, up.shape[1], rank_one)
 
 
 def _fake_adapter_backward(dy, code, down, image, up, tokens, visual, *options):
@@ -130,10 +131,10 @@ def _fake_adapter_backward(dy, code, down, image, up, tokens, visual, *options):
     )
 
 
-adapter_forward = define_op(
-    "adapter_forward(Tensor x, Tensor down, Tensor? down_bias, Tensor? image, Tensor up, Tensor? up_bias,"
-    " SymInt tokens, int visual, int routing, int activation, bool relu, bool residual, bool rank_one, bool save_code)"
-    " -> (Tensor y, Tensor code)",
+adapter_forward_ = define_op(
+    "adapter_forward_(Tensor(a!) y, Tensor x, Tensor down, Tensor? down_bias, Tensor? image, Tensor up,"
+    " Tensor? up_bias, SymInt tokens, int visual, int routing, int activation, bool relu, bool residual, bool rank_one,"
+    " bool save_code) -> Tensor",
     _adapter_forward,
     _fake_adapter_forward,
 )

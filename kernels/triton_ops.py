@@ -58,7 +58,7 @@ def blocks_of(rows: int, span: int, block_m: int) -> int:
     return -(-rows // span) * -(-span // block_m)
 
 
-def _image_tile(tile: Tile, tokens: int, one_image: bool) -> Tile:
+def image_tile(tile: Tile, tokens: int, one_image: bool) -> Tile:
     """A tile without more rows than an image has, if a program takes rows of one image only."""
     return replace(tile, block_m=min(tile.block_m, max(16, 1 << (tokens - 1).bit_length()))) if one_image else tile
 
@@ -98,7 +98,7 @@ def _lora_forward(
     span = tokens if one_image else rows
 
     def attempt(tile: Tile) -> None:
-        tile = _image_tile(tile, tokens, one_image)
+        tile = image_tile(tile, tokens, one_image)
         splits = column_splits(tile, rows, b.shape[0] // groups, processors(x.device))
         lora_forward_kernel[(blocks_of(rows, span, tile.block_m), splits)](
             y, x, a, x if image is None else image, b, t, x if seed is None else seed,
@@ -144,7 +144,7 @@ def _lora_backward(
         return dt, dz, t.new_zeros(images if write_du else 0, width)
 
     def attempt(tile: Tile) -> Tensor:
-        tile = _image_tile(tile, tokens, one_image)
+        tile = image_tile(tile, tokens, one_image)
         span = tokens if one_image else max(1, tile.block_m // tokens) * tokens
         partial = dy.new_empty(images if write_du else 0, -(-span // tile.block_m), width, dtype=torch.float32)
         target = t if dx is None else dx
