@@ -92,9 +92,9 @@ class FusedDenseLoRA(torch.autograd.Function):
         x, u, a, b, weight, seed, t = ctx.saved_tensors
         layout, routing, relu, scaling, columns, dropout = ctx.options
         need_x, need_u, need_a, need_b, *frozen = ctx.needs_input_grad[:7]
-        row, rows = find_routing(routing), dy.flatten(0, 1)
+        row, rows, code_shape = find_routing(routing), dy.flatten(0, 1), (*x.shape[:2], a.shape[0])
         dx, dweight, dbias, dbase = frozen_gradients(dy, x, weight, layout, (need_x, *frozen))
-        db = _up_gradient(rows, row.route(t.view(*x.shape[:2], -1), u, relu), b, columns, scaling) if need_b else None
+        db = _up_gradient(rows, row.route(t.view(code_shape), u, relu), b, columns, scaling) if need_b else None
         if not (need_x or need_u or need_a):
             return None, None, None, db, dweight, dbias, dbase
         accumulate = dx is not None
@@ -109,8 +109,7 @@ class FusedDenseLoRA(torch.autograd.Function):
             if u.shape[1] == 1:
                 du = du.view_as(u)
             else:
-                dz, t = dz.view(*x.shape[:2], -1), t.view(*x.shape[:2], -1)
-                du = vllora_image_gradient(dz, t, u, relu)
+                du = vllora_image_gradient(dz.view(code_shape), t.view(code_shape), u, relu)
         da = None
         if need_a:
             low = contiguous_rows(x)

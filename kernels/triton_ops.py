@@ -137,7 +137,7 @@ def _lora_backward(
     width, rank, groups = a.shape[0], b.shape[1], len(columns)
     one_image = visual in (FORMS["tokens"], FORMS["gram"])
     write_du, write_dz = need_u and visual == FORMS["token"], need_u and one_image
-    images = rows // tokens
+    images = 0 if image is None else image.shape[0]
     dt = torch.empty_like(t)
     dz = torch.empty_like(t) if write_dz else t.new_empty(0, width)
     if rows == 0:
@@ -269,7 +269,7 @@ def _fake_lora_backward(dx, dy, t, a, image, b, seed, tokens, visual, *options):
     width, need_u = a.shape[0], options[-1]
     one_image = visual in (FORMS["tokens"], FORMS["gram"])
     dz = torch.empty_like(t) if need_u and one_image else t.new_empty(0, width)
-    images = dy.shape[0] // tokens if need_u and visual == FORMS["token"] else 0
+    images = image.shape[0] if need_u and visual == FORMS["token"] else 0
     return torch.empty_like(t), dz, t.new_empty(images, width)
 
 
