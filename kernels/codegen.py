@@ -304,8 +304,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for done, configuration in enumerate(chosen, 1):
         usage = usage_of(configuration)
         rows.append((configuration, usage))
-        bad += [f"{configuration} on {configuration.arch}: {fault}" for fault in problems(configuration, usage)]
-        print(f"\r{done}/{len(chosen)}", end="", file=sys.stderr, flush=True)
+        faults = [f"{configuration} on {configuration.arch}: {fault}" for fault in problems(configuration, usage)]
+        print(f"[{done}/{len(chosen)}] {configuration} on {configuration.arch}", *faults, file=sys.stderr, sep="\n  ")
+        bad += faults
     print("\n" + table(rows))
     for fault in bad:
         print(f"PROBLEM: {fault}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,15 @@ def run(args: Sequence[str]) -> int:
     """Print the report; exit status 1 when something that every command needs is broken."""
     parser = CommandParser("doctor", "Report versions, devices, backend, Java and optional packages.", EXAMPLE)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--codegen",
+        action="store_true",
+        help="compile every Triton kernel for four GPU architectures (no GPU needed, many minutes the first time) and "
+        "print registers, spills, shared memory and matrix instructions",
+    )
     options = parser.parse_args(args)
+    if options.codegen:
+        return compile_kernels()
     report = examine()
     if options.json:
         print(json.dumps(report, indent=2))
@@ -34,6 +43,13 @@ def run(args: Sequence[str]) -> int:
             for name, value in entries.items():
                 print(f"  {name:<16}{'not installed' if value is None else value}")
     return 1 if any("PROBLEM" in str(value) for entries in report.values() for value in entries.values()) else 0
+
+
+def compile_kernels() -> int:
+    """Print the table of :mod:`routingvl.kernels.codegen`, made in a process that is free of Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "routingvl.kernels.codegen"]
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def examine() -> dict[str, dict[str, Any]]:
