@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 try:
     import triton
     import triton.language as tl
@@ -22,7 +20,6 @@ except ImportError:
 __all__ = ["constexpr", "interpreted", "jit", "tl", "triton"]
 
 
-@cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 was set when it was imported."""
-    return triton is not None and not isinstance(jit(interpreted), triton.JITFunction)
+    return triton is not None and not isinstance(tl.philox, triton.JITFunction)
