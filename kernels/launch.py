@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -18,9 +19,11 @@ BACKENDS = ("eager", "triton")
 BACKEND_VARIABLE = "ROUTINGVL_BACKEND"
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GPU_TYPES = ("cuda", "xpu")  # ROCm calls itself cuda
+SHAPES_ONLY = "meta"  # no kernel runs there, the ops' fakes do
 
 _logger = logging.getLogger(__name__)
 _library = torch.library.Library("routingvl", "FRAGMENT")
+_interpreter_lock = threading.RLock()  # Triton's interpreter patches its language's module while a kernel runs
 _first_fit: dict[tuple[str, tuple[Tile, ...]], int] = {}  # by kernel and tiles: the first that the device could launch
 
 Result = TypeVar("Result")
@@ -32,7 +35,7 @@ def triton_obstacle(device_type: str) -> str | None:
         return "triton is not installed"
     if device_type == "cpu" and not interpreted():
         return "on 'cpu' devices the Triton kernels run in Triton's interpreter only (TRITON_INTERPRET=1)"
-    if device_type not in ("cpu", *GPU_TYPES):
+    if device_type not in ("cpu", SHAPES_ONLY, *GPU_TYPES):
         return f"there are no Triton kernels for {device_type!r} devices"
     return None
 
@@ -78,8 +81,8 @@ def _device_backend(device_type: str, backend: str | None) -> tuple[str, str]:
         raise RuntimeError(f"{source} cannot run: {obstacle}; use 'eager'")
     if asked is not None:
         return asked, source + (", in Triton's interpreter" if asked == "triton" and device_type == "cpu" else "")
-    if obstacle or device_type == "cpu":
-        return "eager", obstacle or "default on 'cpu' devices; Triton's interpreter runs only when asked for"
+    if obstacle or device_type not in GPU_TYPES:
+        return "eager", obstacle or f"default on {device_type!r} devices"
     untested = device_type == "xpu" or torch.version.hip is not None
     return "triton", f"default on {device_type!r} devices" + (", untested there" if untested else "")
 
@@ -110,7 +113,8 @@ def launch(kind: str, tiles: tuple[Tile, ...], attempt: Callable[[Tile], Result]
         RuntimeError: none of them.
     """
     if interpreted():
-        return attempt(tiles[0])
+        with _interpreter_lock:
+            return attempt(tiles[0])
     start = _first_fit.get((kind, tiles), 0)
     for index in range(start, len(tiles)):
         try:
