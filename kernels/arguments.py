@@ -20,16 +20,27 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None
         raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
 
 
-def check_text_and_image(x: Tensor, v: Tensor | None, row: Routing, relu: bool) -> None:
-    """Raise ``ValueError`` unless x [B, T, K] and v [B, L, K] suit each other and the routing function."""
+def check_text_and_image(x: Tensor, v: Tensor | None, row: Routing, relu: bool, *, beams: bool = False) -> None:
+    """Raise ``ValueError`` unless x [B, T, K] and v [B, L, K] suit each other and the routing function; with ``beams``
+    x may have a multiple of B rows.
+    """
     check_shape("x", x, ("B", "T", "K"))
     if row.uses_image and v is not None:
         check_shape("v", v, ("B", "L", x.shape[2]))
-        if v.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"v has batch {v.shape[0]}, x has batch {x.shape[0]}: one row of v for each row of x is needed"
-            )
+        if x.shape[0] != v.shape[0] and not (beams and v.shape[0] and x.shape[0] % v.shape[0] == 0):
+            needed = "for each row of x" + (" or group of beams" if beams else "")
+            raise ValueError(f"v has batch {v.shape[0]}, x has batch {x.shape[0]}: one row of v {needed} is needed")
     row.check(v.shape[1] if row.uses_image and v is not None else None, relu)
+
+
+def fold_beams(x: Tensor | None, v: Tensor | None) -> Tensor | None:
+    """x [B*beams, T, K] as the rows [B, beams*T, K] of the B images of v; as it is when there is one beam or no image.
+
+    Every row of an image is routed alike, so beams need no copies of the image's features.
+    """
+    if x is None or v is None or x.shape[0] == v.shape[0]:
+        return x
+    return x.reshape(v.shape[0], x.shape[0] // v.shape[0] * x.shape[1], x.shape[2])
 
 
 def check_dtypes(**tensors: Tensor | None) -> None:

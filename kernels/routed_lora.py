@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, without_autocast
+from .arguments import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, fold_beams, without_autocast
 from .eager_lora import eager_lora
 from .launch import select_backend
 from .routing import Routing, find_routing
@@ -40,7 +40,7 @@ def routed_lora(
     computes the frozen projection itself and needs no copy.
 
     Args:
-        x: text hidden states [B, T, K].
+        x: text hidden states [B, T, K], or [B*beams, T, K] where consecutive rows are the beams of one image.
         v: visual tokens [B, L, K]; not read (and may be None) for routing "none".
         a: down-projection [G*R, K], shared by text and image.
         b: up-projection [G*n, R]; rows g*n to (g+1)*n take components g*R to (g+1)*R of the routed code.
@@ -72,7 +72,7 @@ def routed_lora(
     x, v, a, b, base = cast_for_autocast(device, x, v if row.uses_image else None, a, b, base)
     check_dtypes(x=x, v=v, a=a, b=b, base=base)
     options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
-    return _run(backend, x, v, a, b, dropout=0.0, row=row, base=base, **options)
+    return _run(backend, x, v, a, b, dropout=0.0, row=row, base=fold_beams(base, v), **options)
 
 
 def routed_lora_linear(
@@ -139,14 +139,17 @@ def _run(
 ) -> Tensor:
     """Hand checked arguments to the backend."""
     name, _ = select_backend(x.device.type, backend, dtype=x.dtype, width=a.shape[0])
+    shape, x = x.shape, fold_beams(x, v)
     with without_autocast(x.device.type):
         if name == "triton":
-            from .fused_lora import fused_lora  # importing it compiles nothing, but needs triton
+            from .fused_lora import fused_lora  # here, because it needs triton
 
-            return fused_lora(x, v, a, b, dropout=dropout, **options)
-        low = F.dropout(x, dropout) if dropout > 0 else None
-        v = F.dropout(v, dropout) if dropout > 0 and v is not None else v
-        return eager_lora(x, low, v, a, b, **options)
+            y = fused_lora(x, v, a, b, dropout=dropout, **options)
+        else:
+            low = F.dropout(x, dropout) if dropout > 0 else None
+            v = F.dropout(v, dropout) if dropout > 0 and v is not None else v
+            y = eager_lora(x, low, v, a, b, **options)
+    return y if y.shape[0] == shape[0] else y.reshape(*shape[:2], y.shape[2])
 
 
 def _check(
@@ -154,7 +157,7 @@ def _check(
 ) -> None:
     if placement not in PLACEMENTS:
         raise ValueError(f"placement={placement!r} is not one of {', '.join(map(repr, PLACEMENTS))}")
-    check_text_and_image(x, v, row, relu)
+    check_text_and_image(x, v, row, relu, beams=True)
     check_shape("b", b, ("G*n", "R"))
     if groups < 1 or b.shape[0] % groups:
         raise ValueError(f"groups={groups} must be at least 1 and divide the {b.shape[0]} rows of b")

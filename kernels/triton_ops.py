@@ -69,7 +69,7 @@ def _spacing(columns: Sequence[int]) -> tuple[int, int]:
 
 def _dropout(seed: Tensor | None, dropout: float) -> tuple[int, float]:
     """Threshold of a 31-bit integer and factor of what is kept."""
-    return (0, 1.0) if seed is None else (round(dropout * 2**31), 1 / (1 - dropout))
+    return (0, 1.0) if seed is None else (round(dropout * 2**31), 1 / (1 - dropout) if dropout < 1 else 0.0)
 
 
 def _lora_forward(

@@ -323,6 +323,22 @@ def test_what_the_kernels_do_not_cover_goes_to_eager(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(fused_linear(**wide, **kwargs), defined_linear(**wide, **kwargs))
 
 
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize(("name", "relu", "tokens", "text"), FEW)
+def test_beams_share_an_image(name: str, relu: bool, tokens: int, text: int, backend: str) -> None:
+    """Two images, three beams each: as with repeated features, and the features' gradients are summed."""
+    drawn = rounded(tensors(tokens, "c_attn", (6, 4, 20, 16, 3)))
+    drawn["v"] = drawn["v"][:2]
+    op = partial(routed_lora_linear, **options(name, relu, "c_attn", n=16), backend=backend)
+
+    def repeated(v: Tensor, **leaves: Tensor) -> Tensor:
+        return op(v=v.repeat_interleave(3, 0), **leaves)
+
+    dy = torch.randn(6, 4, 48, device=DEVICE)
+    got, want = run(op, drawn, dy), run(repeated, drawn, dy)
+    assert all(relative_rms(got[key], want[key]) < 5e-6 for key in want)
+
+
 def test_no_text() -> None:
     drawn = rounded(tensors(1, "plain", (2, 3, 6, 8, 2)))
     drawn["x"] = drawn["x"][:, :0]
