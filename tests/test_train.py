@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ from safetensors.torch import load_file
 from tiny import tiny_config, write_tiny
 
 from routingvl.config import ConfigError
+from routingvl.config_file import config_to_yaml
 from routingvl.data.images import ImageError
 from routingvl.models import load_pretrained
 from routingvl.run_config import TrainConfig, override
-from routingvl.runs import RunError
+from routingvl.runs import RunError, read_metrics
 from routingvl.schedule import BatchOrder, learning_rate_factor, total_steps
 from routingvl.train import train
 
@@ -183,6 +186,26 @@ def test_given_model_and_tokenizer_are_used(tiny, tmp_path):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(weights(result.run_dir)[name], parameter.detach())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_equal_one(tiny, tmp_path, task):
+    settings = {"max_steps": 5, "accumulation": 1, "max_grad_norm": 0.5, "eval_every": 2}
+    alone = run(tiny, tmp_path / "1", task, **settings)
+    shared = tmp_path / "2"
+    path = tmp_path / "config.yaml"
+    path.write_text(config_to_yaml(tiny_config(tiny, shared, task, **settings)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "routingvl"]
+    done = subprocess.run([*launch, "train", "--config", str(path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("5 steps in") == 1
+    records = read_metrics(shared / "metrics.jsonl")
+    assert [r["loss"] for r in records if r["kind"] == "train"] == pytest.approx(losses(alone), rel=1e-5)
+    expected = [r[alone.metric] for r in alone.history if r["kind"] == "validation"]
+    assert [r[alone.metric] for r in records if r["kind"] == "validation"] == pytest.approx(expected, rel=1e-4)
+    for name, value in weights(alone.run_dir).items():
+        torch.testing.assert_close(weights(shared)[name], value, rtol=1e-3, atol=2e-5)
 
 
 def test_tensorboard(tiny, tmp_path):
