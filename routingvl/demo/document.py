@@ -1,4 +1,4 @@
-"""A report as a list of blocks, and its two forms: Markdown with pictures beside it, and one self-contained HTML file."""
+"""A report as a list of blocks, and its two forms: Markdown with pictures beside it, and one self-contained HTML."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from routingvl.runs import replacing, write_text
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1f2430; --soft: #5b6472; --line: #dfe3ea; --tint: #f5f7fa; --accent: #2456a6; }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); max-width: 68rem; margin: 2.5rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.9rem; line-height: 1.2; } h2 { font-size: 1.3rem; margin-top: 2.6rem; border-bottom: 1px solid var(--line); }
-p, li { max-width: 48rem; } .scroll { overflow-x: auto; } figure { margin: 1.2rem 0; } figcaption { color: var(--soft); }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); }
+body { max-width: 68rem; margin: 2.5rem auto; padding: 0 1.25rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; }
+h2 { font-size: 1.3rem; margin-top: 2.6rem; border-bottom: 1px solid var(--line); }
+p, li { max-width: 48rem; } .scroll { overflow-x: auto; }
+figure { margin: 1.2rem 0; } figcaption { color: var(--soft); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; margin: 1rem 0; }
 th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
 td, th { padding: .35rem .8rem .35rem 0; vertical-align: top; } td { border-bottom: 1px solid var(--line); }

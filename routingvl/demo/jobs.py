@@ -1,4 +1,4 @@
-"""Run training jobs in worker processes, and keep every finished result on disk, so that an interrupted demo goes on."""
+"""Run training jobs in worker processes; keep every finished result on disk, so that an interrupted demo goes on."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def run_job(job: Job, settings: DemoSettings, work: str) -> Record:
     """Train one job and evaluate it on the test split, through the same calls as ``routingvl train`` and ``evaluate``.
 
     Returns:
-        A record of plain values: the job, validation and test scores, the learning curves, seconds, parameter counts and
+        A record of plain values: the job, validation and test scores, learning curves, seconds, parameter counts, and
         some predictions.
     """
     from routingvl.evaluate import evaluate
@@ -111,7 +111,7 @@ def run_job(job: Job, settings: DemoSettings, work: str) -> Record:
 
 
 def read_evaluation(task: str, metrics: dict[str, Any], work: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the report needs of an evaluation: plain scores, and predictions by image or question id (first samples only).
+    """What the report needs of an evaluation: plain scores, and the predictions for the first images by their id.
 
     Captions get one more score, ``exact``: the share (0 to 1) that equals a reference word for word.
     """
