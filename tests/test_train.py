@@ -19,7 +19,7 @@ from routingvl.models import load_pretrained
 from routingvl.run_config import TrainConfig, override
 from routingvl.runs import RunError, read_metrics
 from routingvl.schedule import BatchOrder, learning_rate_factor, total_steps
-from routingvl.train import train
+from routingvl.train import Trainer, train
 
 TASKS = ("vqa", "caption")
 
@@ -69,18 +69,23 @@ def test_training_lowers_the_loss_and_fills_the_folder(tiny, tmp_path, task):
     assert result.trainable == sum(tensor.numel() for tensor in weights(result.run_dir).values())
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_resumed_run_equals_uninterrupted_run(tiny, tmp_path, task):
+@pytest.mark.parametrize(("task", "log_every"), [("vqa", 1), ("caption", 1), ("caption", 3)])
+def test_resumed_run_equals_uninterrupted_run(tiny, tmp_path, monkeypatch, task, log_every):
     # Dropout makes the random state matter, and 5 examples a step make a step cross the end of an epoch.
-    settings = {"max_steps": 9, "train.batch_size": 5, "dropout": 0.3, "eval_every": 4}
+    settings = {"max_steps": 9, "train.batch_size": 5, "dropout": 0.3, "eval_every": 4, "log_every": log_every}
     whole = run(tiny, tmp_path / "whole", task, **settings)
 
-    def stop_after_five(record):
-        if record["kind"] == "train" and record["step"] == 5:
+    step = Trainer.train_step
+
+    def step_and_stop(trainer, batches):
+        step(trainer, batches)
+        if trainer.step == 5:  # with a line every 3 steps this is between two lines
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny, tmp_path / "parts", task, log=stop_after_five, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, tmp_path / "parts", task, **settings)
     torch.manual_seed(12345)  # a new process starts from some other random state
     resumed = run(tiny, tmp_path / "parts", task, resume=True, **settings)
     assert_same_weights(weights(whole.run_dir), weights(resumed.run_dir))
