@@ -14,24 +14,23 @@ from typing import Any
 from routingvl.data.coco import load_captions
 from routingvl.demo.pool import worker_pool
 from routingvl.demo.variants import SCORES, DemoSettings, Job
-from routingvl.runs import read_metrics
+from routingvl.runs import read_metrics, write_text
 
 Record = dict[str, Any]
 SAMPLES = 24  # test images whose predictions a record keeps for the report
 
 
 class ResultStore:
-    """Finished jobs of one output folder: a JSON line each, appended as they finish, found again by their key."""
+    """Finished jobs of one output folder: a JSON line each, written as they finish, found again by their key."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: dict[str, Record] = {record["key"]: record for record in read_metrics(path)}
 
     def add(self, record: Record) -> None:
+        """Keep a record, on disk when this returns; the file is replaced as a whole, so no crash can tear a line."""
         self.records[record["key"]] = record
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.records.values()))
 
 
 def run_jobs(
@@ -96,8 +95,8 @@ def run_job(job: Job, settings: DemoSettings, work: str) -> Record:
         "steps": result.steps,
         "validation": result.best_metric,
         "test": scores,
-        "curve": [(r["step"], r[result.metric]) for r in result.history if r["kind"] == "validation"],
-        "losses": [(r["step"], round(r["loss"], 5)) for r in result.history if r["kind"] == "train"],
+        "curve": [[r["step"], r[result.metric]] for r in result.history if r["kind"] == "validation"],
+        "losses": [[r["step"], round(r["loss"], 5)] for r in result.history if r["kind"] == "train"],
         "seconds": {
             "train": round(result.seconds, 2),
             "evaluate": round(finished - evaluating, 2),
