@@ -10,10 +10,10 @@ import pytest
 
 from routingvl.config import ConfigError
 from routingvl.data.shapes import ShapesConfig
-from routingvl.demo.backbones import BackboneConfig
+from routingvl.demo.backbones import BackboneConfig, build_backbones
 from routingvl.demo.document import Document, Sample, markdown_table
 from routingvl.demo.jobs import ResultStore, run_jobs
-from routingvl.demo.main import DemoOptions, prepare_folder, rates_of, run
+from routingvl.demo.main import DemoOptions, prepare_folder, rates_of, run, write_data
 from routingvl.demo.report import against_none, at_best_rate
 from routingvl.demo.search import COMMITTED, best_rates, load_search, search, summarise, variant_of, write_search
 from routingvl.demo.variants import QUICK_VARIANTS, SCORES, VARIANTS, DemoSettings, Job, Variant, settings_to_dict
@@ -302,6 +302,26 @@ def test_the_committed_search_shows_the_gain_of_mul():
     assert gain.gain > 0
     assert gain.apart
     assert statistics.fmean(found[MUL]["values"]["CIDEr"]) > 0
+
+
+@pytest.mark.slow
+@needs_committed
+def test_mul_beats_no_routing_in_captioning(tmp_path):
+    """The one claim about quality that a test makes: adapters, each at its own best rate, in fewer steps."""
+    settings = replace(
+        DemoSettings(),
+        data=ShapesConfig(train_images=2000, train_questions=700, val_images=60, test_images=150),
+        backbones=BackboneConfig(examples=4000, vision_steps=300, mlm_steps=1, lm_steps=150),
+        steps={"caption": 150, "vqa": 1},
+        validations=1,
+    )
+    variants = [Variant("caption", "adapter", routing) for routing in ("none", "mul")]
+    jobs = [Job(variant, lr, 0) for variant, lr in rates_of(load_search(), variants).items()]
+    write_data(tmp_path, settings.data)
+    build_backbones(tmp_path / "backbones", settings.backbones)
+    store = ResultStore(tmp_path / "results.jsonl")
+    none, mul = run_jobs(jobs, settings, tmp_path, store, workers=2, say=lambda line: None)
+    assert mul["test"]["CIDEr"] > none["test"]["CIDEr"]
 
 
 def test_full_report_takes_one_record_a_variant():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import as_completed
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,21 +53,32 @@ def run_jobs(
     if len(missing) < len(jobs):
         say(f"{len(jobs) - len(missing)} of {len(jobs)} runs are already in {store.path}")
     if missing:
-        with worker_pool(min(workers, len(missing))) as pool:
-            futures = {pool.submit(run_job, job, settings, str(work)): job for job in missing.values()}
-            for done, future in enumerate(as_completed(futures), start=1):
-                job = futures[future]
-                if error := future.exception():
-                    pool.shutdown(cancel_futures=True)
-                    raise RuntimeError(f"demo run failed ({job.title}): {error}") from error
-                record = future.result()
-                store.add(record)
-                score = SCORES[job.variant.task]
-                say(
-                    f"[{done}/{len(missing)}] {job.title}: test {score} {record['test'][score]:.3f}, "
-                    f"{record['seconds']['all']:.0f} s"
-                )
+        say(f"{len(missing)} runs to train, {min(workers, len(missing))} at a time")
+    for done, (job, record) in enumerate(_train_all(missing.values(), settings, work, workers), start=1):
+        store.add(record)
+        score = SCORES[job.variant.task]
+        result = f"test {score} {record['test'][score]:.3f}, {record['seconds']['all']:.0f} s"
+        say(f"[{done}/{len(missing)}] {job.title}: {result}")
     return [store.records[key] for key in keys]
+
+
+def _train_all(jobs: Collection[Job], settings: DemoSettings, work: Path, workers: int) -> Iterator[tuple[Job, Record]]:
+    """Jobs and their records, as they finish."""
+    if not jobs:
+        return
+    waiting = deque(jobs)
+    running: dict[Future[Record], Job] = {}
+    with worker_pool(min(workers, len(jobs))) as pool:
+        while waiting or running:
+            # Never more than run at once: after an error or Ctrl-C there is then none left for the pool to start.
+            while waiting and len(running) < workers:
+                job = waiting.popleft()
+                running[pool.submit(run_job, job, settings, str(work))] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                if error := future.exception():
+                    raise RuntimeError(f"demo run failed ({job.title}): {error}") from error
+                yield job, future.result()
 
 
 def run_job(job: Job, settings: DemoSettings, work: str) -> Record:
