@@ -24,11 +24,12 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from routingvl.atomic import replacing
 from routingvl.config import ConfigError
 from routingvl.evaluate import predict_dataset
 from routingvl.execution import hush_transformers, make_accelerator, rng_state, set_rng_state
 from routingvl.run_config import RunConfig
-from routingvl.runs import RunFolder, RunLog, replacing
+from routingvl.runs import RunFolder, RunLog
 from routingvl.schedule import BatchOrder, learning_rate_factor, total_steps
 from routingvl.tasks import Task, build_task
 
