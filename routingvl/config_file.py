@@ -73,7 +73,7 @@ def explain(message: str, known: Sequence[str]) -> str:
 def nearest_key(name: str, known: Sequence[str], prefix: str = "") -> str:
     """The hint of :func:`~routingvl.config.nearest` for a dotted name; a key given without its part is found too."""
     name = name.replace("-", "_")
-    same_leaf = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    same_leaf = [key for key in dict.fromkeys(known) if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     if same_leaf:
         return f"; did you mean {' or '.join(repr(prefix + key) for key in same_leaf)}?"
     return nearest(prefix + name, [prefix + key for key in known])
