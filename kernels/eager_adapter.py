@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .activations import find_activation
-from .arguments import without_autocast
+from .arguments import with_signature, without_autocast
 from .products import fresh_linear, inner_products
 from .routing import Routing, find_routing
 
@@ -45,6 +45,7 @@ class DenseAdapter(torch.autograd.Function):
     """
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor,
         u: Tensor | None,
@@ -103,6 +104,7 @@ class RankOneAdapter(torch.autograd.Function):
     """
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor,
         w: Tensor,

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import without_autocast
+from .arguments import with_signature, without_autocast
 from .products import fresh_linear, inner_products
 from .reference import reference_lora
 from .routing import Routing, find_routing
@@ -96,6 +96,7 @@ class DenseLoRA(torch.autograd.Function):
     """
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor,
         low: Tensor | None,
@@ -180,6 +181,7 @@ class RankOneLoRA(torch.autograd.Function):
     """
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor,
         low: Tensor | None,

@@ -43,7 +43,8 @@ def routed_adapter(
         backend: "eager", "triton", or None for the default of :func:`routingvl.kernels.launch.select_backend`.
 
     Returns:
-        [B, T, K] in the dtype of the inputs; under autocast every input is cast first, the residual included.
+        [B, T, K] in the dtype of the inputs. Under autocast the products run in its dtype and the residual keeps x's:
+        the result has the wider of the two.
 
     Raises:
         ValueError: unknown name, shapes or dtypes that do not fit, more visual tokens than the routing takes, v
@@ -64,5 +65,9 @@ def routed_adapter(
     tensors = cast_for_autocast(device, x, v if row.uses_image else None, down_weight, down_bias, up_weight, up_bias)
     names = ("x", "v", "down_weight", "down_bias", "up_weight", "up_bias")
     check_dtypes(**dict(zip(names, tensors, strict=True)))
+    options = {"row": row, "activation": activation, "relu": relu}
     with without_autocast(device):
-        return eager_adapter(*tensors, row=row, activation=activation, residual=residual, relu=relu)
+        if residual and tensors[0].dtype != x.dtype:
+            # A float32 residual stream keeps its precision under autocast, as it would in the plain sum.
+            return x + eager_adapter(*tensors, residual=False, **options)
+        return eager_adapter(*tensors, residual=residual, **options)

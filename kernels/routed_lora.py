@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -55,7 +56,8 @@ def routed_lora(
         placement: "bottleneck" routes the codes, "output" the up-projected codes (joined over groups).
 
     Returns:
-        [B, T, N] in the dtype of the inputs; under autocast every input is cast first, as for torch's own addmm.
+        [B, T, N] in the dtype of the inputs. Under autocast the products run in its dtype and base keeps its own: the
+        result has the wider of the two.
 
     Raises:
         ValueError: unknown name, shapes or dtypes that do not fit, more visual tokens than the routing takes, v
@@ -69,10 +71,14 @@ def routed_lora(
     columns = _check_columns(columns, groups, b.shape[0] // groups, None if base is None else base.shape[2])
     device = x.device.type
     select_backend(device, backend)
-    x, v, a, b, base = cast_for_autocast(device, x, v if row.uses_image else None, a, b, base)
-    check_dtypes(x=x, v=v, a=a, b=b, base=base)
+    x, v, a, b = cast_for_autocast(device, x, v if row.uses_image else None, a, b)
+    autocast = torch.is_autocast_enabled(device)
+    check_dtypes(x=x, v=v, a=a, b=b, base=None if autocast else base)
     options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
     with without_autocast(device):
+        if base is not None and base.dtype != x.dtype:
+            # A wider base keeps its precision, as it would in the plain sum.
+            return base + eager_lora(x, None, v, a, b, row=row, base=torch.zeros_like(base, dtype=x.dtype), **options)
         return eager_lora(x, None, v, a, b, row=row, base=base, **options)
 
 

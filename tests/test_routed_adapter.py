@@ -117,7 +117,7 @@ def test_one_visual_token_needs_no_down_projection_of_the_text(name: str) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "relu", "tokens"), [case for case in CASES if case[2] != 9])
 def test_autocast_over_float32_weights(name: str, relu: bool, tokens: int, dtype: torch.dtype) -> None:
-    op = pair(name, relu)[0]
+    op = pair(name, relu, residual=False)[0]
     given = {key: tensor.float() for key, tensor in tensors(tokens).items()}
     dy = torch.randn(3, 5, 6).to(dtype)
 
@@ -130,6 +130,19 @@ def test_autocast_over_float32_weights(name: str, relu: bool, tokens: int, dtype
     assert got["y"].dtype == dtype
     assert all(got[f"d{key}"].dtype == torch.float32 for key in given)
     torch.testing.assert_close(got, want, check_dtype=False)
+
+
+@pytest.mark.parametrize("name", ["mul", "vllora"])
+def test_autocast_keeps_the_precision_of_the_residual(name: str) -> None:
+    given = {key: tensor.float() for key, tensor in tensors().items()}
+    op = pair(name, False)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = op(**given)
+        delta = op(**given, residual=False)
+        low = op(**{**given, "x": given["x"].bfloat16()})
+    assert y.dtype == torch.float32
+    assert torch.equal(y, given["x"] + delta)
+    assert low.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("name", "relu", "tokens"), [case for case in CASES if case[2] != 9])

@@ -279,6 +279,18 @@ def test_autocast_over_float32_weights(name: str, relu: bool, tokens: int, dtype
         torch.testing.assert_close(tensor.grad, low[key].grad.float())
 
 
+@pytest.mark.parametrize("layout", ["plain", "c_attn"])
+def test_autocast_keeps_the_precision_of_a_given_base(layout: str) -> None:
+    given = {key: tensor.float() for key, tensor in tensors(1, layout).items() if key not in ("weight", "bias")}
+    base = torch.randn(3, 5, 4 * LAYOUTS[layout][2])
+    kwargs = options("mul", False, layout)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = routed_lora(**given, base=base, **kwargs)
+        delta = routed_lora(**given, base=torch.zeros_like(base).bfloat16(), **kwargs)
+    assert (y.dtype, delta.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(y, base + delta)
+
+
 def test_autocast_leaves_float64_alone() -> None:
     given = tensors()
     with torch.autocast("cpu", dtype=torch.bfloat16):
