@@ -145,7 +145,7 @@ def test_autocast_keeps_the_precision_of_the_residual(name: str) -> None:
     assert low.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("name", "relu", "tokens"), [case for case in CASES if case[2] != 9])
+@pytest.mark.parametrize(("name", "relu", "tokens"), [("mul", False, 1), ("vllora", False, 1), ("vllora", True, 3)])
 def test_compiles_without_a_graph_break(name: str, relu: bool, tokens: int) -> None:
     torch._dynamo.reset()
     given = {key: tensor.float() for key, tensor in tensors(tokens).items()}
