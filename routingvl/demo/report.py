@@ -13,7 +13,7 @@ from routingvl.demo import plots
 from routingvl.demo.document import Document, Sample, markdown_table
 from routingvl.demo.jobs import Record
 from routingvl.demo.search import best_rates, is_blind, summarise, variant_of
-from routingvl.demo.variants import METHOD_TITLES, SCORES, DemoSettings, Variant, settings_to_dict
+from routingvl.demo.variants import METHOD_TITLES, SCORES, VARIANTS, DemoSettings, Variant, settings_to_dict
 
 COLUMNS = {"caption": ("CIDEr", "BLEU-4", "exact"), "vqa": ("accuracy",)}
 DIGITS = {"CIDEr": 2, "BLEU-4": 3, "exact": 3, "accuracy": 1}
@@ -50,8 +50,9 @@ class _Results:
     @property
     def panels(self) -> dict[Panel, list[Variant]]:
         grouped: dict[Panel, list[Variant]] = {}
-        for variant in {**self.searched, **self.current}:
-            grouped.setdefault(variant.panel, []).append(variant)
+        for variant in VARIANTS:
+            if variant in self.searched or variant in self.current:
+                grouped.setdefault(variant.panel, []).append(variant)
         return grouped
 
 
@@ -96,7 +97,7 @@ def write_report(
 
 
 def at_best_rate(records: Iterable[Record]) -> dict[Variant, Record]:
-    """One record a variant: the first seed at the rate with the best validation score."""
+    """One record a variant, in reading order: the first seed at the rate with the best validation score."""
     records = list(records)
     best = best_rates(records)
     chosen: dict[Variant, Record] = {}
@@ -104,7 +105,7 @@ def at_best_rate(records: Iterable[Record]) -> dict[Variant, Record]:
         variant = variant_of(record)
         if record["lr"] == best[variant]:
             chosen.setdefault(variant, record)
-    return chosen
+    return {variant: chosen[variant] for variant in VARIANTS if variant in chosen}
 
 
 @dataclass(frozen=True)
