@@ -57,8 +57,7 @@ class Case:
         return {letter: getattr(self, letter) for letter in "BTLKNR"}
 
     def work(self, mode: str, itemsize: int, *, bottleneck: bool = True) -> tuple[int, int]:
-        """Floating point operations and bytes of the definition in "fwd", "bwd" or "fwdbwd", the same for every
-        provider.
+        """Floating point operations and bytes of the definition in "fwd", "bwd" or "fwdbwd", for every provider.
 
         Counted are the products of matrices as the formula is written (so a provider that finds a cheaper form shows a
         higher rate), and each operand and result moved once. ``bottleneck`` off counts the frozen projection alone.

@@ -93,9 +93,7 @@ def values_and_gradients(
 
 
 def check(case: Case, routing: str, layers: dict[str, Layer], dtype: torch.dtype, device: str) -> dict[str, dict]:
-    """The gate: for each provider its worst relative RMS error over output and gradients, and what missed the
-    tolerance.
-    """
+    """The gate: each provider's worst relative RMS error over output and gradients, and what missed the tolerance."""
     autocast = None if dtype == torch.float32 else dtype
     exact = make_tensors(case, seed=0, dtype=torch.float64, device=device, rounded_to=dtype)
     tensors = {name: tensor.detach().float().requires_grad_(tensor.requires_grad) for name, tensor in exact.items()}
@@ -159,9 +157,7 @@ def memory(case: Case, layer: Layer, dtype: torch.dtype, device: torch.device) -
 
 
 def rows_of(case: Case, routing: str, args: argparse.Namespace, timer: Timer, environment: dict) -> Iterator[dict]:
-    """Gate and measure one case with one routing; a row for each provider and mode, without times where the gate is
-    shut.
-    """
+    """Gate and measure one case: a row for each provider and mode, or one row without times if the gate is shut."""
     dtype = DTYPES[args.dtype]
     layers = providers(case, routing)
     if args.compile:

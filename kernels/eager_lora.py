@@ -74,9 +74,7 @@ def merging_pays(x: Tensor, width: int) -> bool:
 
 
 def _merged(weight: Tensor, a: Tensor, b: Tensor, layout: str, scaling: float, columns: Sequence[int]) -> Tensor:
-    """W + scaling b a in new memory and in W's layout; the columns of the output that no group writes to stay as in
-    W.
-    """
+    """W + scaling b a in new memory and in W's layout; rows for outputs that no group writes to stay as they are."""
     merged = weight.clone(memory_format=torch.contiguous_format)
     rows = merged if layout == "nk" else merged.t()
     groups = len(columns)

@@ -47,8 +47,7 @@ def routed_adapter(
         the result has the wider of the two.
 
     Raises:
-        ValueError: unknown name, shapes or dtypes that do not fit, more visual tokens than the routing takes, v
-            missing.
+        ValueError: unknown name, unfit shapes or dtypes, more visual tokens than the routing takes, v missing.
         RuntimeError: the backend asked for cannot run.
     """
     row = find_routing(routing)

@@ -46,13 +46,11 @@ def routed_lora(
         b: up-projection [G*n, R]; rows g*n to (g+1)*n take components g*R to (g+1)*R of the routed code.
         routing: name in ``ROUTINGS``; it acts on the joined code of width G*R.
         scaling: factor of the bottleneck's output, alpha / R in the paper.
-        base: output of the frozen projection [B, T, N], N = G*n unless ``columns`` is given; None for the bottleneck
-            alone.
+        base: output of the frozen projection [B, T, N], N = G*n unless ``columns`` is given; None: bottleneck alone.
         backend: "eager", "triton", or None for the default of :func:`routingvl.kernels.launch.select_backend`.
         relu: ReLU on both factors of vllora's inner product.
         groups: G, how many projections share the joined bottleneck (GPT-2's query and value: 2).
-        columns: for each group the column of base at which its n outputs are added; the rest of base is copied
-            unchanged.
+        columns: for each group the column of base at which its n outputs are added; the rest of base is only copied.
         placement: "bottleneck" routes the codes, "output" the up-projected codes (joined over groups).
 
     Returns:
@@ -60,8 +58,7 @@ def routed_lora(
         result has the wider of the two.
 
     Raises:
-        ValueError: unknown name, shapes or dtypes that do not fit, more visual tokens than the routing takes, v
-            missing.
+        ValueError: unknown name, unfit shapes or dtypes, more visual tokens than the routing takes, v missing.
         RuntimeError: the backend asked for cannot run.
     """
     row = find_routing(routing)

@@ -60,9 +60,7 @@ class Routing:
         return self.max_visual_tokens != 0
 
     def check(self, visual_tokens: int | None, relu: bool) -> None:
-        """Raise ``ValueError`` unless the function is defined for this many visual tokens (None: no image) and this
-        ``relu``.
-        """
+        """Raise ``ValueError`` unless this many visual tokens (None: no image) and this ``relu`` are defined."""
         if relu and not self.supports_relu:
             able = ", ".join(row.name for row in ROUTINGS.values() if row.supports_relu)
             raise ValueError(f"relu=True is defined for routing {able}, not for {self.name!r}")

@@ -165,9 +165,7 @@ def test_each_gradient_alone(name: str, relu: bool, tokens: int, needed: str) ->
 
 @pytest.mark.parametrize(("name", "relu", "tokens"), CASES)
 def test_frozen_inputs_cost_no_gradient(name: str, relu: bool, tokens: int) -> None:
-    """In training the image and the frozen weight need no gradient; the backward pass makes fewer tensors than with
-    them.
-    """
+    """The backward pass makes nothing for the image and the frozen weight, which need no gradient in training."""
 
     def made_in_backward(*needed: str) -> list[tuple[int, ...]]:
         given = tensors(tokens, sizes=(3, 5, 23, 29, 7))
@@ -371,9 +369,7 @@ def test_second_derivative_is_refused() -> None:
 
 
 def test_dropout_draws_text_and_image_apart() -> None:
-    """With a = b = 1 and one component each, y is the dropped text plus the dropped image, so both masks can be
-    read.
-    """
+    """With a = b = 1 and one component, y is the dropped text plus the dropped image: both masks can be read."""
     torch.manual_seed(0)
     x, v = torch.full((2000, 1, 1), 1.0), torch.full((2000, 1, 1), 10.0)
     one, zero = torch.ones(1, 1), torch.zeros(1, 1)
