@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .routing import Routing
+
+F = TypeVar("F", bound=Callable)
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
@@ -62,8 +67,17 @@ def cast_for_autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def without_autocast(device_type: str):
+def without_autocast(device_type: str) -> AbstractContextManager:
     """Context in which operations keep the dtypes they are given."""
     if not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def with_signature(function: F) -> F:
+    """Keep the function's signature on it.
+
+    For the forward of an autograd.Function with setup_context: torch asks for it on every call, half of a call's cost.
+    """
+    function.__signature__ = inspect.signature(function)
+    return function

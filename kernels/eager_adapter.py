@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .activations import find_activation
-from .arguments import without_autocast
+from .arguments import with_signature, without_autocast
 from .products import fresh_linear, inner_products
 from .routing import Routing, find_routing
 
@@ -39,9 +39,13 @@ def _up_gradients(
 
 
 class DenseAdapter(torch.autograd.Function):
-    """y = [x +] act(route(t, u)) U' + c with t = x D' + d [B, T, R], u the image's code. Saved: x, t, u and weights."""
+    """y = [x +] act(route(t, u)) U' + c with t = x D' + d [B, T, R], u the image's code.
+
+    Saved: x, t, u, the weights and h = act(...), because gelu through erf takes as long as a small matrix product.
+    """
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor,
         u: Tensor | None,
@@ -53,31 +57,35 @@ class DenseAdapter(torch.autograd.Function):
         activation: str,
         residual: bool,
         relu: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         t = F.linear(x, down_weight, down_bias)
         h = find_activation(activation).forward(find_routing(routing).route(t, u, relu))
-        return _up(h, x, up_weight, up_bias, residual), t
+        return _up(h, x, up_weight, up_bias, residual), t, h
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)  # no zeros for the outputs that only exist to be saved
         x, u, down_weight, _, up_weight, _, *ctx.options = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, u, down_weight, up_weight, output[1])
+        _, t, h = output
+        ctx.mark_non_differentiable(t, h)
+        ctx.save_for_backward(x, u, down_weight, up_weight, t, h)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         with without_autocast(dy.device.type):
             return DenseAdapter._gradients(ctx, dy.contiguous())
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, down_weight, up_weight, t = ctx.saved_tensors
+        x, u, down_weight, up_weight, t, h = ctx.saved_tensors
         routing, activation, residual, relu = ctx.options
         need_x, need_u, need_down, need_down_bias, need_up, need_up_bias = ctx.needs_input_grad[:6]
         row, act = find_routing(routing), find_activation(activation)
         z = row.route(t, u, relu)
-        dh, dup, dup_bias = _up_gradients(dy, act.forward(z), up_weight, (need_up, need_up_bias))
+        dh, dup, dup_bias = _up_gradients(dy, h, up_weight, (need_up, need_up_bias))
         dt, du = row.route_backward(act.backward(dh, z), t, u, relu)
         rows = dt.flatten(0, 1)
         dx = None
@@ -90,11 +98,13 @@ class DenseAdapter(torch.autograd.Function):
 
 
 class RankOneAdapter(torch.autograd.Function):
-    """y = [x +] act(c u) U' + bias with c = x_b . w_b + k_b; w [B, K], k [B], u [B, R]. Saved: x, c [B, T, 1], w, u and
-    U.
+    """y = [x +] act(c u) U' + bias with c = x_b . w_b + k_b [B, T, 1]; w [B, K], k [B] and u [B, R] are the image's.
+
+    Saved: x, c, h = act(c u), w, u and U.
     """
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor,
         w: Tensor,
@@ -104,31 +114,35 @@ class RankOneAdapter(torch.autograd.Function):
         up_bias: Tensor | None,
         activation: str,
         residual: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         c = inner_products(x, w) + k[:, None, None]
         h = find_activation(activation).forward(c * u.unsqueeze(1))
-        return _up(h, x, up_weight, up_bias, residual), c
+        return _up(h, x, up_weight, up_bias, residual), c, h
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)  # no zeros for the outputs that only exist to be saved
         x, w, _, u, up_weight, _, *ctx.options = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, w, u, up_weight, output[1])
+        _, c, h = output
+        ctx.mark_non_differentiable(c, h)
+        ctx.save_for_backward(x, w, u, up_weight, c, h)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         with without_autocast(dy.device.type):
             return RankOneAdapter._gradients(ctx, dy.contiguous())
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, u, up_weight, c = ctx.saved_tensors
+        x, w, u, up_weight, c, h = ctx.saved_tensors
         activation, residual = ctx.options
         need_x, need_w, need_k, need_u, need_up, need_up_bias = ctx.needs_input_grad[:6]
         act = find_activation(activation)
         z = c * u.unsqueeze(1)
-        dh, dup, dup_bias = _up_gradients(dy, act.forward(z), up_weight, (need_up, need_up_bias))
+        dh, dup, dup_bias = _up_gradients(dy, h, up_weight, (need_up, need_up_bias))
         dz = act.backward(dh, z)
         dc = inner_products(dz, u)  # [B, T, 1]
         dx = None

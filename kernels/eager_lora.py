@@ -3,7 +3,8 @@
 Two autograd functions share the frozen product y = x W' + bias, into which they accumulate in place (they made y, so
 nobody else holds it):
 
-- :class:`DenseLoRA` for any routing function: y += s route(t, u) b', by ``addmm_`` with alpha = s.
+- :class:`DenseLoRA` for any routing function: y += s route(t, u) b', by ``addmm_`` with alpha = s. Where the text's
+  path is linear (none, add) and there are rows enough, it multiplies x by W + s b a instead.
 - :class:`RankOneLoRA` for expand and vllora with one visual token, which are rank one in each image:
   y_b += (x_b . w_b) o_b, with w_b = a' p(u_b) [K] and o_b = s b u_b [N]. A row of text no longer costs a factor R.
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import without_autocast
+from .arguments import with_signature, without_autocast
 from .frozen import adds, frozen_gradients, start_from
 from .products import inner_products
 from .reference import reference_lora
@@ -31,14 +32,44 @@ def _frozen_needs(ctx: Any) -> list[bool]:
     return [ctx.needs_input_grad[slot] for slot in (0, 5, 6, 7)]  # x, weight, bias, base: alike in both functions
 
 
+@torch.compiler.assume_constant_result
+def _float32_is_exact() -> bool:
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def merging_pays(x: Tensor, width: int) -> bool:
+    """Whether x (W + s b a)' takes fewer products than x W' + s (x a') b', and loses nothing to rounding.
+
+    W + s b a costs width K R products for each group; the expansion of M rows and their share of dx, M (width + K) R.
+    """
+    # In half precision, or with float32 products in TF32 or bfloat16, a small update would drown in the rounding of W.
+    exact = x.dtype == torch.float64 or (x.dtype == torch.float32 and _float32_is_exact())
+    rows, inputs = x.shape[0] * x.shape[1], x.shape[2]
+    return exact and x.device.type == "cpu" and rows * (width + inputs) > width * inputs
+
+
+def _merged(weight: Tensor, a: Tensor, b: Tensor, layout: str, scaling: float, columns: Sequence[int]) -> Tensor:
+    """W + scaling b a in new memory and in W's layout; rows for outputs that no group writes to stay as they are."""
+    merged = weight.clone(memory_format=torch.contiguous_format)
+    rows = merged if layout == "nk" else merged.t()
+    groups = len(columns)
+    for column, up, down in zip(columns, b.chunk(groups, 0), a.chunk(groups, 0), strict=True):
+        rows[column : column + up.shape[0]].addmm_(up, down, alpha=scaling)
+    return merged
+
+
 class DenseLoRA(torch.autograd.Function):
     """y = start + scaling route(t, u) b' for every routing function, with t = low a'.
 
-    start is x W' + bias, or base, or nothing.
-    ``low`` is the input of the bottleneck where dropout makes it differ from x, else None. Saved: x, t, u and weights.
+    start is x W' + bias, or base, or nothing. ``low`` is the input of the bottleneck where dropout makes it differ from
+    x, else None. Saved: x, t, u and the weights.
+
+    With ``merge`` (additive routing, W given, low None) the same y is x (W + scaling b a)' + bias + scaling u b'.
+    Saved: x, u, a, b and that sum, which makes dx one product; t is first computed in the backward pass.
     """
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor,
         low: Tensor | None,
@@ -53,38 +84,49 @@ class DenseLoRA(torch.autograd.Function):
         relu: bool,
         scaling: float,
         columns: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
+        merge: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         rank, width = b.shape[1], b.shape[0] // len(columns)
+        if merge:
+            weight = _merged(weight, a, b, layout, scaling, columns)
         y = start_from(x, weight, bias, base, layout, b.shape[0])
-        t = F.linear(x if low is None else low, a)  # [B, T, G*R]
-        z = find_routing(routing).route(t, u, relu).flatten(0, 1)
-        rows, beta = y.view(-1, y.shape[-1]), int(adds(weight, base))
-        for group, column in enumerate(columns):
-            part = z[:, group * rank : (group + 1) * rank]
-            up = b[group * width : (group + 1) * width]
-            rows[:, column : column + width].addmm_(part, up.t(), beta=beta, alpha=scaling)
-        return y, t
+        t = None if merge else F.linear(x if low is None else low, a)  # [B, T, G*R]
+        z = u if merge else find_routing(routing).route(t, u, relu)
+        for group, column in enumerate(columns if z is not None else ()):
+            part = z[:, :, group * rank : (group + 1) * rank].flatten(0, 1)
+            up = b[group * width : (group + 1) * width].t()
+            columns_of_y = y[:, :, column : column + width]
+            if merge:
+                columns_of_y.add_(torch.mm(part, up).unsqueeze(1), alpha=scaling)
+            else:
+                columns_of_y.flatten(0, 1).addmm_(part, up, beta=int(adds(weight, base)), alpha=scaling)
+        return y, t, weight if merge else None
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
+        ctx.set_materialize_grads(False)  # no zeros for the outputs that only exist to be saved
         x, low, u, a, b, weight, _, _, *ctx.options = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, low, u, a, b, weight, output[1])
+        _, t, merged = output
+        ctx.mark_non_differentiable(*(extra for extra in (t, merged) if extra is not None))
+        ctx.save_for_backward(x, low, u, a, b, weight if merged is None else merged, t)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         with without_autocast(dy.device.type):
             return DenseLoRA._gradients(ctx, dy.contiguous())
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, low, u, a, b, weight, t = ctx.saved_tensors
-        layout, routing, relu, scaling, columns = ctx.options
+        layout, routing, relu, scaling, columns, merge = ctx.options
         need_x, need_low, need_u, need_a, need_b = ctx.needs_input_grad[:5]
         dx, dweight, dbias, dbase = frozen_gradients(dy, x, weight, layout, _frozen_needs(ctx))
-        row = find_routing(routing)
-        rank, width = b.shape[1], b.shape[0] // len(columns)
+        row, rank, width = find_routing(routing), b.shape[1], b.shape[0] // len(columns)
+        left = x if low is None else low
+        t = F.linear(left, a) if t is None else t
         z = row.route(t, u, relu).flatten(0, 1) if need_b else None
         dz = torch.empty_like(t)
         db = torch.empty_like(b) if need_b else None
@@ -94,17 +136,13 @@ class DenseLoRA(torch.autograd.Function):
             dz.flatten(0, 1)[:, code].addmm_(dy_part, b[up], beta=0, alpha=scaling)
             if need_b:
                 db[up].addmm_(dy_part.t(), z[:, code], beta=0, alpha=scaling)
-        dlow = du = da = None
-        if need_x or need_low or need_u or need_a:
-            dt, du = row.route_backward(dz, t, u, relu)
-            dt = dt.flatten(0, 1)
-            if need_a:
-                da = torch.mm(dt.t(), (x if low is None else low).flatten(0, 1))
-            if need_low:
-                dlow = torch.mm(dt, a).view_as(low)
-            elif need_x and low is None:
-                dx = torch.mm(dt, a).view_as(x) if dx is None else dx.flatten(0, 1).addmm_(dt, a).view_as(x)
-        return dx, dlow, du if need_u else None, da, db, dweight, dbias, dbase, None, None, None, None, None
+        dt, du = row.route_backward(dz, t, u, relu)
+        dt = dt.flatten(0, 1)
+        da = torch.mm(dt.t(), left.flatten(0, 1)) if need_a else None
+        dlow = torch.mm(dt, a).view_as(low) if need_low else None
+        if need_x and low is None and not merge:  # merged, dx is complete
+            dx = torch.mm(dt, a).view_as(x) if dx is None else dx.flatten(0, 1).addmm_(dt, a).view_as(x)
+        return dx, dlow, du if need_u else None, da, db, dweight, dbias, dbase, *(None,) * len(ctx.options)
 
 
 class RankOneLoRA(torch.autograd.Function):
@@ -116,6 +154,7 @@ class RankOneLoRA(torch.autograd.Function):
     """
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor,
         low: Tensor | None,
@@ -144,6 +183,7 @@ class RankOneLoRA(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+        ctx.set_materialize_grads(False)  # no zeros for the outputs that only exist to be saved
         x, low, a, p, o, weight, _, _, ctx.layout, ctx.columns = inputs
         _, c, code = output
         ctx.mark_non_differentiable(c, *(() if code is None else (code,)))
@@ -151,7 +191,9 @@ class RankOneLoRA(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         with without_autocast(dy.device.type):
             return RankOneLoRA._gradients(ctx, dy.contiguous())
 
@@ -260,5 +302,6 @@ def eager_lora(
         p, o = image_factors(u, a, b, row, scaling=scaling, relu=relu, groups=groups, placement=placement)
         code_weight = a if relu else None
         return RankOneLoRA.apply(x, low, code_weight, p, o, weight, bias, base, layout, tuple(columns))[0]
-    options = (layout, row.name, relu, scaling, tuple(columns))
+    merge = row.additive and weight is not None and low is None and merging_pays(x, b.shape[0] // groups)
+    options = (layout, row.name, relu, scaling, tuple(columns), merge)
     return DenseLoRA.apply(x, low, u, a, b, weight, bias, base, *options)[0]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import triton_ops as ops
-from .arguments import without_autocast
+from .arguments import with_signature, without_autocast
 from .eager_lora import eager_lora, has_closed_form, image_factors, is_rank_one
 from .frozen import adds, frozen_gradients, start_from
 from .launch import contiguous_rows
@@ -50,6 +50,7 @@ class FusedDenseLoRA(torch.autograd.Function):
     """
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor,
         u: Tensor | None,
@@ -77,13 +78,16 @@ class FusedDenseLoRA(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)  # no zeros for the output that only exists to be saved
         x, u, a, b, weight, _, _, seed, *ctx.options, _ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, u, a, b, weight, seed, output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         with without_autocast(dy.device.type):
             return *FusedDenseLoRA._gradients(ctx, dy.contiguous()), *(None,) * 8
 
@@ -133,6 +137,7 @@ class FusedRankOneLoRA(torch.autograd.Function):
     """
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor,
         p: Tensor,
@@ -155,13 +160,16 @@ class FusedRankOneLoRA(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
         x, p, o, weight, _, _, seed, *ctx.options = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, p, o, weight, seed, output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         with without_autocast(dy.device.type):
             return *FusedRankOneLoRA._gradients(ctx, dy.contiguous()), *(None,) * 4
 

@@ -43,11 +43,11 @@ def routed_adapter(
         backend: "eager", "triton", or None for the default of :func:`routingvl.kernels.launch.select_backend`.
 
     Returns:
-        [B, T, K] in the dtype of the inputs; under autocast every input is cast first, the residual included.
+        [B, T, K] in the dtype of the inputs. Under autocast the products run in its dtype and the residual keeps x's:
+        the result has the wider of the two.
 
     Raises:
-        ValueError: unknown name, shapes or dtypes that do not fit, more visual tokens than the routing takes, v
-            missing.
+        ValueError: unknown name, unfit shapes or dtypes, more visual tokens than the routing takes, v missing.
         RuntimeError: the backend asked for cannot run.
     """
     row = find_routing(routing)
@@ -68,5 +68,9 @@ def routed_adapter(
         from .fused_adapter import fused_adapter as run
     else:
         run = eager_adapter
+    options = {"row": row, "activation": activation, "relu": relu}
     with without_autocast(device):
-        return run(*tensors, row=row, activation=activation, residual=residual, relu=relu)
+        if residual and tensors[0].dtype != x.dtype:
+            # A float32 residual stream keeps its precision under autocast, as it would in the plain sum.
+            return x + run(*tensors, residual=False, **options)
+        return run(*tensors, residual=residual, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,21 +47,19 @@ def routed_lora(
         b: up-projection [G*n, R]; rows g*n to (g+1)*n take components g*R to (g+1)*R of the routed code.
         routing: name in ``ROUTINGS``; it acts on the joined code of width G*R.
         scaling: factor of the bottleneck's output, alpha / R in the paper.
-        base: output of the frozen projection [B, T, N], N = G*n unless ``columns`` is given; None for the bottleneck
-            alone.
+        base: output of the frozen projection [B, T, N], N = G*n unless ``columns`` is given; None: bottleneck alone.
         backend: "eager", "triton", or None for the default of :func:`routingvl.kernels.launch.select_backend`.
         relu: ReLU on both factors of vllora's inner product.
         groups: G, how many projections share the joined bottleneck (GPT-2's query and value: 2).
-        columns: for each group the column of base at which its n outputs are added; the rest of base is copied
-            unchanged.
+        columns: for each group the column of base at which its n outputs are added; the rest of base is only copied.
         placement: "bottleneck" routes the codes, "output" the up-projected codes (joined over groups).
 
     Returns:
-        [B, T, N] in the dtype of the inputs; under autocast every input is cast first, as for torch's own addmm.
+        [B, T, N] in the dtype of the inputs. Under autocast the products run in its dtype and base keeps its own: the
+        result has the wider of the two.
 
     Raises:
-        ValueError: unknown name, shapes or dtypes that do not fit, more visual tokens than the routing takes, v
-            missing.
+        ValueError: unknown name, unfit shapes or dtypes, more visual tokens than the routing takes, v missing.
         RuntimeError: the backend asked for cannot run.
     """
     row = find_routing(routing)
@@ -69,10 +68,15 @@ def routed_lora(
         check_shape("base", base, (*x.shape[:2], "N" if columns else b.shape[0]))
     columns = _check_columns(columns, groups, b.shape[0] // groups, None if base is None else base.shape[2])
     device = x.device.type
-    x, v, a, b, base = cast_for_autocast(device, x, v if row.uses_image else None, a, b, base)
-    check_dtypes(x=x, v=v, a=a, b=b, base=base)
+    x, v, a, b = cast_for_autocast(device, x, v if row.uses_image else None, a, b)
+    autocast = torch.is_autocast_enabled(device)
+    check_dtypes(x=x, v=v, a=a, b=b, base=None if autocast else base)
     options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
-    return _run(backend, x, v, a, b, dropout=0.0, row=row, base=fold_beams(base, v), **options)
+    if base is not None and base.dtype != x.dtype:
+        # A wider base keeps its precision, as it would in the plain sum.
+        with without_autocast(device):
+            return base + _run(backend, x, v, a, b, row=row, base=torch.zeros_like(base, dtype=x.dtype), **options)
+    return _run(backend, x, v, a, b, row=row, base=base, **options)
 
 
 def routed_lora_linear(
@@ -135,20 +139,28 @@ def routed_lora_linear(
 
 
 def _run(
-    backend: str | None, x: Tensor, v: Tensor | None, a: Tensor, b: Tensor, *, dropout: float, **options: Any
+    backend: str | None,
+    x: Tensor,
+    v: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    base: Tensor | None = None,
+    dropout: float = 0.0,
+    **options: Any,
 ) -> Tensor:
     """Hand checked arguments to the backend."""
     name, _ = select_backend(x.device.type, backend, dtype=x.dtype, width=a.shape[0])
-    shape, x = x.shape, fold_beams(x, v)
+    shape, x, base = x.shape, fold_beams(x, v), fold_beams(base, v)
     with without_autocast(x.device.type):
         if name == "triton":
             from .fused_lora import fused_lora  # here, because it needs triton
 
-            y = fused_lora(x, v, a, b, dropout=dropout, **options)
+            y = fused_lora(x, v, a, b, base=base, dropout=dropout, **options)
         else:
             low = F.dropout(x, dropout) if dropout > 0 else None
             v = F.dropout(v, dropout) if dropout > 0 and v is not None else v
-            y = eager_lora(x, low, v, a, b, **options)
+            y = eager_lora(x, low, v, a, b, base=base, **options)
     return y if y.shape[0] == shape[0] else y.reshape(*shape[:2], y.shape[2])
 
 

@@ -42,6 +42,8 @@ class Routing:
         route_backward: ``route_backward(dz, t, u, relu) -> (dt, du)``; du is None when there is no image.
         probe: for a function that is rank one in each image with one visual token, p(u) such that z = <t, p(u)> u, else
             None. ReLU, where it is supported, acts on t and on p(u).
+        additive: z is t plus what depends on the image alone (u, where the image is used), so that the text's path
+            through the bottleneck is linear.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Routing:
     route: Route
     route_backward: RouteBackward
     probe: Probe | None = None
+    additive: bool = False
 
     @property
     def uses_image(self) -> bool:
@@ -59,9 +62,7 @@ class Routing:
         return self.max_visual_tokens != 0
 
     def check(self, visual_tokens: int | None, relu: bool) -> None:
-        """Raise ``ValueError`` unless the function is defined for this many visual tokens (None: no image) and this
-        ``relu``.
-        """
+        """Raise ``ValueError`` unless this many visual tokens (None: no image) and this ``relu`` are defined."""
         if relu and not self.supports_relu:
             able = ", ".join(row.name for row in ROUTINGS.values() if row.supports_relu)
             raise ValueError(f"relu=True is defined for routing {able}, not for {self.name!r}")
@@ -157,8 +158,8 @@ def _identity(u: Tensor) -> Tensor:
 
 
 _ROWS = (
-    Routing("none", 0, "z = t", 0, False, _none, _none_backward),
-    Routing("add", 1, "z = t + v", 1, False, _add, _add_backward),
+    Routing("none", 0, "z = t", 0, False, _none, _none_backward, additive=True),
+    Routing("add", 1, "z = t + v", 1, False, _add, _add_backward, additive=True),
     Routing("mul", 2, "z = t * v", 1, False, _mul, _mul_backward),
     Routing("expand", 3, "z = (sum_j t_j) v", 1, False, _expand, _expand_backward, torch.ones_like),
     Routing("vllora", 4, "z = t v' v", None, True, _vllora, _vllora_backward, _identity),

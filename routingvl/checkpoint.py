@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from routingvl import __version__
+from routingvl.atomic import replacing, write_json
 from routingvl.config import nearest
 from routingvl.layers import RoutedLoRALinear
 
@@ -33,19 +33,6 @@ FORMAT_VERSION = 1
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or belongs to another model; the message names file and key."""
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then move it into place; nothing half-written stays."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def keyword_names(function: Callable) -> list[str]:
@@ -91,8 +78,13 @@ def save_adapter(model: Any, directory: str | Path) -> None:
             "text": _describe(model.language_model, model.backbones["text"], directory),
         },
     }
-    write_atomically(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_atomically(directory / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    _write_tensors(directory / WEIGHTS, tensors)
+    write_json(directory / CONFIG, config)
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def read_adapter_config(directory: str | Path, model_class: str | None = None) -> dict[str, Any]:
@@ -334,9 +326,9 @@ def export_peft(model: nn.Module, directory: str | Path, base_model: str | None 
     bottleneck = {f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")}
     extra = {n: p.detach().cpu().contiguous() for n, p in trained_parameters(model).items() if n not in bottleneck}
     if extra:
-        write_atomically(directory / "extra_parameters.safetensors", lambda path: save_file(extra, path))
-    write_atomically(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_atomically(directory / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+        _write_tensors(directory / "extra_parameters.safetensors", extra)
+    _write_tensors(directory / WEIGHTS, tensors)
+    write_json(directory / CONFIG, config)
 
 
 def import_peft(model: nn.Module, directory: str | Path) -> None:

@@ -46,7 +46,7 @@ def help_text() -> str:
             "  --version   the version",
             "  --debug     show the traceback of an error (with any command)",
             "",
-            "example: routingvl train --config configs/vqa-lora.yaml --train.lr 1e-4",
+            "example: routingvl train --config vqa-lora --train.lr 1e-4",
         ]
     )
 

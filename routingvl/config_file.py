@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,38 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:
         own = [flag.removeprefix("--") for flag in self._option_string_actions]
         raise ConfigError(explain(message, [*known_keys(), *own]))
+
+    def parse_args(self, args: Sequence[str], **kwargs: Any) -> Any:
+        """Parse ``args``, where --config takes the name of a shipped recipe as well as a path."""
+        return super().parse_args(with_recipe_paths(args), **kwargs)
+
+
+def recipes() -> dict[str, Path]:
+    """The published recipes that ship with the library (configs/), by name."""
+    folder = resources.files("routingvl.configs")
+    return {Path(entry.name).stem: Path(str(entry)) for entry in folder.iterdir() if entry.name.endswith(".yaml")}
+
+
+def with_recipe_paths(args: Sequence[str]) -> list[str]:
+    """``args`` with each recipe name given to --config replaced by that recipe's file.
+
+    Raises:
+        ConfigError: a bare name is neither a file nor a recipe.
+    """
+    resolved, previous = [], ""
+    for arg in args:
+        flag, equals, value = arg.partition("=") if arg.startswith("--config=") else ("", "", arg)
+        if (equals or previous == "--config") and re.fullmatch(r"[\w-]+", value) and not Path(value).exists():
+            known = recipes()
+            if value not in known:
+                raise ConfigError(
+                    f"--config {value}: no such file, and no recipe of that name"
+                    f"{nearest(value, list(known))} (recipes: {', '.join(sorted(known))})"
+                )
+            value = str(known[value])
+        resolved.append(f"{flag}{equals}{value}")
+        previous = arg
+    return resolved
 
 
 def explain(message: str, known: Sequence[str]) -> str:
@@ -40,7 +73,7 @@ def explain(message: str, known: Sequence[str]) -> str:
 def nearest_key(name: str, known: Sequence[str], prefix: str = "") -> str:
     """The hint of :func:`~routingvl.config.nearest` for a dotted name; a key given without its part is found too."""
     name = name.replace("-", "_")
-    same_leaf = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    same_leaf = [key for key in dict.fromkeys(known) if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     if same_leaf:
         return f"; did you mean {' or '.join(repr(prefix + key) for key in same_leaf)}?"
     return nearest(prefix + name, [prefix + key for key in known])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -51,8 +51,9 @@ def evaluate(
             part (``num_beams=1``).
 
     Returns:
-        The metrics (see :meth:`routingvl.tasks.Task.scores`), with ``split``, ``checkpoint``, ``seconds``,
-        ``examples_per_second``, ``skipped`` (unreadable images left out) and ``predictions`` (path of the file).
+        The metrics (see :meth:`routingvl.tasks.Task.scores`), the same in every process, with ``split``,
+        ``checkpoint``, ``seconds``, ``examples_per_second``, ``skipped`` (unreadable images left out) and
+        ``predictions`` (path of the file).
 
     Raises:
         RunError: there is no such run or checkpoint.
@@ -73,17 +74,18 @@ def evaluate(
     seconds = time.perf_counter() - begin
     metrics: dict[str, Any] = {"split": split, "checkpoint": checkpoint}
     if accelerator.is_main_process:
+        target = Path(output) if output is not None else folder.path / f"eval-{split}"
+        # Before scoring, so that no failure there costs the predictions.
+        file = write_predictions(target, config.task, split, folder.path.name, predictions)
         metrics |= task.scores(loaded, predictions)
         metrics |= {
             "skipped": len(dataset) - len(predictions),
             "seconds": seconds,
             "examples_per_second": len(predictions) / seconds,
+            "predictions": str(file),
         }
-        target = Path(output) if output is not None else folder.path / f"eval-{split}"
-        metrics["predictions"] = str(write_predictions(target, config.task, split, folder.path.name, predictions))
         write_json(target / "metrics.json", metrics | {"environment": environment()})
-    accelerator.wait_for_everyone()
-    return metrics
+    return broadcast_object_list([metrics])[0]
 
 
 def evaluation_config(folder: RunFolder, **overrides: Any) -> RunConfig:

@@ -1,4 +1,4 @@
-"""The run folder: what is in it, how it is opened, and how files in it are written whole or not at all."""
+"""The run folder: what is in it, and how it is opened."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from routingvl.atomic import write_json, write_text
 from routingvl.config import ConfigError
 from routingvl.config_file import config_to_yaml, load_config
 from routingvl.run_config import RunConfig, changed_settings, flatten
@@ -102,39 +102,6 @@ class RunFolder:
                 f"{self.path} has no config.yaml, so it is no run folder; give the output_dir of a training run"
             )
         return load_config(self.config_file)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its place (file or folder) when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        if temporary.is_dir() and path.exists():
-            # A folder cannot be replaced in one step: the old one moves aside until the new one stands.
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def package_versions() -> dict[str, str | None]:

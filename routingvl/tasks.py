@@ -7,15 +7,18 @@ A :class:`Task` holds model, tokenizer and preprocessing, makes data sets and ba
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
-from routingvl.config import ConfigError
+from routingvl.config import ConfigError, check_choice
 from routingvl.data.coco import CaptionDataset, CaptionSplit, load_captions
 from routingvl.data.collate import CaptionCollator, VQACollator, collate_images
 from routingvl.data.files import DataError
@@ -23,11 +26,14 @@ from routingvl.data.images import ImageDataset, ImagePreprocessor, ImageRecord
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
 from routingvl.data.vqa import VQADataset, VQASplit, load_vqa
 from routingvl.metrics import caption_scores, soft_score_report, vqa_report
+from routingvl.metrics.captions import METRICS
+from routingvl.metrics.ptb import find_java
 from routingvl.models import RoutedVLModel, ViTGPT2ForCaptioning, ViTRobertaForVQA, load_pretrained
 from routingvl.run_config import RunConfig
 from routingvl.runs import RunFolder, write_json
 
 Batch = dict[str, Any]
+Split = CaptionSplit | VQASplit
 
 
 class Task(ABC):
@@ -53,11 +59,11 @@ class Task(ABC):
         """A new model as the config describes it."""
 
     @abstractmethod
-    def load_split(self, split: str, limit: int | None = None, training: bool = False) -> Any:
+    def load_split(self, split: str, limit: int | None = None, training: bool = False) -> Split:
         """Read the annotations of a split; ``limit`` keeps its first examples."""
 
     @abstractmethod
-    def dataset(self, split: Any, training: bool) -> Dataset:
+    def dataset(self, split: Split, training: bool) -> Dataset:
         """The examples of what :meth:`load_split` read."""
 
     @abstractmethod
@@ -69,11 +75,11 @@ class Task(ABC):
         """Predictions of a batch by image or question id."""
 
     @abstractmethod
-    def selection_metric(self, split: Any) -> str:
+    def selection_metric(self, split: Split) -> str:
         """The validation score on ``split`` that chooses the best checkpoint; higher is better."""
 
     @abstractmethod
-    def scores(self, split: Any, predictions: Mapping[int, str]) -> dict[str, Any]:
+    def scores(self, split: Split, predictions: Mapping[int, str]) -> dict[str, Any]:
         """The full report of predictions on ``split``; a metric that cannot be had is in "missing" with its reason."""
 
     @abstractmethod
@@ -84,13 +90,13 @@ class Task(ABC):
     def collator(self) -> Callable[[Sequence[Any]], Batch | None]:
         """Turns examples into a batch."""
 
-    def read_training_splits(self) -> tuple[Any, Any]:
+    def read_training_splits(self) -> tuple[Split, Split | None]:
         """The annotations of the training split, and of the validation split or None."""
         data = self.config.data
         train = self.load_split(data.train_split, data.train_limit, training=True)
         return train, None if data.val_split is None else self.load_split(data.val_split, data.val_limit)
 
-    def load_training_data(self, train: Any, val: Any) -> None:
+    def load_training_data(self, train: Split, val: Split | None) -> None:
         """Make the data sets of two splits, and encode their images when features are precomputed."""
         self.precompute([*train.images, *(val.images if val else [])])
         self.train_set = self.dataset(train, training=True)
@@ -103,15 +109,24 @@ class Task(ABC):
         new = [image for image in {i.image_id: i for i in images}.values() if image.image_id not in self.features]
         if not data.precompute_features or not new:
             return
-        pictures = ImageDataset(new, self.preprocessor, on_bad_image=data.on_bad_image)
+        process = PartialState()
+        mine = new[process.process_index :: process.num_processes]
         loader = DataLoader(
-            pictures, data.feature_batch_size, num_workers=data.workers, collate_fn=collate_images, generator=_own_rng()
+            ImageDataset(mine, self.preprocessor, on_bad_image=data.on_bad_image),
+            data.feature_batch_size,
+            num_workers=data.workers,
+            collate_fn=collate_images,
+            generator=_own_rng(),
         )
+        encoded: dict[int, torch.Tensor] = {}
         self.model.eval()
         for batch in loader:
             if batch is not None:
-                encoded = self.model.encode_images(batch["pixel_values"].to(self.model.device)).float().cpu()
-                self.features.update(zip(batch["image_ids"], encoded, strict=True))
+                features = self.model.encode_images(batch["pixel_values"].to(self.model.device)).float().cpu()
+                # A tensor for each image, so that sending one to another process does not send its whole batch.
+                encoded |= {i: f.clone() for i, f in zip(batch["image_ids"], features, strict=True)}
+        for part in gather_object([encoded]):
+            self.features |= part
 
     @property
     def picture_arguments(self) -> dict[str, Any]:
@@ -130,6 +145,9 @@ class Task(ABC):
 
     def loader(self, dataset: Dataset, batches: Iterable[list[int]]) -> DataLoader:
         """Batches of the given index lists, in order."""
+        if self.config.data.workers:
+            # The tokenizer's own threads do not survive the fork into a worker, and it would warn in each.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         return DataLoader(
             dataset,
             batch_sampler=batches,
@@ -238,6 +256,14 @@ class VQATask(Task):
 
 class CaptionTask(Task):
     """Write a caption."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        settings = self.config.eval
+        for name in settings.metrics or ():
+            check_choice("eval.metrics", name, METRICS)
+        if settings.caption_tokenizer == "ptb" and find_java() is None:
+            raise ConfigError("eval.caption_tokenizer='ptb' needs Java, which is not on PATH; use 'auto' or 'python'")
 
     def build_model(self) -> ViTGPT2ForCaptioning:
         model = self.config.model

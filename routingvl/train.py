@@ -24,11 +24,12 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from routingvl.atomic import replacing
 from routingvl.config import ConfigError
 from routingvl.evaluate import predict_dataset
 from routingvl.execution import hush_transformers, make_accelerator, rng_state, set_rng_state
 from routingvl.run_config import RunConfig
-from routingvl.runs import RunFolder, RunLog, replacing
+from routingvl.runs import RunFolder, RunLog
 from routingvl.schedule import BatchOrder, learning_rate_factor, total_steps
 from routingvl.tasks import Task, build_task
 
@@ -160,20 +161,24 @@ class Trainer:
             betas=self.settings.betas,
             eps=self.settings.eps,
             weight_decay=self.settings.weight_decay,
+            # Bottlenecks are many small tensors: on a CPU the fused update saves several calls for each.
+            fused=accelerator.device.type == "cpu" or None,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(self.settings, self.steps))
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.step, self.saved_step = 0, -1
         self.best: float | None = None
         self.best_step = 0
+        # Sum of the losses since the last line of the log; it stays on the device until then.
+        self.loss = torch.zeros((), device=accelerator.device)
+        self.grad_norm: torch.Tensor | None = None
+        self.logged_step = 0
         set_seed(self.settings.seed)
         if resume:
             self.load_state()
+        self.logged_time = time.perf_counter()
         self.log = RunLog(folder, config, log, self.step if resume else None, accelerator.is_main_process)
         self.progress = not self.log.quiet and self.log.callback is None and sys.stderr.isatty()
-        self.loss = torch.zeros((), device=accelerator.device)
-        self.grad_norm: torch.Tensor | None = None
-        self.logged_step, self.logged_time = self.step, time.perf_counter()
 
     def fit(self) -> TrainResult:
         """Run the remaining steps."""
@@ -186,20 +191,22 @@ class Trainer:
                 self.train_step([next(batches) for _ in range(self.settings.accumulation)])
                 bar.update()
                 last = self.step == self.steps
-                if last or self.step % self.settings.log_every == 0:
-                    self.log_losses(bar)
-                validated = last or self.validation_due()
-                if validated:
+                validate = last or self.validation_due()
+                save = validate or self.save_due()
+                if save or self.step % self.settings.log_every == 0:
+                    self.log_losses(bar)  # before saving, because it stops a run whose loss is no number
+                if validate:
                     self.validate()
-                if validated or self.save_due():
+                if save:
                     self.save()
-                if self.stop_wanted(stop):
+                if not last and self.stop_wanted(stop):
                     self.save()
                     self.log.message(f"stopped at step {self.step}; continue with --resume {self.folder.path}")
                     raise KeyboardInterrupt
         return self.result(time.perf_counter() - begin)
 
     def announce(self) -> None:
+        """Say what is about to run."""
         report = self.task.model.report
         self.log.message(
             f"{self.config.task}: {len(self.task.train_set)} examples, {self.steps} steps of "
@@ -221,20 +228,22 @@ class Trainer:
 
     def train_step(self, micro_batches: list[dict[str, Any] | None]) -> None:
         """One optimiser update; reads nothing back from the device."""
-        self.wrapped.train()
+        if not self.model.training:  # at the start and after each validation
+            self.wrapped.train()
         processes = self.accelerator.num_processes
         # A piece may be empty (None) where on_bad_image="skip" dropped all its examples.
         pieces = [(batch, self.task.supervised_items(batch)) for batch in micro_batches if batch is not None]
-        items = sum(count for _, count in pieces)
+        items = torch.tensor(sum(count for _, count in pieces), device=self.accelerator.device)
         if processes > 1:
             if not pieces:
                 raise RuntimeError("every image of a batch is unreadable; repair the image folder")
-            items = int(self.accelerator.reduce(torch.tensor(items, device=self.accelerator.device)).item())
+            items = self.accelerator.reduce(items)
+        items.clamp_(min=1)
         for i, (batch, count) in enumerate(pieces):
             synchronise = i == len(pieces) - 1
             with nullcontext() if synchronise else self.accelerator.no_sync(self.wrapped):
                 # Several processes average their gradients, so each share is scaled back up to a sum.
-                share = count * processes / max(items, 1)
+                share = count * processes / items
                 loss = self.wrapped(**self.task.model_inputs(batch, self.accelerator.device)).loss * share
                 self.accelerator.backward(loss)
                 self.loss += loss.detach() / processes
@@ -270,19 +279,27 @@ class Trainer:
         return step * self.settings.batch_size / len(self.task.train_set)
 
     def validation_due(self) -> bool:
+        """Whether ``eval_every`` steps, or an epoch, ended with this step."""
         every = self.settings.eval_every
         if every is None:
             return math.floor(self.epoch(self.step)) > math.floor(self.epoch(self.step - 1))
         return every > 0 and self.step % every == 0
 
     def save_due(self) -> bool:
+        """Whether ``save_every`` steps ended with this step."""
         every = self.settings.save_every
         return every is not None and self.step % every == 0
 
     def stop_wanted(self, stop: threading.Event) -> bool:
-        """Whether any process was told to stop (they must agree, or the others would wait forever)."""
+        """Whether any process was told to stop.
+
+        Several processes must agree, or some would wait forever; asking waits for the device, so they do it at the
+        steps of the log only.
+        """
         if self.accelerator.num_processes == 1:
             return stop.is_set()
+        if self.step % self.settings.log_every:
+            return False
         flag = torch.tensor(int(stop.is_set()), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag).item())
 
@@ -309,6 +326,7 @@ class Trainer:
         self.logged_time += time.perf_counter() - begin
 
     def save_adapter(self, name: str) -> None:
+        """Write the trained parameters into the run folder, whole or not at all."""
         if self.accelerator.is_main_process:
             with replacing(self.folder.checkpoint(name)) as path:
                 self.model.save_pretrained(path)
@@ -330,6 +348,8 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
             "rng": gather_object([rng_state()]),
+            "loss": self.loss,
+            "logged_step": self.logged_step,
         }
         if self.accelerator.is_main_process:
             with replacing(self.folder.state_file) as path:
@@ -349,7 +369,8 @@ class Trainer:
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
-        self.saved_step = self.step
+        self.saved_step, self.logged_step = self.step, state["logged_step"]
+        self.loss.copy_(state["loss"])
         if self.accelerator.num_processes == len(state["rng"]):
             set_rng_state(state["rng"][self.accelerator.process_index])
 

@@ -21,7 +21,7 @@ from routingvl.run_config import (
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-# METHOD: method, rank, alpha, lr, warm-up, batch, epochs, text length, text model
+# arXiv 2403.09377: method, rank, alpha, lr, warm-up, batch, epochs, text length, text model
 RECIPES = {
     "vqa-lora": ("lora", 128, 128, 3e-4, 0.05, 512, 20, 20, "roberta-base"),
     "vqa-adapter": ("adapter", 64, 64, 3e-4, 0.05, 512, 20, 20, "roberta-base"),
@@ -62,6 +62,14 @@ def test_yaml_round_trip(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(config_to_yaml(config))
     assert load_config(path) == config
+
+
+def test_config_takes_the_name_of_a_recipe():
+    by_name = parse_config(["--config", "caption-lora", "--train.lr", "1e-4"])
+    assert by_name == parse_config(["--config=configs/caption-lora.yaml", "--train.lr", "1e-4"])
+    assert by_name == parse_config(["--config=caption-lora", "--train.lr", "1e-4"])
+    with pytest.raises(ConfigError, match=r"--config vqa-lara: .*did you mean 'vqa-lora'.*caption-adapter"):
+        parse_config(["--config", "vqa-lara"])
 
 
 def test_flags_override_the_file(tmp_path):

@@ -118,6 +118,15 @@ def test_errors(runs, tmp_path):
         evaluate(runs / "vqa", images=str(tmp_path / "gone"))
 
 
+def test_caption_settings_are_checked_before_anything_is_predicted(runs, monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match=r"eval.metrics='CIDer' .*did you mean 'CIDEr'"):
+        evaluate(runs / "caption", metrics=["CIDer"], output=tmp_path / "out")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"caption_tokenizer='ptb' needs Java"):
+        evaluate(runs / "caption", caption_tokenizer="ptb", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_runs_and_backbones_may_move_together(tiny, tmp_path):
     home = tmp_path / "old"
     shutil.copytree(tiny, home)

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,12 +13,13 @@ from safetensors.torch import load_file
 from tiny import tiny_config, write_tiny
 
 from routingvl.config import ConfigError
+from routingvl.config_file import config_to_yaml
 from routingvl.data.images import ImageError
 from routingvl.models import load_pretrained
 from routingvl.run_config import TrainConfig, override
-from routingvl.runs import RunError
+from routingvl.runs import RunError, read_metrics
 from routingvl.schedule import BatchOrder, learning_rate_factor, total_steps
-from routingvl.train import train
+from routingvl.train import Trainer, train
 
 TASKS = ("vqa", "caption")
 
@@ -66,18 +69,23 @@ def test_training_lowers_the_loss_and_fills_the_folder(tiny, tmp_path, task):
     assert result.trainable == sum(tensor.numel() for tensor in weights(result.run_dir).values())
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_resumed_run_equals_uninterrupted_run(tiny, tmp_path, task):
+@pytest.mark.parametrize(("task", "log_every"), [("vqa", 1), ("caption", 1), ("caption", 3)])
+def test_resumed_run_equals_uninterrupted_run(tiny, tmp_path, monkeypatch, task, log_every):
     # Dropout makes the random state matter, and 5 examples a step make a step cross the end of an epoch.
-    settings = {"max_steps": 9, "train.batch_size": 5, "dropout": 0.3, "eval_every": 4}
+    settings = {"max_steps": 9, "train.batch_size": 5, "dropout": 0.3, "eval_every": 4, "log_every": log_every}
     whole = run(tiny, tmp_path / "whole", task, **settings)
 
-    def stop_after_five(record):
-        if record["kind"] == "train" and record["step"] == 5:
+    step = Trainer.train_step
+
+    def step_and_stop(trainer, batches):
+        step(trainer, batches)
+        if trainer.step == 5:  # with a line every 3 steps this is between two lines
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny, tmp_path / "parts", task, log=stop_after_five, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, tmp_path / "parts", task, **settings)
     torch.manual_seed(12345)  # a new process starts from some other random state
     resumed = run(tiny, tmp_path / "parts", task, resume=True, **settings)
     assert_same_weights(weights(whole.run_dir), weights(resumed.run_dir))
@@ -183,6 +191,26 @@ def test_given_model_and_tokenizer_are_used(tiny, tmp_path):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(weights(result.run_dir)[name], parameter.detach())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_equal_one(tiny, tmp_path, task):
+    settings = {"max_steps": 5, "accumulation": 1, "max_grad_norm": 0.5, "eval_every": 2}
+    alone = run(tiny, tmp_path / "1", task, **settings)
+    shared = tmp_path / "2"
+    path = tmp_path / "config.yaml"
+    path.write_text(config_to_yaml(tiny_config(tiny, shared, task, **settings)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "routingvl"]
+    done = subprocess.run([*launch, "train", "--config", str(path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("5 steps in") == 1
+    records = read_metrics(shared / "metrics.jsonl")
+    assert [r["loss"] for r in records if r["kind"] == "train"] == pytest.approx(losses(alone), rel=1e-5)
+    expected = [r[alone.metric] for r in alone.history if r["kind"] == "validation"]
+    assert [r[alone.metric] for r in records if r["kind"] == "validation"] == pytest.approx(expected, rel=1e-4)
+    for name, value in weights(alone.run_dir).items():
+        torch.testing.assert_close(weights(shared)[name], value, rtol=1e-3, atol=2e-5)
 
 
 def test_tensorboard(tiny, tmp_path):

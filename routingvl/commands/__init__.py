@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -43,6 +44,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The run folder and which of its adapters to use."""
     parser.add_argument("run", metavar="RUN", help="run folder of a training")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="adapter to use (default: best)")
+
+
+def say(text: str) -> None:
+    """Print a result, once when several processes run the command (``accelerate launch``)."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def split_settings(args: Sequence[str]) -> tuple[list[str], list[str]]:

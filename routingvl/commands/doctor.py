@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from routingvl.commands import CommandParser
+from routingvl.metrics.ptb import cocoevalcap_folder, find_java
 
 EXAMPLE = "routingvl doctor --json"
 OPTIONAL = {
@@ -41,7 +41,7 @@ def run(args: Sequence[str]) -> int:
         for section, entries in report.items():
             print(section)
             for name, value in entries.items():
-                print(f"  {name:<16}{'not installed' if value is None else value}")
+                print(f"  {name:<20}{'not installed' if value is None else value}")
     return 1 if any("PROBLEM" in str(value) for entries in report.values() for value in entries.values()) else 0
 
 
@@ -60,6 +60,7 @@ def examine() -> dict[str, dict[str, Any]]:
     from routingvl.runs import git_state, hardware, package_versions
 
     devices = hardware()
+    devices["cuda"] = devices["cuda"] or "this torch is built without CUDA"
     devices["gpus"] = ", ".join(f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in devices["gpus"]) or "none"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -99,15 +100,22 @@ def check_transformers() -> str:
 
 
 def check_caption_metrics() -> dict[str, str]:
-    """Which caption metrics can run here."""
-    java = shutil.which("java")
-    if java:
-        done = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60, check=False)
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        java = f"{lines[0] if lines else 'no version'} ({java})"
+    """Which caption metrics can run here, and why the others cannot."""
+    java = find_java()
+    if java is None:
+        return {
+            "java": "not on PATH",
+            "METEOR, SPICE": "cannot run without Java",
+            "tokenizer": "Python's, in place of Stanford's, which needs Java",
+        }
+    done = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60, check=False)
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    spice = any((cocoevalcap_folder() / "spice" / "lib").glob("stanford-corenlp-*-models.jar"))
     return {
-        "java": java or "absent: METEOR cannot run, and a Python tokenizer takes the place of Stanford's",
-        "BLEU, ROUGE, CIDEr": "run always",
+        "java": f"{lines[0] if lines else 'no version'} ({java})",
+        "METEOR": "can run",
+        "SPICE": "can run" if spice else "lacks its models (384 MB, docs/metrics.md)",
+        "tokenizer": "Stanford's",
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from routingvl.commands import SETTINGS_NOTE, CommandParser, add_run_arguments, read_overrides, split_settings
+from routingvl.commands import SETTINGS_NOTE, CommandParser, add_run_arguments, read_overrides, say, split_settings
 
 EXAMPLE = "routingvl evaluate runs/caption-lora --split test --eval.num_beams 3"
 
@@ -38,5 +38,5 @@ def run(args: Sequence[str]) -> int:
         log="quiet" if options.quiet else None,
         **overrides,
     )
-    print(json.dumps(metrics, indent=2, ensure_ascii=False))
+    say(json.dumps(metrics, indent=2, ensure_ascii=False))
     return 0

@@ -24,8 +24,9 @@ def run(args: Sequence[str]) -> int:
     parser.add_argument("--format", choices=("routingvl", "peft"), default="routingvl", help="default: routingvl")
     options = parser.parse_args(args)
 
+    from routingvl.atomic import replacing
     from routingvl.models import load_pretrained
-    from routingvl.runs import RunFolder, replacing
+    from routingvl.runs import RunFolder
 
     folder, output = RunFolder(Path(options.run)), Path(options.output)
     folder.load_config()

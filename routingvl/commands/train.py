@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from routingvl.commands import say
 from routingvl.config import ConfigError
 from routingvl.config_file import config_from_namespace, config_parser
 
@@ -33,7 +34,7 @@ def run(args: Sequence[str]) -> int:
     best = (
         "" if result.best_metric is None else f", best {result.metric} {result.best_metric:.4f} at {result.best_step}"
     )
-    print(f"{result.steps} steps in {result.seconds:.1f} s{best}; run folder {result.run_dir}")
+    say(f"{result.steps} steps in {result.seconds:.1f} s{best}; run folder {result.run_dir}")
     return 0
 
 

@@ -140,7 +140,10 @@ def _split_head(logits: Tensor) -> tuple[Tensor, ...]:
 
 
 def _labelled_images(count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Fresh scenes as normalised pixels [N, 3, 36, 36] and targets [N, colours, 3] (0 = absent or shape, row, column)."""
+    """Fresh scenes as normalised pixels [N, 3, 36, 36] and targets [N, colours, 3].
+
+    The three targets of a colour are 0 for absent or 1 + its shape, its row, and its column (both ignored when absent).
+    """
     scenes = shapes.draw_scenes(count, rng)
     pixels = torch.from_numpy(shapes.render(scenes, rng)).permute(0, 3, 1, 2).float().div(255)
     targets = torch.full((count, len(shapes.COLOURS), 3), IGNORED)

@@ -1,4 +1,4 @@
-"""A report as a list of blocks, and its two forms: Markdown with pictures beside it, and one self-contained HTML file."""
+"""A report as a list of blocks, and its two forms: Markdown with pictures beside it, and one self-contained HTML."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from routingvl.runs import replacing, write_text
+from routingvl.atomic import replacing, write_text
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1f2430; --soft: #5b6472; --line: #dfe3ea; --tint: #f5f7fa; --accent: #2456a6; }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); max-width: 68rem; margin: 2.5rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.9rem; line-height: 1.2; } h2 { font-size: 1.3rem; margin-top: 2.6rem; border-bottom: 1px solid var(--line); }
-p, li { max-width: 48rem; } .scroll { overflow-x: auto; } figure { margin: 1.2rem 0; } figcaption { color: var(--soft); }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); }
+body { max-width: 68rem; margin: 2.5rem auto; padding: 0 1.25rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; }
+h2 { font-size: 1.3rem; margin-top: 2.6rem; border-bottom: 1px solid var(--line); }
+p, li { max-width: 48rem; } .scroll { overflow-x: auto; }
+figure { margin: 1.2rem 0; } figcaption { color: var(--soft); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; margin: 1rem 0; }
 th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
 td, th { padding: .35rem .8rem .35rem 0; vertical-align: top; } td { border-bottom: 1px solid var(--line); }
-td.number { text-align: right; white-space: nowrap; } img.plot { max-width: 100%; height: auto; }
+td.number, .scroll td:first-child { white-space: nowrap; } td.number { text-align: right; }
+img.plot { max-width: 100%; height: auto; }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(30rem, 1fr)); gap: 1.4rem; }
 .sample { display: flex; gap: 1rem; background: var(--tint); padding: .8rem; border-radius: .4rem; font-size: .88rem; }
 .sample img { width: 126px; height: 126px; image-rendering: pixelated; flex: none; }
-.sample table { margin: 0; font-size: .85rem; } .right { color: #19713b; } .wrong { color: #b3261e; }
+.sample table { margin: 0; font-size: .85rem; } .sample th { border-bottom-width: 1px; }
+.right { color: #19713b; } .wrong { color: #b3261e; }
 """
 
 
@@ -166,9 +171,9 @@ def _html_table(table: _Table) -> str:
 
 
 def _html_sample(sample: Sample) -> str:
-    classes = {True: "right", False: "wrong", None: ""}
+    looks = {True: ("right", " ✓"), False: ("wrong", " ✗"), None: ("", "")}  # not by colour alone
     rows = "".join(
-        f'<tr><th>{escape(label)}</th><td class="{classes[right]}">{escape(text)}</td></tr>'
+        f'<tr><th>{escape(label)}</th><td class="{looks[right][0]}">{escape(text)}{looks[right][1]}</td></tr>'
         for label, text, right in sample.lines
     )
     picture = f'<img src="{_inline(sample.png)}" alt="{escape(sample.title)}">'

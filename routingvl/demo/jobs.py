@@ -1,12 +1,13 @@
-"""Run training jobs in worker processes, and keep every finished result on disk, so that an interrupted demo goes on."""
+"""Run training jobs in worker processes; keep every finished result on disk, so that an interrupted demo goes on."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import as_completed
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,23 @@ from typing import Any
 from routingvl.data.coco import load_captions
 from routingvl.demo.pool import worker_pool
 from routingvl.demo.variants import SCORES, DemoSettings, Job
-from routingvl.runs import read_metrics
+from routingvl.runs import read_metrics, write_text
 
 Record = dict[str, Any]
 SAMPLES = 24  # test images whose predictions a record keeps for the report
 
 
 class ResultStore:
-    """Finished jobs of one output folder: a JSON line each, appended as they finish, found again by their key."""
+    """Finished jobs of one output folder: a JSON line each, written as they finish, found again by their key."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: dict[str, Record] = {record["key"]: record for record in read_metrics(path)}
 
     def add(self, record: Record) -> None:
+        """Keep a record, on disk when this returns; the file is replaced as a whole, so no crash can tear a line."""
         self.records[record["key"]] = record
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.records.values()))
 
 
 def run_jobs(
@@ -53,28 +53,39 @@ def run_jobs(
     if len(missing) < len(jobs):
         say(f"{len(jobs) - len(missing)} of {len(jobs)} runs are already in {store.path}")
     if missing:
-        with worker_pool(min(workers, len(missing))) as pool:
-            futures = {pool.submit(run_job, job, settings, str(work)): job for job in missing.values()}
-            for done, future in enumerate(as_completed(futures), start=1):
-                job = futures[future]
-                if error := future.exception():
-                    pool.shutdown(cancel_futures=True)
-                    raise RuntimeError(f"demo run failed ({job.title}): {error}") from error
-                record = future.result()
-                store.add(record)
-                score = SCORES[job.variant.task]
-                say(
-                    f"[{done}/{len(missing)}] {job.title}: test {score} {record['test'][score]:.3f}, "
-                    f"{record['seconds']['all']:.0f} s"
-                )
+        say(f"{len(missing)} runs to train, {min(workers, len(missing))} at a time")
+    for done, (job, record) in enumerate(_train_all(missing.values(), settings, work, workers), start=1):
+        store.add(record)
+        score = SCORES[job.variant.task]
+        result = f"test {score} {record['test'][score]:.3f}, {record['seconds']['all']:.0f} s"
+        say(f"[{done}/{len(missing)}] {job.title}: {result}")
     return [store.records[key] for key in keys]
+
+
+def _train_all(jobs: Collection[Job], settings: DemoSettings, work: Path, workers: int) -> Iterator[tuple[Job, Record]]:
+    """Jobs and their records, as they finish."""
+    if not jobs:
+        return
+    waiting = deque(jobs)
+    running: dict[Future[Record], Job] = {}
+    with worker_pool(min(workers, len(jobs))) as pool:
+        while waiting or running:
+            # Never more than run at once: after an error or Ctrl-C there is then none left for the pool to start.
+            while waiting and len(running) < workers:
+                job = waiting.popleft()
+                running[pool.submit(run_job, job, settings, str(work))] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                if error := future.exception():
+                    raise RuntimeError(f"demo run failed ({job.title}): {error}") from error
+                yield job, future.result()
 
 
 def run_job(job: Job, settings: DemoSettings, work: str) -> Record:
     """Train one job and evaluate it on the test split, through the same calls as ``routingvl train`` and ``evaluate``.
 
     Returns:
-        A record of plain values: the job, validation and test scores, the learning curves, seconds, parameter counts and
+        A record of plain values: the job, validation and test scores, learning curves, seconds, parameter counts, and
         some predictions.
     """
     from routingvl.evaluate import evaluate
@@ -96,8 +107,8 @@ def run_job(job: Job, settings: DemoSettings, work: str) -> Record:
         "steps": result.steps,
         "validation": result.best_metric,
         "test": scores,
-        "curve": [(r["step"], r[result.metric]) for r in result.history if r["kind"] == "validation"],
-        "losses": [(r["step"], round(r["loss"], 5)) for r in result.history if r["kind"] == "train"],
+        "curve": [[r["step"], r[result.metric]] for r in result.history if r["kind"] == "validation"],
+        "losses": [[r["step"], round(r["loss"], 5)] for r in result.history if r["kind"] == "train"],
         "seconds": {
             "train": round(result.seconds, 2),
             "evaluate": round(finished - evaluating, 2),
@@ -111,7 +122,7 @@ def run_job(job: Job, settings: DemoSettings, work: str) -> Record:
 
 
 def read_evaluation(task: str, metrics: dict[str, Any], work: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the report needs of an evaluation: plain scores, and predictions by image or question id (first samples only).
+    """What the report needs of an evaluation: plain scores, and the predictions for the first images by their id.
 
     Captions get one more score, ``exact``: the share (0 to 1) that equals a reference word for word.
     """

@@ -1,7 +1,7 @@
 """The learning-rate search behind the demo: the same rates for every variant, chosen on validation, then more seeds.
 
-``routingvl demo --full`` runs it; its result, ``search.json`` beside this file, is committed, and every other run of the
-demo takes each variant at the rate found there.
+``routingvl demo --full`` runs it; its result, ``search.json`` beside this file, is committed, and every other run of
+the demo takes each variant at the rate found there.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def search(settings: DemoSettings, run_jobs: RunJobs, variants: Iterable[Variant
 
     1. Every variant runs at every rate of its task, with the first seed.
     2. While the best rate of some variant lies on the edge of its task's grid, the grid grows by one rate on that side,
-       for all variants of the task, up to ``settings.max_rates``. (A variant without prefix and routing sees no image, so
-       that its best rate means nothing and grows no grid.)
+       for all variants of the task, up to ``settings.max_rates``. (A variant without prefix and routing sees no image:
+       its best rate means nothing and grows no grid.)
     3. Every variant runs with the remaining seeds, at its best rate.
 
     "Best" is the validation score; test scores choose nothing.
@@ -53,7 +53,7 @@ def search(settings: DemoSettings, run_jobs: RunJobs, variants: Iterable[Variant
 
 
 def widen(task: str, rates: tuple[float, ...], records: Iterable[Record], max_rates: int) -> tuple[float, ...]:
-    """The grid of a task with one rate more (twice or half the last) on each side where some variant's best rate lies."""
+    """The grid of a task with one rate more (twice or half the last) on each side where a variant's best rate lies."""
     chosen = {lr for variant, lr in best_rates(records).items() if variant.task == task and not is_blind(variant)}
     if rates[-1] in chosen and len(rates) < max_rates:
         rates = (*rates, 2 * rates[-1])

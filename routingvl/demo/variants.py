@@ -1,14 +1,14 @@
 """What the demo compares, and the settings that every variant shares.
 
 A variant is a task, a PEFT method, a routing function, and whether the image also stands in front of the text as a
-prefix. All variants of a task get the same steps, batch, rank and learning rates to choose from; only the choice differs.
+prefix. All variants of a task get the same steps, batch, rank and learning rates to choose from.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +147,3 @@ class Job:
 def settings_to_dict(settings: DemoSettings) -> dict[str, Any]:
     """Plain values for a result file."""
     return json.loads(json.dumps(asdict(settings)))
-
-
-def shrink(settings: DemoSettings, steps: int) -> DemoSettings:
-    """The same comparison with ``steps`` steps for every task."""
-    return replace(settings, steps=dict.fromkeys(settings.steps, steps))

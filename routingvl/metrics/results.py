@@ -8,11 +8,11 @@ duplicates.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from routingvl.atomic import write_text
 
 
 class ResultFileError(ValueError):
@@ -44,27 +44,11 @@ def _check_complete(ids: Iterable[int], expected: Iterable[int] | None, kind: st
         )
 
 
-def _write_json(path: str | Path, rows: list[dict[str, Any]]) -> Path:
+def _write_rows(path: str | Path, rows: list[dict[str, Any]]) -> Path:
     """Write ``rows`` in one step: a reader finds the old file or the whole new one, never a part."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(rows, stream, ensure_ascii=False)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_text(path, json.dumps(rows, ensure_ascii=False))
     return path
-
-
-def _umask() -> int:
-    """The process's umask, which mkstemp ignores (it makes files that only their owner can read)."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -106,7 +90,7 @@ def write_coco_results(path: str | Path, captions: Mapping[int, str], expected: 
         ResultFileError: an id is not an integer or the ids are not the expected ones; nothing is written.
     """
     _check_complete(captions, expected, "image_id")
-    return _write_json(path, [{"image_id": image_id, "caption": captions[image_id]} for image_id in sorted(captions)])
+    return _write_rows(path, [{"image_id": image_id, "caption": captions[image_id]} for image_id in sorted(captions)])
 
 
 def write_vqa_results(path: str | Path, answers: Mapping[int, str], expected: Iterable[int] | None = None) -> Path:
@@ -123,7 +107,7 @@ def write_vqa_results(path: str | Path, answers: Mapping[int, str], expected: It
         ResultFileError: an id is not an integer or the ids are not the expected ones; nothing is written.
     """
     _check_complete(answers, expected, "question_id")
-    return _write_json(path, [{"question_id": item, "answer": answers[item]} for item in sorted(answers)])
+    return _write_rows(path, [{"question_id": item, "answer": answers[item]} for item in sorted(answers)])
 
 
 def read_coco_results(path: str | Path) -> dict[int, str]:

@@ -1,0 +1,50 @@
+"""The numerical tolerance of every op: one table, used by the tests and as the gate before any timing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# Largest relative RMS error against a float64 oracle on inputs rounded to the dtype, for outputs and gradients alike.
+CAPS: Mapping[torch.dtype, float] = {
+    torch.float64: 1e-12,
+    torch.float32: 5e-6,
+    torch.float16: 1.5e-3,
+    torch.bfloat16: 1e-2,
+}
+TF32_CAP = 1.5e-3
+# An op may err at most this much more than the plain composition in the same dtype.
+FACTOR = 2.0
+SLACK = 1e-6
+
+
+def relative_rms(got: Tensor, want: Tensor) -> float:
+    """Root mean square of got - want over that of want (absolute where want is 0), computed in float64."""
+    got, want = got.detach().double(), want.detach().double()
+    error, scale = torch.linalg.vector_norm(got - want).item(), torch.linalg.vector_norm(want).item()
+    return error / scale if scale > 0 else error
+
+
+def allowed_error(dtype: torch.dtype, plain_error: float) -> float:
+    """The largest error that passes, given the error of the plain composition in the same dtype."""
+    return min(CAPS[dtype], FACTOR * plain_error + SLACK)
+
+
+def failures(
+    got: Mapping[str, Tensor], plain: Mapping[str, Tensor], oracle: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, str]:
+    """The tensors of ``got`` that miss the tolerance, each with its error in words; empty when all pass.
+
+    ``plain`` holds the same tensors by the plain composition in ``dtype``, ``oracle`` by the same in float64.
+    """
+    missed = {}
+    for name, want in oracle.items():
+        if got[name].shape != want.shape:
+            missed[name] = f"has shape {list(got[name].shape)}, not {list(want.shape)}"
+            continue
+        error, limit = relative_rms(got[name], want), allowed_error(dtype, relative_rms(plain[name], want))
+        if not error <= limit:
+            missed[name] = f"relative RMS error {error:.2e} is above {limit:.2e}"
+    return missed
