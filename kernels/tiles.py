@@ -66,10 +66,17 @@ _FORWARD: Mapping[str, _Rows] = {
     "tf32": {128: Tile(64, 32, 32, 8, 3), 256: Tile(32, 32, 32, 8, 2)},
     "ieee": {128: Tile(32, 32, 32, 8, 2), 256: Tile(16, 32, 32, 8, 2)},
 }
-_BACKWARD: Mapping[str, _Rows] = {
-    "half": {32: Tile(64, 64, 64, 4, 3), 128: Tile(64, 64, 64, 8, 3), 256: Tile(32, 64, 64, 8, 2)},
-    "tf32": {128: Tile(32, 32, 32, 8, 2), 256: Tile(16, 32, 32, 8, 2)},
+_LORA_BACKWARD: Mapping[str, _Rows] = {
+    "half": {32: Tile(64, 64, 64, 4, 3), 128: Tile(64, 64, 64, 8, 3), 256: Tile(32, 32, 32, 8, 3)},
+    "tf32": {128: Tile(32, 32, 32, 8, 2), 256: Tile(16, 32, 32, 4, 2)},
     "ieee": {128: Tile(32, 32, 32, 8, 2), 256: Tile(16, 32, 32, 8, 2)},
+}
+_ADAPTER_BACKWARD: Mapping[str, _Rows] = {
+    **_LORA_BACKWARD,
+    "half": {**_LORA_BACKWARD["half"], 256: Tile(32, 64, 64, 8, 2)},
+}
+    **_LORA_BACKWARD,
+    "half": {**_LORA_BACKWARD["half"], 256: Tile(32, 64, 64, 8, 2)},
 }
 _DECODE: Mapping[str, _Rows] = {
     "half": {256: Tile(16, 64, 64, 4, 3)},
@@ -85,15 +92,26 @@ _RANK_ONE: Mapping[str, _Rows] = {
 # Every kind of kernel the table serves.
 _KINDS: Mapping[str, Mapping[str, _Rows]] = {
     "lora_forward": _FORWARD,
-    "lora_backward": _BACKWARD,
+    "lora_backward": _LORA_BACKWARD,
     "adapter_forward": _FORWARD,
-    "adapter_backward": _BACKWARD,
+    "adapter_backward": _ADAPTER_BACKWARD,
     "rank_one_forward": _RANK_ONE,
     "rank_one_backward": _RANK_ONE,
 }
 KINDS = tuple(_KINDS)
-# What a family of architectures needs otherwise: (family, kind, precision) -> rows.
-_OVERRIDES: Mapping[tuple[str, str, str], _Rows] = {}
+# What a family of architectures needs otherwise: (family, kind, precision) -> rows. On CDNA a thread has twice as many
+# registers with at most four waves as with eight, and half of the shared memory is there for them.
+_CDNA_FORWARD: _Rows = {64: Tile(64, 64, 64, 4, 2), 128: Tile(32, 64, 64, 4, 2), 256: Tile(32, 32, 32, 4, 2)}
+_CDNA_BACKWARD: _Rows = {64: Tile(64, 64, 64, 4, 2), 128: Tile(32, 64, 64, 4, 2), 256: Tile(32, 32, 32, 4, 2)}
+_CDNA_IEEE: _Rows = {128: Tile(32, 32, 32, 4, 2), 256: Tile(16, 16, 16, 4, 2)}
+_OVERRIDES: Mapping[tuple[str, str, str], _Rows] = {
+    ("gfx942", "lora_forward", "half"): _CDNA_FORWARD,
+    ("gfx942", "adapter_forward", "half"): _CDNA_FORWARD,
+    ("gfx942", "lora_backward", "half"): _CDNA_BACKWARD,
+    ("gfx942", "adapter_backward", "half"): _CDNA_BACKWARD,
+    ("gfx942", "lora_backward", "ieee"): _CDNA_IEEE,
+    ("gfx942", "adapter_backward", "ieee"): _CDNA_IEEE,
+}
 
 
 def family_of(arch: str) -> str:

@@ -204,6 +204,9 @@ def adapter_backward_kernel(
         if VISUAL == NO_IMAGE:
             dt = dz
         elif VISUAL == ONE_TOKEN:
+            # Loaded again, from the cache: kept through the activation they would cost registers, up to spilling.
+            t = tl.load(p_code + o_mr, mask=m_mr, other=0.0).to(tl.float32)
+            u = tl.load(p_image + i_b[:, None] * rank + i_r[None, :], mask=m_mr, other=0.0).to(tl.float32)
             dt, du = route_bwd(dz, t, u, ROUTING, RELU)
         else:
             dt = route_tokens_back(
