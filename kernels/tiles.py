@@ -75,9 +75,6 @@ _ADAPTER_BACKWARD: Mapping[str, _Rows] = {
     **_LORA_BACKWARD,
     "half": {**_LORA_BACKWARD["half"], 256: Tile(32, 64, 64, 8, 2)},
 }
-    **_LORA_BACKWARD,
-    "half": {**_LORA_BACKWARD["half"], 256: Tile(32, 64, 64, 8, 2)},
-}
 _DECODE: Mapping[str, _Rows] = {
     "half": {256: Tile(16, 64, 64, 4, 3)},
     "tf32": {256: Tile(16, 32, 32, 4, 2)},
