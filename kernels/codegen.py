@@ -51,10 +51,14 @@ class Configuration:
     arch: str
 
     @property
+    def tile_kind(self) -> str:
+        """The kind under which the kernel finds its tile."""
+        return "lora_backward" if self.kernel == "dropped_gradient" else self.kernel
+
+    @property
     def tile(self) -> Tile:
         """The tile that a launch would try first."""
-        kind = "lora_backward" if self.kernel == "dropped_gradient" else self.kernel
-        return tiles_for(kind, self.rank, self.precision, self.decode, self.arch)[0]
+        return tiles_for(self.tile_kind, self.rank, self.precision, self.decode, self.arch)[0]
 
     def __str__(self) -> str:
         return " ".join((self.kernel, self.variant, f"r{self.rank}", self.precision, *["decode"] * self.decode))

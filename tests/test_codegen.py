@@ -32,9 +32,9 @@ def check(chosen: list[Configuration] | tuple[Configuration, ...]) -> None:
     for configuration, usage in examine(chosen):
         where = f"{configuration} on {configuration.arch}"
         bad += [f"{where}: {fault}" for fault in problems(configuration, usage)]
-        estimate = shared_memory(
-            configuration.kernel, configuration.tile, configuration.rank, 2 if configuration.precision == "half" else 4
-        )
+        size = 2 if configuration.precision == "half" else 4
+        kind = configuration.tile_kind
+        estimate = shared_memory(kind, configuration.tile, configuration.rank, size, configuration.arch)
         if usage.shared_memory > estimate:
             bad.append(f"{where}: {usage.shared_memory} bytes of shared memory, {estimate} estimated")
     assert not bad, "\n".join(bad)
