@@ -15,7 +15,16 @@ from routingvl.demo.document import Document, Sample, markdown_table
 from routingvl.demo.jobs import ResultStore, run_jobs
 from routingvl.demo.main import DemoOptions, prepare_folder, rates_of, run, write_data
 from routingvl.demo.report import against_none, at_best_rate
-from routingvl.demo.search import COMMITTED, best_rates, load_search, search, summarise, variant_of, write_search
+from routingvl.demo.search import (
+    COMMITTED,
+    at_the_edge,
+    best_rates,
+    load_search,
+    search,
+    summarise,
+    variant_of,
+    write_search,
+)
 from routingvl.demo.variants import QUICK_VARIANTS, SCORES, VARIANTS, DemoSettings, Job, Variant, settings_to_dict
 
 TINY = DemoSettings(
@@ -96,6 +105,12 @@ def test_a_best_rate_on_the_edge_widens_the_grid_for_all():
     rates = {variant: {r["lr"] for r in records if variant_of(r) == variant} for variant in (NONE, MUL)}
     assert rates[NONE] == rates[MUL] == {5e-3, 1e-2, 2e-2, 4e-2, 8e-2}
     assert best_rates(records) == {NONE: 4e-2, MUL: 1e-2}
+
+
+def test_a_best_rate_on_the_edge_is_reported():
+    runs = [record_of(Job(NONE, lr, 0), lr, 0) for lr in (5e-3, 1e-2, 2e-2)]
+    runs += [record_of(Job(MUL, lr, 0), -abs(lr - 1e-2), 0) for lr in (5e-3, 1e-2, 2e-2)]
+    assert at_the_edge(runs) == [NONE]
 
 
 def test_the_grid_stops_growing_at_max_rates():

@@ -62,6 +62,19 @@ def widen(task: str, rates: tuple[float, ...], records: Iterable[Record], max_ra
     return rates
 
 
+def at_the_edge(records: Iterable[Record]) -> list[Variant]:
+    """Variants whose best rate is the lowest or highest that was tried, and that so might gain from going further."""
+    records = list(records)
+    tried = defaultdict(set)
+    for record in records:
+        tried[variant_of(record).task].add(record["lr"])
+    return [
+        variant
+        for variant, lr in best_rates(records).items()
+        if lr in (min(tried[variant.task]), max(tried[variant.task])) and not is_blind(variant)
+    ]
+
+
 def is_blind(variant: Variant) -> bool:
     """Whether no path leads from the image to the text."""
     return variant.routing == "none" and not variant.prefix
