@@ -15,7 +15,7 @@ from typing import Any
 
 from routingvl.demo.jobs import Record
 from routingvl.demo.variants import VARIANTS, DemoSettings, Job, Variant, settings_to_dict
-from routingvl.runs import environment, write_json
+from routingvl.runs import environment, write_text
 
 COMMITTED = Path(__file__).with_name("search.json")
 RunJobs = Callable[[Sequence[Job]], list[Record]]
@@ -118,18 +118,20 @@ def summarise(records: Iterable[Record], scores: Sequence[str]) -> dict[Variant,
 def write_search(path: Path, records: Iterable[Record], settings: DemoSettings, quality: dict[str, Any]) -> None:
     """Write a search result: settings, machine, versions, commit, the backbones' quality and every run.
 
-    Predictions stay behind: they would be most of the file, and every demo makes its own.
+    Predictions and training losses stay behind: they would be most of the file, and every demo makes its own.
     """
-    runs = [{key: value for key, value in record.items() if key != "predictions"} for record in records]
+    left_out = ("predictions", "losses")
+    runs = [{key: value for key, value in record.items() if key not in left_out} for record in records]
     unique = {run["key"]: run for run in runs}
     content = {
         "about": "Learning-rate search of the embedded demo, written by `routingvl demo --full` (docs/demo.md)",
         "environment": environment(),
         "settings": settings_to_dict(settings),
         "backbones": quality,
-        "runs": list(unique.values()),
     }
-    write_json(path, content)
+    # A run a line, so that the file can be read and compared by people.
+    lines = ",\n".join(json.dumps(run) for run in unique.values())
+    write_text(path, f'{json.dumps(content, indent=1)[:-2]},\n "runs": [\n{lines}\n]\n}}\n')
 
 
 def load_search(path: Path = COMMITTED) -> dict[str, Any]:
