@@ -19,7 +19,7 @@ COLUMNS = {"caption": ("CIDEr", "BLEU-4", "exact"), "vqa": ("accuracy",)}
 DIGITS = {"CIDEr": 2, "BLEU-4": 3, "exact": 3, "accuracy": 1}
 NOTHING = "–"
 SHOWN_IMAGES = 8
-SHOWN_ROUTINGS = ("none", "mul")
+SHOWN_ROUTINGS = ("none", "add", "mul")
 
 Panel = tuple[str, str, bool]
 TASK_TITLES = {"caption": "Captioning", "vqa": "VQA"}
