@@ -11,10 +11,8 @@ __version__ = "0.1.0"
 # In a checkout the kernels stand beside the package; an installed copy has them inside it (setup.py's package_dir).
 # A top-level import package called `kernels` would shadow the public one that transformers imports.
 _checkout = Path(__file__).resolve().parent.parent
-for _name in ("kernels", "benchmarks"):
-    if not (_checkout / "routingvl" / _name).is_dir() and (_checkout / _name / "__init__.py").is_file():
-        if (_checkout / "setup.py").is_file() and str(_checkout) not in __path__:
-            __path__.append(str(_checkout))
+if (_checkout / "setup.py").is_file() and (_checkout / "kernels" / "__init__.py").is_file():
+    __path__.append(str(_checkout))
 
 _PUBLIC = {
     "RoutingConfig": "routingvl.config",

@@ -58,9 +58,9 @@ class RoutingConfig:
         routing: the function that mixes the image into the code, a name of ``routingvl.kernels.ROUTINGS``.
         rank: width r of the bottleneck; GPT-2's joined query and value LoRA has 2 r components.
         alpha: LoRA output is scaled by alpha / rank (adapters are not scaled).
-        dropout: probability in [0, 1) of dropping an input component of the bottleneck, drawn separately for text and image.
+        dropout: probability in [0, 1) of dropping an input component, drawn separately for text and image.
         layers: indices of the transformer layers that get a bottleneck; None for all.
-        targets: name endings of the projections that get LoRA; None for the family's published choice (query and value).
+        targets: name endings of the projections that get LoRA; None for the family's own (query and value).
         placement: where a LoRA routes, "bottleneck" (before the up-projection) or "output" (after it).
         position: where an adapter sits, "post_module" (on the sublayer's output), "pre_norm" or "post_norm".
         relu: ReLU on both factors of vllora's inner product.

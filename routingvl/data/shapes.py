@@ -9,8 +9,6 @@ is a function of one seed.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +18,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from routingvl.atomic import replacing
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.9, 0.15, 0.15),
@@ -237,21 +237,18 @@ def write_shapes(root: str | Path, config: ShapesConfig | None = None) -> Path:
             raise FileExistsError(f"{root} exists and is no generated shapes set: choose another folder or remove it")
         if json.loads(stamp_file.read_text(encoding="utf-8")) == stamp:
             return root
-    partial = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     splits = [make_split(name, config) for name in SPLITS]
-    for split in splits:
-        _write_images(partial / "Images" / _FOLDERS[split.name], split)
-    _write_json(partial / "dataset_coco.json", karpathy_file(splits))
-    for subset in ("train2014", "val2014"):
-        members = [split for split in splits if _FOLDERS[split.name] == subset]
-        questions_file, annotations_file = vqa_files(members, subset)
-        _write_json(partial / f"v2_OpenEnded_mscoco_{subset}_questions.json", questions_file)
-        _write_json(partial / f"v2_mscoco_{subset}_annotations.json", annotations_file)
-    _write_json(partial / _STAMP, stamp)
-    shutil.rmtree(root, ignore_errors=True)
-    os.replace(partial, root)
+    with replacing(root) as partial:
+        partial.mkdir()
+        for split in splits:
+            _write_images(partial / "Images" / _FOLDERS[split.name], split)
+        _write_json(partial / "dataset_coco.json", karpathy_file(splits))
+        for subset in ("train2014", "val2014"):
+            members = [split for split in splits if _FOLDERS[split.name] == subset]
+            questions_file, annotations_file = vqa_files(members, subset)
+            _write_json(partial / f"v2_OpenEnded_mscoco_{subset}_questions.json", questions_file)
+            _write_json(partial / f"v2_mscoco_{subset}_annotations.json", annotations_file)
+        _write_json(partial / _STAMP, stamp)
     return root
 
 

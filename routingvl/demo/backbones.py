@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from routingvl.atomic import replacing
 from routingvl.data import shapes
 from routingvl.demo.pool import worker_pool
 
@@ -64,19 +63,14 @@ def build_backbones(root: str | Path, config: BackboneConfig) -> dict[str, Any]:
         summary = json.loads(summary_file.read_text(encoding="utf-8"))
         if summary["config"] == asdict(config):
             return summary["quality"]
-    partial = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     # The ViT takes about as long as both language models: one process and one core each.
-    with worker_pool(2) as pool:
-        futures = [
-            pool.submit(_pretrain_group, group, str(partial), config) for group in (("vit",), ("roberta", "gpt2"))
-        ]
+    groups = ("vit",), ("roberta", "gpt2")
+    with replacing(root) as partial, worker_pool(len(groups)) as pool:
+        partial.mkdir()
+        futures = [pool.submit(_pretrain_group, group, str(partial), config) for group in groups]
         quality = {name: result for future in futures for name, result in future.result().items()}
-    summary = {"config": asdict(config), "quality": quality}
-    (partial / summary_file.name).write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    shutil.rmtree(root, ignore_errors=True)
-    os.replace(partial, root)
+        summary = {"config": asdict(config), "quality": quality}
+        (partial / summary_file.name).write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return quality
 
 

@@ -12,14 +12,14 @@ from typing import Any
 from routingvl.demo import plots
 from routingvl.demo.document import Document, Sample, markdown_table
 from routingvl.demo.jobs import Record
-from routingvl.demo.search import best_rates, is_blind, summarise, variant_of
+from routingvl.demo.search import at_the_edge, best_rates, is_blind, summarise, variant_of
 from routingvl.demo.variants import METHOD_TITLES, SCORES, VARIANTS, DemoSettings, Variant, settings_to_dict
 
 COLUMNS = {"caption": ("CIDEr", "BLEU-4", "exact"), "vqa": ("accuracy",)}
 DIGITS = {"CIDEr": 2, "BLEU-4": 3, "exact": 3, "accuracy": 1}
 NOTHING = "–"
 SHOWN_IMAGES = 8
-SHOWN_ROUTINGS = ("none", "mul")
+SHOWN_ROUTINGS = ("none", "add", "mul")
 
 Panel = tuple[str, str, bool]
 TASK_TITLES = {"caption": "Captioning", "vqa": "VQA"}
@@ -353,6 +353,11 @@ def _provenance(
         f"The search has {len(committed['runs'])} runs, at learning rates {tried}; every one, with its scores, curve "
         "and time, is in routingvl/demo/search.json."
     )
+    if edge := at_the_edge(committed["runs"]):
+        names = "; ".join(f"{panel_title(variant.panel)} {variant.routing}" for variant in edge)
+        document.paragraph(
+            f"The best rate found lies on the edge of what was tried, so it may not be the best, for: {names}."
+        )
     data = settings.data
     document.paragraph(
         f"Data (seed {data.seed}): {data.train_images:,} training, {data.val_images} validation and {data.test_images} "

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from routingvl.atomic import write_text
 from routingvl.demo.jobs import Record
 from routingvl.demo.variants import VARIANTS, DemoSettings, Job, Variant, settings_to_dict
-from routingvl.runs import environment, write_json
+from routingvl.runs import environment
 
 COMMITTED = Path(__file__).with_name("search.json")
 RunJobs = Callable[[Sequence[Job]], list[Record]]
@@ -62,6 +63,19 @@ def widen(task: str, rates: tuple[float, ...], records: Iterable[Record], max_ra
     return rates
 
 
+def at_the_edge(records: Iterable[Record]) -> list[Variant]:
+    """Variants whose best rate is the lowest or highest that was tried, and that so might gain from going further."""
+    records = list(records)
+    tried = defaultdict(set)
+    for record in records:
+        tried[variant_of(record).task].add(record["lr"])
+    return [
+        variant
+        for variant, lr in best_rates(records).items()
+        if lr in (min(tried[variant.task]), max(tried[variant.task])) and not is_blind(variant)
+    ]
+
+
 def is_blind(variant: Variant) -> bool:
     """Whether no path leads from the image to the text."""
     return variant.routing == "none" and not variant.prefix
@@ -105,18 +119,20 @@ def summarise(records: Iterable[Record], scores: Sequence[str]) -> dict[Variant,
 def write_search(path: Path, records: Iterable[Record], settings: DemoSettings, quality: dict[str, Any]) -> None:
     """Write a search result: settings, machine, versions, commit, the backbones' quality and every run.
 
-    Predictions stay behind: they would be most of the file, and every demo makes its own.
+    Predictions and training losses stay behind: they would be most of the file, and every demo makes its own.
     """
-    runs = [{key: value for key, value in record.items() if key != "predictions"} for record in records]
+    left_out = ("predictions", "losses")
+    runs = [{key: value for key, value in record.items() if key not in left_out} for record in records]
     unique = {run["key"]: run for run in runs}
     content = {
         "about": "Learning-rate search of the embedded demo, written by `routingvl demo --full` (docs/demo.md)",
         "environment": environment(),
         "settings": settings_to_dict(settings),
         "backbones": quality,
-        "runs": list(unique.values()),
     }
-    write_json(path, content)
+    # A run a line, so that the file can be read and compared by people.
+    lines = ",\n".join(json.dumps(run) for run in unique.values())
+    write_text(path, f'{json.dumps(content, indent=1)[:-2]},\n "runs": [\n{lines}\n]\n}}\n')
 
 
 def load_search(path: Path = COMMITTED) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class DemoSettings:
     rates: dict[str, tuple[float, ...]] = field(
         default_factory=lambda: {"caption": (5e-3, 1e-2, 2e-2), "vqa": (1.5e-3, 3e-3, 6e-3)}
     )
-    max_rates: int = 5
+    max_rates: int = 6
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
