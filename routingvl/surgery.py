@@ -149,8 +149,8 @@ def trainable_report(model: nn.Module, exclude: str | None = None) -> TrainableR
     for name, module in model.named_modules():
         if isinstance(module, RoutedLoRALinear | RoutedAdapter):
             kind = "lora" if isinstance(module, RoutedLoRALinear) else "adapter"
-            device = next(module.parameters()).device.type
-            backend, reason = select_backend(device, module.backend)
+            down = module.lora_A if kind == "lora" else module.down_sampler.weight  # [width of the code, K]
+            backend, reason = select_backend(down.device.type, module.backend, dtype=down.dtype, width=down.shape[0])
             layers.append(LayerReport(name, kind, module.routing, module.rank, backend, reason))
     return TrainableReport(
         trainable=sum(size for _, size in trainable),

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
 from routingvl import RoutingConfig, VisualContext, ViTRobertaForVQA, inject
+from routingvl.kernels.device import interpreted
 from routingvl.layers import RoutedAdapter, RoutedLoRALinear
 from routingvl.surgery import SurgeryError, remove, trainable_report
 
@@ -145,6 +146,16 @@ def test_report_says_which_backend_and_why():
     assert f"{report.trainable:,}" in text
     assert "transformer.h.0.attn.c_attn" in text
     assert "backend='eager'" in text
+
+
+@pytest.mark.skipif(not interpreted(), reason="needs the Triton backend on a CPU: its interpreter")
+def test_report_names_what_the_fused_kernels_do_not_take(monkeypatch):
+    monkeypatch.setenv("ROUTINGVL_BACKEND", "triton")
+    assert {layer.backend for layer in inject(small_gpt2(), RoutingConfig(rank=4)).layers} == {"triton"}
+    for model, rank, word in ((small_gpt2().double(), 4, "float64"), (small_gpt2(), 129, "258")):
+        (layer, _) = inject(model, RoutingConfig(rank=rank)).layers
+        assert layer.backend == "eager"
+        assert word in layer.reason
 
 
 def test_deepcopy_gives_an_independent_model():
