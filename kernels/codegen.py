@@ -278,8 +278,9 @@ def problems(configuration: Configuration, usage: Usage) -> list[str]:
     products = not configuration.kernel.startswith("rank_one") and configuration.precision != "ieee"
     if products and not usage.matrix:
         found.append("no matrix instructions")
-    warpgroup_rows = configuration.arch == "sm_90" and configuration.tile.block_m >= 64
-    if products and warpgroup_rows and "wgmma.mma_async" not in usage.matrix:
+    by_rank = configuration.kernel == "dropped_gradient"  # there the code's components are the rows of the product
+    rows = padded_rank(configuration.rank) if by_rank else configuration.tile.block_m
+    if products and configuration.arch == "sm_90" and rows >= 64 and "wgmma.mma_async" not in usage.matrix:
         found.append("no wgmma")
     return found
 

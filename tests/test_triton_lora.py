@@ -91,7 +91,7 @@ def test_sizes_at_the_edges_of_tiles(
     assert_as_good_as(partial(fused_linear, **kwargs), partial(defined_linear, **kwargs), drawn, torch.float32)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     case=st.sampled_from(CASES),
     layout=st.sampled_from(list(LAYOUTS)),
