@@ -1,7 +1,9 @@
-# Every target makes the environment it needs (.venv) on its own. Variables: PYTHON, DEMO_ARGS, TEST_ARGS, TEST_JOBS.
+# Every target makes the environment it needs (.venv) on its own.
+# Variables: PYTHON, DEMO_ARGS, TEST_ARGS, TEST_JOBS, TEST_MARKS.
 PYTHON ?= python3
 TEST_JOBS ?= 2
 TEST_ARGS ?=
+TEST_MARKS ?= not slow and not exhaustive
 DEMO_ARGS ?=
 
 VENV := .venv
@@ -22,7 +24,7 @@ demo: $(READY)
 
 # One thread a worker: the tests use tiny models, for which more threads only cost time.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal -m "$(TEST_MARKS)" $(TEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from routingvl.kernels.tiles import shared_memory
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 MUL = Configuration("lora_forward", "mul", 128, "half", False, "sm_90")
-# One of each kernel and of each architecture; the slow test below takes all.
+# One of each kernel and of each architecture; the exhaustive test below takes all.
 REPRESENTATIVE = (
     MUL,
     replace(MUL, kernel="lora_backward", arch="sm_80"),
@@ -44,7 +44,7 @@ def test_representative_configurations_compile_well() -> None:
     check(REPRESENTATIVE)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_shipped_configuration_compiles_well(arch: str) -> None:
