@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 
 help:
 	@echo "make demo     train and compare every routing function on a small made-up data set (DEMO_ARGS='--quick')"
-	@echo "make test     run every test that needs no GPU beyond what is here (TEST_JOBS=2, TEST_ARGS='-k metrics')"
+	@echo "make test     run the tests (TEST_JOBS=2, TEST_ARGS='-k metrics', TEST_MARKS=slow for the slow ones)"
 	@echo "make lint     check style without changing a file"
 	@echo "make format   rewrite the files in the project's style"
 	@echo "make clean    remove the environment, builds and caches (runs/ stays)"
