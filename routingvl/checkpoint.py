@@ -240,7 +240,7 @@ def load_reference_state_dict(model: Any, state_dict: Mapping[str, torch.Tensor]
     Our models keep the published parameter names. What differs is taken care of: a ``module.`` prefix of
     DistributedDataParallel, the ``gpt.`` prefix that published models without visual prefix lack, the tied output
     embedding, and buffers that older transformers saved. Frozen and trained weights are both loaded, the language
-    model's and the head's; a published file holds no usable ViT, so the model's own stays.
+    model's and the head's. The published code keeps its frozen ViT outside the model that it saves, so ours stays.
 
     Args:
         model: :class:`ViTRobertaForVQA` or :class:`ViTGPT2ForCaptioning`, built with the matching configuration.
