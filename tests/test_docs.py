@@ -1,5 +1,6 @@
 """README and docs against the code: tables that must not drift, links and commands that must exist."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -62,3 +63,26 @@ def test_readme_shows_the_numbers_of_the_committed_search():
                 continue
             mean, std = found[variant]["mean"][score], found[variant]["std"][score]
             assert cell.removesuffix(" (blind)") == f"{mean:.{digits}f} ± {std:.{digits}f}", f"{label}, {routing}"
+
+
+def test_readme_shows_the_speed_of_the_committed_measurement():
+    path = ROOT / "benchmarks" / "results" / "cpu_layers.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    counted = [row for row in rows if row["mode"] == "fwdbwd" and row["threads"] == 1]
+    ms = {(row["case"], row["routing"], row["provider"]): row["ms_p50"] for row in counted}
+    assert all(row["gate"] == "passed" for row in rows)
+    text = (ROOT / "README.md").read_text()
+    cases = {
+        "RoBERTa-base LoRA, r 128, M 1280": "roberta_lora_m1280",
+        "768-wide LoRA, r 128, M 2040": "linear_lora_m2040",
+        "GPT-2 c_attn LoRA, r 128, M 2040": "gpt2_lora_m2040",
+        "GPT-2 Adapter, r 128, M 2040": "gpt2_adapter_m2040",
+        "RoBERTa Adapter, r 64, M 1280": "roberta_adapter_m1280",
+        "768-wide LoRA, time above the frozen layer": "linear_lora_m2040",
+    }
+    for label, case in cases.items():
+        cells = next(line for line in text.splitlines() if line.startswith(f"| {label} |")).split("|")[2:-1]
+        for routing, cell in zip(ROUTINGS, cells, strict=True):
+            frozen = ms[case, routing, "base"] if "above the frozen" in label else 0.0
+            ratio = (ms[case, routing, "reference"] - frozen) / (ms[case, routing, "eager"] - frozen)
+            assert cell.strip() == f"{ratio:.2f}", f"{label}, {routing}"
