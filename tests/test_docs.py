@@ -86,3 +86,14 @@ def test_readme_shows_the_speed_of_the_committed_measurement():
             frozen = ms[case, routing, "base"] if "above the frozen" in label else 0.0
             ratio = (ms[case, routing, "reference"] - frozen) / (ms[case, routing, "eager"] - frozen)
             assert cell.strip() == f"{ratio:.2f}", f"{label}, {routing}"
+
+
+def test_readme_shows_the_speed_with_fresh_pages():
+    path = ROOT / "benchmarks" / "results" / "cpu_layers_fresh_pages.jsonl"
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["mode"] == "fwdbwd"]
+    ms = {(row["routing"], row["provider"]): row["ms_p50"] for row in rows}
+    text = (ROOT / "README.md").read_text()
+    line = next(row for row in text.splitlines() if row.startswith("| RoBERTa-base LoRA, r 128, M 1280, fresh pages |"))
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == [
+        f"{ms[routing, 'reference'] / ms[routing, 'eager']:.2f}" for routing in ROUTINGS
+    ]
