@@ -6,7 +6,6 @@ device functions :func:`act_fwd` and :func:`act_bwd` that Triton kernels inline.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .device import constexpr, jit, tl
+from .tables import find_row
 
 aten = torch.ops.aten
 
@@ -77,12 +77,7 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({row.name: row for row 
 
 def find_activation(name: str) -> Activation:
     """The row called ``name``; ``ValueError`` names the known ones and the nearest when there is none."""
-    row = ACTIVATIONS.get(name)
-    if row is None:
-        close = difflib.get_close_matches(str(name), list(ACTIVATIONS), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown activation {name!r}: known are {', '.join(map(repr, ACTIVATIONS))}{hint}")
-    return row
+    return find_row(ACTIVATIONS, name, "activation")
 
 
 @jit

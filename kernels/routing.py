@@ -11,7 +11,6 @@ and :func:`route_bwd` beside the table.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from .device import constexpr, jit, tl
 from .products import inner_products
+from .tables import find_row
 
 Route = Callable[[Tensor, Tensor | None, bool], Tensor]
 RouteBackward = Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor | None]]
@@ -169,12 +169,7 @@ ROUTINGS: Mapping[str, Routing] = MappingProxyType({row.name: row for row in _RO
 
 def find_routing(name: str) -> Routing:
     """The row called ``name``; ``ValueError`` names the known ones and the nearest when there is none."""
-    row = ROUTINGS.get(name)
-    if row is None:
-        close = difflib.get_close_matches(str(name), list(ROUTINGS), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown routing {name!r}: known are {', '.join(map(repr, ROUTINGS))}{hint}")
-    return row
+    return find_row(ROUTINGS, name, "routing")
 
 
 def routing_table() -> str:
