@@ -3,6 +3,7 @@ else.
 """
 
 from .activations import ACTIVATIONS
+from .image import ImageCode, project_adapter_images, project_lora_images
 from .launch import select_backend
 from .routed_adapter import routed_adapter
 from .routed_lora import routed_lora, routed_lora_linear
@@ -11,7 +12,10 @@ from .routing import ROUTINGS, Routing
 __all__ = [
     "ACTIVATIONS",
     "ROUTINGS",
+    "ImageCode",
     "Routing",
+    "project_adapter_images",
+    "project_lora_images",
     "routed_adapter",
     "routed_lora",
     "routed_lora_linear",

@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from .activations import find_activation
 from .arguments import with_signature, without_autocast
+from .image import ImageCode
 from .products import fresh_linear, inner_products
-from .routing import Routing, find_routing
+from .routing import Routing, find_routing, route_image
 
 
 def _up(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
@@ -39,7 +40,7 @@ def _up_gradients(
 
 
 class DenseAdapter(torch.autograd.Function):
-    """y = [x +] act(route(t, u)) U' + c with t = x D' + d [B, T, R], u the image's code.
+    """y = [x +] act(route(t, u)) U' + c with t = x D' + d [B, T, R], u the image's code (``gram`` its u' u, or None).
 
     Saved: x, t, u, the weights and h = act(...), because gelu through erf takes as long as a small matrix product.
     """
@@ -53,19 +54,20 @@ class DenseAdapter(torch.autograd.Function):
         down_bias: Tensor | None,
         up_weight: Tensor,
         up_bias: Tensor | None,
+        gram: Tensor | None,
         routing: str,
         activation: str,
         residual: bool,
         relu: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         t = F.linear(x, down_weight, down_bias)
-        h = find_activation(activation).forward(find_routing(routing).route(t, u, relu))
+        h = find_activation(activation).forward(route_image(find_routing(routing), t, u, relu, gram))
         return _up(h, x, up_weight, up_bias, residual), t, h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.set_materialize_grads(False)  # no zeros for the outputs that only exist to be saved
-        x, u, down_weight, _, up_weight, _, *ctx.options = inputs
+        x, u, down_weight, _, up_weight, _, _, *ctx.options = inputs
         _, t, h = output
         ctx.mark_non_differentiable(t, h)
         ctx.save_for_backward(x, u, down_weight, up_weight, t, h)
@@ -94,7 +96,7 @@ class DenseAdapter(torch.autograd.Function):
             dx = dx.view_as(x)
         ddown = torch.mm(rows.t(), x.flatten(0, 1)) if need_down else None
         ddown_bias = dt.sum((0, 1)) if need_down_bias else None
-        return dx, du if need_u else None, ddown, ddown_bias, dup, dup_bias, None, None, None, None
+        return dx, du if need_u else None, ddown, ddown_bias, dup, dup_bias, None, None, None, None, None
 
 
 class RankOneAdapter(torch.autograd.Function):
@@ -156,7 +158,7 @@ class RankOneAdapter(torch.autograd.Function):
 
 def eager_adapter(
     x: Tensor,
-    v: Tensor | None,
+    image: ImageCode | None,
     down_weight: Tensor,
     down_bias: Tensor | None,
     up_weight: Tensor,
@@ -167,13 +169,13 @@ def eager_adapter(
     residual: bool,
     relu: bool,
 ) -> Tensor:
-    """The routed Adapter by the cheapest form there is; arguments as in :func:`routingvl.kernels.routed_adapter`."""
-    u = F.linear(v, down_weight, down_bias) if row.uses_image else None
-    if row.probe is not None and u.shape[1] == 1 and not relu:
-        code = u.squeeze(1)
-        probe = row.probe(code)
-        w = probe @ down_weight
-        k = probe @ down_bias if down_bias is not None else probe.new_zeros(probe.shape[0])
-        return RankOneAdapter.apply(x, w, k, code, up_weight, up_bias, activation, residual)[0]
+    """The routed Adapter by the cheapest form there is; arguments as in :func:`routingvl.kernels.routed_adapter`.
+
+    ``image`` is None where the routing reads none.
+    """
+    if image is not None and image.factors is not None and not relu:
+        code = image.u.squeeze(1)
+        return RankOneAdapter.apply(x, *image.factors, code, up_weight, up_bias, activation, residual)[0]
+    u, gram = (None, None) if image is None else (image.u, image.gram)
     options = (row.name, activation, residual, relu)
-    return DenseAdapter.apply(x, u, down_weight, down_bias, up_weight, up_bias, *options)[0]
+    return DenseAdapter.apply(x, u, down_weight, down_bias, up_weight, up_bias, gram, *options)[0]

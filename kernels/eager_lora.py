@@ -23,9 +23,10 @@ from torch.autograd.function import once_differentiable
 
 from .arguments import with_signature, without_autocast
 from .frozen import adds, frozen_gradients, start_from
+from .image import ImageCode, has_closed_form
 from .products import inner_products
 from .reference import reference_lora
-from .routing import Routing, find_routing
+from .routing import Routing, find_routing, route_image
 
 
 def _frozen_needs(ctx: Any) -> list[bool]:
@@ -62,7 +63,7 @@ class DenseLoRA(torch.autograd.Function):
     """y = start + scaling route(t, u) b' for every routing function, with t = low a'.
 
     start is x W' + bias, or base, or nothing. ``low`` is the input of the bottleneck where dropout makes it differ from
-    x, else None. Saved: x, t, u and the weights.
+    x, else None. ``gram`` as in :class:`~routingvl.kernels.image.ImageCode`. Saved: x, t, u and the weights.
 
     With ``merge`` (additive routing, W given, low None) the same y is x (W + scaling b a)' + bias + scaling u b'.
     Saved: x, u, a, b and that sum, which makes dx one product; t is first computed in the backward pass.
@@ -79,6 +80,7 @@ class DenseLoRA(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         base: Tensor | None,
+        gram: Tensor | None,
         layout: str,
         routing: str,
         relu: bool,
@@ -91,7 +93,7 @@ class DenseLoRA(torch.autograd.Function):
             weight = _merged(weight, a, b, layout, scaling, columns)
         y = start_from(x, weight, bias, base, layout, b.shape[0])
         t = None if merge else F.linear(x if low is None else low, a)  # [B, T, G*R]
-        z = u if merge else find_routing(routing).route(t, u, relu)
+        z = u if merge else route_image(find_routing(routing), t, u, relu, gram)
         for group, column in enumerate(columns if z is not None else ()):
             part = z[:, :, group * rank : (group + 1) * rank].flatten(0, 1)
             up = b[group * width : (group + 1) * width].t()
@@ -105,7 +107,7 @@ class DenseLoRA(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
         ctx.set_materialize_grads(False)  # no zeros for the outputs that only exist to be saved
-        x, low, u, a, b, weight, _, _, *ctx.options = inputs
+        x, low, u, a, b, weight, _, _, _, *ctx.options = inputs
         _, t, merged = output
         ctx.mark_non_differentiable(*(extra for extra in (t, merged) if extra is not None))
         ctx.save_for_backward(x, low, u, a, b, weight if merged is None else merged, t)
@@ -142,7 +144,7 @@ class DenseLoRA(torch.autograd.Function):
         dlow = torch.mm(dt, a).view_as(low) if need_low else None
         if need_x and low is None and not merge:  # merged, dx is complete
             dx = torch.mm(dt, a).view_as(x) if dx is None else dx.flatten(0, 1).addmm_(dt, a).view_as(x)
-        return dx, dlow, du if need_u else None, da, db, dweight, dbias, dbase, *(None,) * len(ctx.options)
+        return dx, dlow, du if need_u else None, da, db, dweight, dbias, dbase, None, *(None,) * len(ctx.options)
 
 
 class RankOneLoRA(torch.autograd.Function):
@@ -229,50 +231,11 @@ class RankOneLoRA(torch.autograd.Function):
         return dx, dlow, da, dp, do, dweight, dbias, dbase, None, None
 
 
-def grouped_rows(code: Tensor, b: Tensor, groups: int) -> Tensor:
-    """Expand each group's share of a code [B, G*R] by b [G*n, R]: [B, G*n]."""
-    if groups == 1:
-        return F.linear(code, b)
-    return torch.cat([F.linear(c, rows) for c, rows in zip(code.chunk(groups, 1), b.chunk(groups, 0), strict=True)], 1)
-
-
-def image_factors(
-    u: Tensor, a: Tensor, b: Tensor, row: Routing, *, scaling: float, relu: bool, groups: int, placement: str
-) -> tuple[Tensor, Tensor]:
-    """p and o of :class:`RankOneLoRA` from the image code u [B, 1, G*R]; small products, differentiated by autograd."""
-    code = u.squeeze(1)
-    if placement == "output":
-        code = grouped_rows(code, b, groups)
-        probe = row.probe(code)
-        # <x a' b', probe> = x . (a' (b' probe)): both expansions move to the image's side.
-        parts = zip(probe.chunk(groups, 1), b.chunk(groups, 0), strict=True)
-        back = torch.cat([part @ rows for part, rows in parts], 1)
-        return back @ a, code * scaling
-    probe = row.probe(code)
-    o = grouped_rows(code, b, groups) * scaling
-    return (F.relu(probe) if relu else probe @ a), o
-
-
-def is_rank_one(row: Routing, visual_tokens: int) -> bool:
-    """Whether the update is rank one in each image."""
-    return row.probe is not None and visual_tokens == 1
-
-
-def has_closed_form(row: Routing, visual_tokens: int, relu: bool, placement: str) -> bool:
-    """Whether the update can be had without codes as wide as the output.
-
-    In the output space plain LoRA and add are what they are in the bottleneck, because the up-projection is linear,
-    and what is rank one stays so; mul, ReLU and many visual tokens have no such form.
-    """
-    if placement == "bottleneck" or row.name in ("none", "add"):
-        return True
-    return is_rank_one(row, visual_tokens) and not relu
-
-
 def eager_lora(
     x: Tensor,
     low: Tensor | None,
     v: Tensor | None,
+    image: ImageCode | None,
     a: Tensor,
     b: Tensor,
     *,
@@ -289,7 +252,8 @@ def eager_lora(
 ) -> Tensor:
     """The routed LoRA by the cheapest form there is; arguments as in :func:`routingvl.kernels.routed_lora_linear`.
 
-    What has no closed form runs as the definition does. ``low`` as for :class:`DenseLoRA`.
+    What has no closed form runs as the definition does, from v; everything else from ``image``, which is None only
+    where the routing reads none. ``low`` as for :class:`DenseLoRA`.
     """
     visual_tokens = v.shape[1] if row.uses_image else 0
     if not has_closed_form(row, visual_tokens, relu, placement):
@@ -297,11 +261,10 @@ def eager_lora(
             base = F.linear(x, weight if layout == "nk" else weight.t(), bias)
         options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
         return reference_lora(x if low is None else low, v, a, b, routing=row.name, base=base, **options)
-    u = F.linear(v, a) if row.uses_image else None
-    if is_rank_one(row, visual_tokens):
-        p, o = image_factors(u, a, b, row, scaling=scaling, relu=relu, groups=groups, placement=placement)
+    if image is not None and image.factors is not None:
         code_weight = a if relu else None
-        return RankOneLoRA.apply(x, low, code_weight, p, o, weight, bias, base, layout, tuple(columns))[0]
+        return RankOneLoRA.apply(x, low, code_weight, *image.factors, weight, bias, base, layout, tuple(columns))[0]
+    u, gram = (None, None) if image is None else (image.u, image.gram)
     merge = row.additive and weight is not None and low is None and merging_pays(x, b.shape[0] // groups)
     options = (layout, row.name, relu, scaling, tuple(columns), merge)
-    return DenseLoRA.apply(x, low, u, a, b, weight, bias, base, *options)[0]
+    return DenseLoRA.apply(x, low, u, a, b, weight, bias, base, gram, *options)[0]

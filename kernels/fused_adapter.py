@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .activations import find_activation
 from .arguments import without_autocast
+from .image import ImageCode, gram_of
 from .launch import contiguous_rows
 from .routing import Routing, find_routing, gram_is_cheaper, vllora_image_gradient
 from .triton_adapter_ops import adapter_backward, adapter_forward_
@@ -23,12 +23,13 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _operand(u: Tensor | None, form: str, relu: bool) -> Tensor | None:
-    """What a kernel takes in place of the image's code u [B, L, R]: for "gram" u' u [B, R, R], summed in float32."""
+def _operand(u: Tensor | None, form: str, relu: bool, gram: Tensor | None = None) -> Tensor | None:
+    """What a kernel takes in place of the image's code u [B, L, R]: for "gram" u' u [B, R, R], if it is there already
+    ``gram``.
+    """
     if form != "gram":
         return _contiguous(u)
-    wide = u.float()
-    return (F.relu(wide) if relu else wide).mT @ wide
+    return gram_of(u, relu) if gram is None else gram
 
 
 def _codes(form: str, routing: str, activation: str) -> tuple[int, int, int]:
@@ -51,6 +52,7 @@ class FusedAdapter(torch.autograd.Function):
         u: Tensor | None,
         up: Tensor,
         up_bias: Tensor | None,
+        gram: Tensor | None,
         form: str,
         routing: str,
         activation: str,
@@ -62,7 +64,7 @@ class FusedAdapter(torch.autograd.Function):
         y = x.new_empty(x.shape)  # made here: an autograd function must not return a view
         down_bias, up_bias = _contiguous(down_bias), _contiguous(up_bias)
         code = adapter_forward_(
-            y.view(-1, y.shape[2]), contiguous_rows(x), down.contiguous(), down_bias, _operand(u, form, relu),
+            y.view(-1, y.shape[2]), contiguous_rows(x), down.contiguous(), down_bias, _operand(u, form, relu, gram),
             up.contiguous(), up_bias, x.shape[1], *_codes(form, routing, activation),
             relu, residual, rank_one, save_code,
         )  # fmt: skip
@@ -70,7 +72,7 @@ class FusedAdapter(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, down, _, u, up, _, *ctx.options = inputs
+        x, down, _, u, up, _, _, *ctx.options = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, down, u, up, output[1])
 
@@ -111,12 +113,12 @@ class FusedAdapter(torch.autograd.Function):
             ddown_bias = dcode.sum(0) if need_down_bias else None
         dup = torch.mm(rows.t(), h) if need_up else None
         dup_bias = rows.sum(0) if need_up_bias else None
-        return dx.view(x.shape) if need_x else None, ddown, ddown_bias, du, dup, dup_bias, *(None,) * 7
+        return dx.view(x.shape) if need_x else None, ddown, ddown_bias, du, dup, dup_bias, *(None,) * 8
 
 
 def fused_adapter(
     x: Tensor,
-    v: Tensor | None,
+    image: ImageCode | None,
     down_weight: Tensor,
     down_bias: Tensor | None,
     up_weight: Tensor,
@@ -127,19 +129,20 @@ def fused_adapter(
     residual: bool,
     relu: bool,
 ) -> Tensor:
-    """The routed Adapter by kernels; arguments as in :func:`routingvl.kernels.routed_adapter`."""
-    u = F.linear(v, down_weight, down_bias) if row.uses_image else None
+    """The routed Adapter by kernels; arguments as in :func:`routingvl.kernels.routed_adapter`.
+
+    ``image`` is None where the routing reads none.
+    """
+    u, factors, gram = (None, None, None) if image is None else image
     form = "none"
     if u is not None:
         form = "token" if u.shape[1] == 1 else "tokens"
-        if form == "tokens" and u.shape[2] <= MAX_GRAM_RANK and gram_is_cheaper(x.shape[1], u.shape[1], u.shape[2]):
+        cheaper = gram is not None or gram_is_cheaper(x.shape[1], u.shape[1], u.shape[2])
+        if form == "tokens" and u.shape[2] <= MAX_GRAM_RANK and cheaper:
             form = "gram"
-    rank_one = form == "token" and row.probe is not None and not relu
-    down, bias = down_weight, down_bias
-    if rank_one:
-        probe = row.probe(u.squeeze(1))
-        down, bias = probe @ down_weight, probe @ down_bias if down_bias is not None else None
+    rank_one = factors is not None and not relu
+    down, bias = factors if rank_one else (down_weight, down_bias)
     inputs = (x, down, bias, u, up_weight, up_bias)
     saves = torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in inputs)
     options = (form, row.name, activation, relu, residual, rank_one, saves)
-    return FusedAdapter.apply(*inputs, *options)[0]
+    return FusedAdapter.apply(*inputs, gram if form == "gram" else None, *options)[0]

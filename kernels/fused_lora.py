@@ -8,18 +8,16 @@ else dense. Both receive the image code through small tensors that autograd diff
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import triton_ops as ops
 from .arguments import with_signature, without_autocast
-from .eager_lora import eager_lora, has_closed_form, image_factors, is_rank_one
 from .frozen import adds, frozen_gradients, start_from
+from .image import ImageCode, gram_of
 from .launch import contiguous_rows
 from .routing import Routing, find_routing, gram_is_cheaper, vllora_image_gradient
 
@@ -27,18 +25,18 @@ from .routing import Routing, find_routing, gram_is_cheaper, vllora_image_gradie
 MAX_GRAM_WIDTH = 64
 
 
-def _image_operand(u: Tensor | None, tokens: int, relu: bool) -> tuple[int, Tensor | None]:
+def _image_operand(u: Tensor | None, tokens: int, relu: bool, gram: Tensor | None = None) -> tuple[int, Tensor | None]:
     """The form in which the image's code u [B, L, C] goes into the dense kernels, and the operand; see ``triton_lora``.
 
-    A matrix u' u saves work when there is much text, and is summed in float32: half precision would lose it.
+    A matrix u' u saves work when there is much text, or where ``gram`` has it already.
     """
     if u is None:
         return ops.FORMS["none"], None
     if u.shape[1] == 1:
         return ops.FORMS["token"], u.contiguous()
-    if u.shape[2] <= MAX_GRAM_WIDTH and gram_is_cheaper(tokens, u.shape[1], u.shape[2]):
-        wide = u.float()
-        return ops.FORMS["gram"], (F.relu(wide) if relu else wide).mT @ wide
+    known = gram is not None
+    if u.shape[2] <= MAX_GRAM_WIDTH and (known or gram_is_cheaper(tokens, u.shape[1], u.shape[2])):
+        return ops.FORMS["gram"], gram if known else gram_of(u, relu)
     return ops.FORMS["tokens"], u.contiguous()
 
 
@@ -60,6 +58,7 @@ class FusedDenseLoRA(torch.autograd.Function):
         bias: Tensor | None,
         base: Tensor | None,
         seed: Tensor | None,
+        gram: Tensor | None,
         layout: str,
         routing: str,
         relu: bool,
@@ -69,7 +68,7 @@ class FusedDenseLoRA(torch.autograd.Function):
         save_t: bool,
     ) -> tuple[Tensor, Tensor]:
         y = start_from(x, weight, bias, base, layout, b.shape[0])
-        visual, image = _image_operand(u, x.shape[1], relu)
+        visual, image = _image_operand(u, x.shape[1], relu, gram)
         t = ops.lora_forward_(
             y.view(-1, y.shape[2]), contiguous_rows(x), a.contiguous(), image, b.contiguous(), seed, x.shape[1], visual,
             find_routing(routing).code, relu, columns, scaling, dropout, adds(weight, base), save_t,
@@ -79,7 +78,7 @@ class FusedDenseLoRA(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.set_materialize_grads(False)  # no zeros for the output that only exists to be saved
-        x, u, a, b, weight, _, _, seed, *ctx.options, _ = inputs
+        x, u, a, b, weight, _, _, seed, _, *ctx.options, _ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, u, a, b, weight, seed, output[1])
 
@@ -89,7 +88,7 @@ class FusedDenseLoRA(torch.autograd.Function):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         with without_autocast(dy.device.type):
-            return *FusedDenseLoRA._gradients(ctx, dy.contiguous()), *(None,) * 8
+            return *FusedDenseLoRA._gradients(ctx, dy.contiguous()), *(None,) * 9
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -191,23 +190,16 @@ class FusedRankOneLoRA(torch.autograd.Function):
         return dx, dp if need_p else None, do if need_o else None, dweight, dbias, dbase
 
 
-def equally_spaced(columns: Sequence[int]) -> bool:
-    """Whether the start columns of the groups follow one another at one distance."""
-    return len({right - left for left, right in pairwise(columns)}) <= 1
-
-
 def fused_lora(
     x: Tensor,
-    v: Tensor | None,
+    image: ImageCode | None,
     a: Tensor,
     b: Tensor,
     *,
     row: Routing,
     scaling: float,
     relu: bool,
-    groups: int,
     columns: Sequence[int],
-    placement: str,
     dropout: float = 0.0,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -216,23 +208,17 @@ def fused_lora(
 ) -> Tensor:
     """The routed LoRA in one kernel each way; arguments as in :func:`routingvl.kernels.routed_lora_linear`.
 
-    What has no closed form (see :func:`~routingvl.kernels.eager_lora.has_closed_form`) and unequally spaced groups go
-    to the eager backend.
+    For what has a closed form (:func:`~routingvl.kernels.image.has_closed_form`) and equally spaced columns. ``image``
+    is None where the routing reads none.
 
     The text's mask is drawn in the kernel from a seed of torch's generator, so recomputing under a restored generator
-    repeats it. The image's is torch's own: v is B*L rows against M of text, and its code is needed before the kernel.
+    repeats it.
     """
-    v = F.dropout(v, dropout) if dropout > 0 and row.uses_image else v
-    visual_tokens = v.shape[1] if row.uses_image else 0
-    if not has_closed_form(row, visual_tokens, relu, placement) or not equally_spaced(columns):
-        low = F.dropout(x, dropout) if dropout > 0 else None
-        options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
-        return eager_lora(x, low, v, a, b, row=row, weight=weight, bias=bias, base=base, layout=layout, **options)
     seed = torch.randint(2**62, (1,), device=x.device) if dropout > 0 else None
-    u = F.linear(v, a) if row.uses_image else None
-    frozen = (weight, bias, base, seed, layout)
-    if is_rank_one(row, visual_tokens) and not relu:
-        p, o = image_factors(u, a, b, row, scaling=scaling, relu=relu, groups=groups, placement=placement)
-        return FusedRankOneLoRA.apply(x, p, o, *frozen, tuple(columns), dropout)[0]
+    frozen = (weight, bias, base, seed)
+    if image is not None and image.factors is not None and not relu:
+        return FusedRankOneLoRA.apply(x, *image.factors, *frozen, layout, tuple(columns), dropout)[0]
+    u, gram = (None, None) if image is None else (image.u, image.gram)
     save_t = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, u, a, b))
-    return FusedDenseLoRA.apply(x, u, a, b, *frozen, row.name, relu, scaling, tuple(columns), dropout, save_t)[0]
+    options = (layout, row.name, relu, scaling, tuple(columns), dropout, save_t)
+    return FusedDenseLoRA.apply(x, u, a, b, *frozen, gram, *options)[0]

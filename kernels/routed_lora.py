@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .arguments import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, fold_beams, without_autocast
 from .eager_lora import eager_lora
+from .image import ImageCode, has_closed_form, project_lora_images
 from .launch import select_backend
 from .routing import Routing, find_routing
 
@@ -96,6 +98,7 @@ def routed_lora_linear(
     weight_layout: str = "nk",
     dropout: float = 0.0,
     backend: str | None = None,
+    image: ImageCode | None = None,
 ) -> Tensor:
     """The frozen projection and its routed bottleneck in one differentiable step: x W' + bias + scaling route(...) b'.
 
@@ -110,6 +113,8 @@ def routed_lora_linear(
         weight_layout: "nk" or "kn".
         dropout: probability of dropping a component of the bottleneck's inputs (text and image drawn separately, kept
             ones scaled by 1 / (1 - dropout)); 0 outside training. The frozen projection sees x whole.
+        image: what :func:`routingvl.kernels.project_lora_images` made of v for these weights, so that v is not
+            projected again; None without. Not together with dropout, which draws a mask for v in every call.
 
     Returns:
         [B, T, N].
@@ -133,9 +138,11 @@ def routed_lora_linear(
     device = x.device.type
     x, v, weight, bias, a, b = cast_for_autocast(device, x, v if row.uses_image else None, weight, bias, a, b)
     check_dtypes(x=x, v=v, weight=weight, bias=bias, a=a, b=b)
+    if image is not None and dropout > 0:
+        raise ValueError(f"dropout={dropout} draws a mask for v: image= holds a v that was projected without one")
     options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
     frozen = {"weight": weight, "bias": bias, "layout": weight_layout}
-    return _run(backend, x, v, a, b, dropout=dropout, row=row, **frozen, **options)
+    return _run(backend, x, v, a, b, image=image, dropout=dropout, row=row, **frozen, **options)
 
 
 def _run(
@@ -145,23 +152,43 @@ def _run(
     a: Tensor,
     b: Tensor,
     *,
+    row: Routing,
+    relu: bool,
+    groups: int,
+    columns: tuple[int, ...],
+    placement: str,
+    scaling: float,
+    image: ImageCode | None = None,
     base: Tensor | None = None,
     dropout: float = 0.0,
-    **options: Any,
+    **frozen: Any,
 ) -> Tensor:
-    """Hand checked arguments to the backend."""
+    """Hand checked arguments, and what the image comes to, to the backend."""
     name, _ = select_backend(x.device.type, backend, dtype=x.dtype, width=a.shape[0])
     shape, x, base = x.shape, fold_beams(x, v), fold_beams(base, v)
+    options = {"row": row, "scaling": scaling, "relu": relu, "columns": columns, "base": base, **frozen}
+    closed = has_closed_form(row, 0 if v is None else v.shape[1], relu, placement)
+    fused = name == "triton" and closed and equally_spaced(columns)
     with without_autocast(x.device.type):
-        if name == "triton":
+        low = F.dropout(x, dropout) if dropout > 0 and not fused else None
+        # The image's mask is torch's own on any backend: v is B*L rows against M of text.
+        v = F.dropout(v, dropout) if dropout > 0 and v is not None else v
+        if v is not None and closed:
+            form = {"scaling": scaling, "relu": relu, "groups": groups, "placement": placement}
+            made = image or project_lora_images(v, [a], [b], routing=row.name, backend=name, **form)[0]
+            image = made.to(x.dtype)
+        if fused:
             from .fused_lora import fused_lora  # here, because it needs triton
 
-            y = fused_lora(x, v, a, b, base=base, dropout=dropout, **options)
+            y = fused_lora(x, image, a, b, dropout=dropout, **options)
         else:
-            low = F.dropout(x, dropout) if dropout > 0 else None
-            v = F.dropout(v, dropout) if dropout > 0 and v is not None else v
-            y = eager_lora(x, low, v, a, b, base=base, **options)
+            y = eager_lora(x, low, v, image, a, b, groups=groups, placement=placement, **options)
     return y if y.shape[0] == shape[0] else y.reshape(*shape[:2], y.shape[2])
+
+
+def equally_spaced(columns: Sequence[int]) -> bool:
+    """Whether the start columns of the groups follow one another at one distance."""
+    return len({right - left for left, right in pairwise(columns)}) <= 1
 
 
 def _check(

@@ -153,6 +153,13 @@ def vllora_image_gradient(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> Tenso
     return du + (dright * (u > 0) if relu else dright)
 
 
+def route_image(row: Routing, t: Tensor, u: Tensor | None, relu: bool, gram: Tensor | None) -> Tensor:
+    """``row.route(t, u, relu)``; by ``gram`` = relu(u)' u [B, C, C] (the ReLU where ``relu``) where that is given."""
+    if gram is None:
+        return row.route(t, u, relu)
+    return ((F.relu(t) if relu else t).to(gram.dtype) @ gram).to(t.dtype)
+
+
 def _identity(u: Tensor) -> Tensor:
     return u
 

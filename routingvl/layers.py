@@ -6,7 +6,9 @@ the whole library: B batch, T text tokens, L visual tokens, K width in, N width 
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 import math
 from collections.abc import Sequence
 
@@ -14,8 +16,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from routingvl.context import VisualContext
-from routingvl.kernels import routed_adapter, routed_lora_linear
+from routingvl.context import ThreadSlot, VisualContext
+from routingvl.kernels import (
+    ImageCode,
+    project_adapter_images,
+    project_lora_images,
+    routed_adapter,
+    routed_lora_linear,
+)
+
+try:
+    from torch.distributed.tensor import DTensor
+except ImportError:  # a torch built without distributed
+    DTensor = ()
+
+_logger = logging.getLogger(__name__)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -38,6 +53,76 @@ class _Routed(nn.Module):
         self.relu = relu
         self.context = context
         self.backend = backend
+        self.prepared = ThreadSlot()
+        self.registered = False
+
+    def register(self) -> None:
+        """Have the context project the image for this layer together with its others."""
+        if self.context is not None:
+            self.registered = True
+            self.context.register(self)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self.registered:  # a copy, whose context is a copy too
+            self.context.register(self)
+
+    def projection(self) -> tuple[torch.Tensor, ...]:
+        """The weights that project the image, in the order in which :meth:`project_images` takes them."""
+        raise NotImplementedError
+
+    def form(self) -> dict[str, object]:
+        """The options of the projection; layers can be projected together only where these are equal."""
+        raise NotImplementedError
+
+    @staticmethod
+    def project_images(
+        v: torch.Tensor, weights: list[Sequence[torch.Tensor]], decoding: bool, **form: object
+    ) -> list[ImageCode] | None:
+        """Project v for several layers; ``weights`` holds what each one's :meth:`projection` gives, transposed."""
+        raise NotImplementedError
+
+    def prepare(self, readers: Sequence[_Routed], features: torch.Tensor, decoding: bool) -> list[ImageCode | None]:
+        """See :class:`routingvl.context.Reader`: one product for all layers whose weights and options are alike."""
+        alike: dict[tuple, list[int]] = {}
+        for index, reader in enumerate(readers):
+            if reader.can_prepare(features):
+                weights = [(w.shape, w.dtype, w.device) for w in reader.projection()]
+                alike.setdefault((*weights, *reader.form().items()), []).append(index)
+        found: list[ImageCode | None] = [None] * len(readers)
+        for indices in alike.values():
+            weights = list(zip(*(readers[index].projection() for index in indices), strict=True))
+            codes = self.project_images(features, weights, decoding, **readers[indices[0]].form())
+            for index, code in zip(indices, codes or (), strict=False):
+                found[index] = code
+        return found
+
+    def can_prepare(self, features: torch.Tensor) -> bool:
+        """Whether the image can be projected for this layer before the layer runs."""
+        weight = self.projection()[0]
+        if self.routing == "none" or (self.training and self.dropout > 0):
+            return False
+        if isinstance(weight, DTensor):
+            _say_once("parameters are sharded layer by layer: every layer projects the image by itself")
+            return False
+        autocast = torch.is_autocast_enabled(features.device.type)
+        return (
+            features.device == weight.device
+            and features.shape[2] == weight.shape[1]
+            and (features.dtype == weight.dtype or autocast)
+        )
+
+    def prepared_image(self, v: torch.Tensor | None) -> ImageCode | None:
+        """What the running binding prepared for this layer, if it may be used for the features ``v``."""
+        pair = self.prepared.get()
+        if pair is None:
+            return None
+        binding, image = pair
+        weight = self.projection()[0]
+        # Prepared without gradients, it has no way back to the weights.
+        usable = image.u.requires_grad or not (torch.is_grad_enabled() and weight.requires_grad)
+        drops = self.training and self.dropout > 0
+        return image if usable and not binding.spent and not drops and v is binding.features else None
 
     def visual(self, x: torch.Tensor, v: torch.Tensor | None) -> torch.Tensor | None:
         """The features [B, L, K] to route ``x`` with: the argument, else the context's; None when nothing routes."""
@@ -143,8 +228,29 @@ class RoutedLoRALinear(_Routed):
             weight_layout=self.weight_layout,
             dropout=self.dropout if self.training else 0.0,
             backend=self.backend,
+            image=self.prepared_image(v),
         )
         return y.view(*shape[:-1], self.out_features)
+
+    def projection(self) -> tuple[torch.Tensor, ...]:
+        """See :class:`_Routed`."""
+        return self.lora_A, self.lora_B
+
+    def form(self) -> dict[str, object]:
+        """See :class:`_Routed`."""
+        return {
+            "routing": self.routing,
+            "scaling": self.scaling,
+            "relu": self.relu,
+            "groups": self.groups,
+            "placement": self.placement,
+            "backend": self.backend,
+        }
+
+    @staticmethod
+    def project_images(v, weights, decoding, **form) -> list[ImageCode] | None:
+        """See :class:`_Routed`."""
+        return project_lora_images(v, *weights, decoding=decoding, **form)
 
     def restore(self) -> nn.Module:
         """The module this one stands in for, with the current weight and bias; the low-rank update is dropped."""
@@ -203,6 +309,7 @@ class RoutedAdapter(_Routed):
     def forward(self, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, T, K] and v [B, L, K] -> y [B, T, K]."""
         v = self.visual(x, v)
+        image = self.prepared_image(v)
         dropped = x
         if self.training and self.dropout > 0:
             dropped, v = F.dropout(x, self.dropout), None if v is None else F.dropout(v, self.dropout)
@@ -218,9 +325,23 @@ class RoutedAdapter(_Routed):
             residual=self.residual and dropped is x,
             relu=self.relu,
             backend=self.backend,
+            image=image,
         )
         # The residual path carries the input itself, without the bottleneck's dropout.
         return y + x if self.residual and dropped is not x else y
+
+    def projection(self) -> tuple[torch.Tensor, ...]:
+        """See :class:`_Routed`."""
+        return self.down_sampler.weight, self.down_sampler.bias
+
+    def form(self) -> dict[str, object]:
+        """See :class:`_Routed`."""
+        return {"routing": self.routing, "relu": self.relu}
+
+    @staticmethod
+    def project_images(v, weights, decoding, **form) -> list[ImageCode] | None:
+        """See :class:`_Routed`."""
+        return project_adapter_images(v, *weights, decoding=decoding, **form)
 
     def extra_repr(self) -> str:
         """What print shows."""
@@ -267,6 +388,11 @@ class AdaptedLayerNorm(nn.LayerNorm):
         norm = nn.LayerNorm(self.normalized_shape, self.eps, device="meta")
         norm.weight, norm.bias = self.weight, self.bias
         return norm.train(self.training)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _logger.warning(message)
 
 
 def projection_widths(base: nn.Module) -> tuple[int, int]:

@@ -111,6 +111,8 @@ def inject(
     freeze(model)
     for name, module in changes:
         _replace(model, name, module)
+        if isinstance(module, RoutedLoRALinear | RoutedAdapter):
+            module.register()
     _unfreeze(model, family, config)
     return trainable_report(model)
 
@@ -128,6 +130,9 @@ def remove(model: nn.Module) -> None:
     ]
     if not routed:
         raise SurgeryError("the model has no routed bottlenecks to remove")
+    for _, module in model.named_modules():
+        if isinstance(module, RoutedLoRALinear | RoutedAdapter) and module.context is not None:
+            module.context.forget(module)
     for name, module in routed:
         _replace(model, name, module.restore())
     for name, _ in [(n, m) for n, m in model.named_modules() if isinstance(m, RoutedAdapter)]:

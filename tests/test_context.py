@@ -35,7 +35,7 @@ def test_batch_mismatch_names_both_and_the_fix():
     context = VisualContext()
     with (
         context.bind(torch.zeros(2, 1, 4)),
-        pytest.raises(ValueError, match=r"batch 2, text has batch 6.*repeat_interl"),
+        pytest.raises(ValueError, match=r"batch 2, text has batch 6.*beams=num_beams"),
     ):
         context.read(torch.zeros(6, 3, 4))
 

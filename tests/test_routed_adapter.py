@@ -194,7 +194,7 @@ def test_errors_say_what_is_wrong() -> None:
     error(r"unknown routing 'add_'.*did you mean 'add'\?", routing="add_")
     error(r"unknown activation 'relu6'.*did you mean 'relu'\?", activation="relu6")
     error(r"x must have shape \[B, T, K\], got \[5, 6\]", x=given["x"][0])
-    error("v has batch 1, x has batch 3", v=given["v"][:1])
+    error("v has batch 2, x has batch 3", v=given["v"][:2])
     error("needs the visual tokens", v=None)
     error("got L=2: mean-pool first", v=given["v"].expand(3, 2, 6))
     error(r"down_weight must have shape \[R, 6\], got \[4, 5\]", down_weight=given["down_weight"][:, :5])

@@ -148,9 +148,9 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         start = self._start(features, input_ids)
         end = self.gpt.config.eos_token_id
         kwargs = {"pad_token_id": end, "do_sample": False} | kwargs
-        # transformers lays the candidates of one image side by side, so an image's features repeat in place.
-        copies = max(num_beams, kwargs.get("num_return_sequences", 1))
-        with self.context.bind(features.repeat_interleave(copies, dim=0)):
+        # transformers lays the candidates of one image side by side, as rows of the image's one entry.
+        beams = max(num_beams, kwargs.get("num_return_sequences", 1))
+        with self.context.bind(features, beams=beams, decoding=True):
             tokens = self.gpt.generate(
                 **start, num_beams=num_beams, max_new_tokens=max_new_tokens, use_cache=True, **kwargs
             )
