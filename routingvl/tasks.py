@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from routingvl.config import ConfigError, check_choice
 from routingvl.data.coco import CaptionDataset, CaptionSplit, load_captions
-from routingvl.data.collate import CaptionCollator, VQACollator, collate_images
+from routingvl.data.collate import IGNORED, CaptionCollator, VQACollator, collate_images
 from routingvl.data.files import DataError
 from routingvl.data.images import ImageDataset, ImagePreprocessor, ImageRecord
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
@@ -162,6 +162,10 @@ class Task(ABC):
         """The tensors of a batch, on ``device``."""
         return {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
 
+    def training_inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        """The arguments of the model's call in a training step; only its loss is read."""
+        return self.model_inputs(batch, device)
+
     def save_files(self, folder: RunFolder) -> None:
         """Put into the run folder what evaluation needs beside the adapter: tokenizer and preprocessing."""
         self.tokenizer.save_pretrained(folder.tokenizer)
@@ -300,11 +304,12 @@ class CaptionTask(Task):
         )
 
     def supervised_items(self, batch: Batch) -> int:
-        labels = batch["labels"]
-        if self.model.caption_loss == "reference":
-            labels = labels[:, 1:]
-            return int(((labels != -100) & (labels != 0)).sum())
-        return int(((labels if self.model.visual_prefix else labels[:, 1:]) != -100).sum())
+        return int((self.model.next_tokens(batch["labels"]) != IGNORED).sum())
+
+    def training_inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        # The labels stay on the host, where choosing the positions that count waits for nothing.
+        rest = {key: value for key, value in batch.items() if key != "labels"}
+        return self.model_inputs(rest, device) | {"labels": batch["labels"], "return_logits": False}
 
     def predict(self, batch: Batch, num_beams: int) -> dict[int, str]:
         inputs = self.model_inputs(batch, self.model.device)
