@@ -23,6 +23,7 @@ from routingvl.data.coco import CaptionDataset, CaptionSplit, load_captions
 from routingvl.data.collate import IGNORED, CaptionCollator, VQACollator, collate_images
 from routingvl.data.files import DataError
 from routingvl.data.images import ImageDataset, ImagePreprocessor, ImageRecord
+from routingvl.data.tokens import TokenTable
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
 from routingvl.data.vqa import VQADataset, VQASplit, load_vqa
 from routingvl.metrics import caption_scores, soft_score_report, vqa_report
@@ -97,11 +98,17 @@ class Task(ABC):
         return train, None if data.val_split is None else self.load_split(data.val_split, data.val_limit)
 
     def load_training_data(self, train: Split, val: Split | None) -> None:
-        """Make the data sets of two splits, and encode their images when features are precomputed."""
+        """Make the data sets of two splits, tokenise their texts, and encode their images when features are
+        precomputed.
+        """
         self.precompute([*train.images, *(val.images if val else [])])
         self.train_set = self.dataset(train, training=True)
         if val is not None:
             self.val_set, self.metric = self.dataset(val, training=False), self.selection_metric(val)
+        encode = self.collator().encode
+        for dataset in (self.train_set, self.val_set):
+            if dataset is not None and dataset.texts:
+                dataset.tokens = TokenTable(dataset.texts, encode)
 
     def precompute(self, images: Iterable[ImageRecord]) -> None:
         """Run the frozen ViT once over ``images`` if the config says so; the features stay on the CPU."""

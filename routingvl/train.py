@@ -223,6 +223,7 @@ class Trainer:
             self.steps,
             self.accelerator.process_index,
             self.accelerator.num_processes,
+            self.task.train_set.tokens.lengths,
         )
         return self.task.loader(self.task.train_set, order)
 
