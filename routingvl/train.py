@@ -27,7 +27,13 @@ from tqdm import tqdm
 from routingvl.atomic import replacing
 from routingvl.config import ConfigError
 from routingvl.evaluate import predict_dataset
-from routingvl.execution import hush_transformers, make_accelerator, rng_state, set_rng_state
+from routingvl.execution import (
+    hush_transformers,
+    lower_frozen_weights,
+    make_accelerator,
+    rng_state,
+    set_rng_state,
+)
 from routingvl.run_config import RunConfig
 from routingvl.runs import RunFolder, RunLog
 from routingvl.schedule import BatchOrder, learning_rate_factor, total_steps
@@ -110,12 +116,27 @@ def train(
     if accelerator.is_main_process and not resume:
         folder.start(config)
         task.save_files(folder)
-    trainer = Trainer(config, task, accelerator, folder, log, resume)
+    with frozen_weights_lowered(task, accelerator, keep=model is not None):
+        trainer = Trainer(config, task, accelerator, folder, log, resume)
+        try:
+            return trainer.fit()
+        finally:
+            # The caller's model object must not keep accelerate's wrappers.
+            accelerator.unwrap_model(trainer.wrapped, keep_fp32_wrapper=False)
+
+
+@contextmanager
+def frozen_weights_lowered(task: Task, accelerator: Accelerator, keep: bool) -> Iterator[None]:
+    """With mixed precision, the language model's frozen weights in that precision; ``keep`` puts float32 back after."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if dtype is None:
+        yield
+        return
+    restore = lower_frozen_weights(task.model.language_model, dtype, keep=keep)
     try:
-        return trainer.fit()
+        yield
     finally:
-        # The caller's model object must not keep accelerate's wrappers.
-        accelerator.unwrap_model(trainer.wrapped, keep_fp32_wrapper=False)
+        restore()
 
 
 @contextmanager
