@@ -255,12 +255,13 @@ class Trainer:
         processes = self.accelerator.num_processes
         # A piece may be empty (None) where on_bad_image="skip" dropped all its examples.
         pieces = [(batch, self.task.supervised_items(batch)) for batch in micro_batches if batch is not None]
-        items = torch.tensor(sum(count for _, count in pieces), device=self.accelerator.device)
+        items: int | torch.Tensor = max(1, sum(count for _, count in pieces))
         if processes > 1:
             if not pieces:
                 raise RuntimeError("every image of a batch is unreadable; repair the image folder")
-            items = self.accelerator.reduce(items)
-        items.clamp_(min=1)
+            # Nothing goes to the device for one process: the copy would wait for it.
+            own = torch.tensor(sum(count for _, count in pieces), device=self.accelerator.device)
+            items = self.accelerator.reduce(own).clamp_(min=1)
         for i, (batch, count) in enumerate(pieces):
             synchronise = i == len(pieces) - 1
             with nullcontext() if synchronise else self.accelerator.no_sync(self.wrapped):
