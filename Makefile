@@ -1,5 +1,9 @@
 # Every target makes the environment it needs (.venv) on its own.
 # Variables: PYTHON, DEMO_ARGS, TEST_ARGS, TEST_JOBS, TEST_MARKS.
+
+# The tests of what stands on the kernels. The kernels' own name their backend; the rest never computes a bottleneck.
+TRITON_TESTS := checkpoint cli context demo distributed evaluate golden image_codes layers models shapes surgery train \
+    triton_suite
 PYTHON ?= python3
 TEST_JOBS ?= 2
 TEST_ARGS ?=
@@ -10,11 +14,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-triton lint format clean
 
 help:
 	@echo "make demo     train and compare every routing function on a small made-up data set (DEMO_ARGS='--quick')"
 	@echo "make test     run the tests (TEST_JOBS=2, TEST_ARGS='-k metrics', TEST_MARKS=slow for the slow ones)"
+	@echo "make test-triton  the tests of models and training, on the Triton kernels in their interpreter"
 	@echo "make lint     check style without changing a file"
 	@echo "make format   rewrite the files in the project's style"
 	@echo "make clean    remove the environment, builds and caches (runs/ stays)"
@@ -25,6 +30,11 @@ demo: $(READY)
 # One thread a worker: the tests use tiny models, for which more threads only cost time.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal -m "$(TEST_MARKS)" $(TEST_ARGS)
+
+test-triton: export ROUTINGVL_BACKEND := triton
+test-triton: export TRITON_INTERPRET := 1
+test-triton: TEST_ARGS := $(TRITON_TESTS:%=tests/test_%.py) $(TEST_ARGS)
+test-triton: test
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ from routingvl import __version__
 from routingvl.atomic import replacing, write_json
 from routingvl.config import nearest
 from routingvl.layers import RoutedLoRALinear
+from routingvl.sharding import is_sharded, is_writer, own_class, whole
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -58,19 +59,20 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def save_adapter(model: Any, directory: str | Path) -> None:
     """Write ``model``'s trained parameters and configuration into ``directory`` (made when missing).
 
+    Where FSDP2 shards the model, every process calls this and the first one writes.
+
     Raises:
         CheckpointError: ``directory`` is a file.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; give a folder to save into")
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().cpu().contiguous() for name, p in trained_parameters(model).items()}
+    tensors = {name: whole(p).cpu().contiguous() for name, p in trained_parameters(model).items()}
     config = {
         "peft_type": PEFT_TYPE,  # PEFT stops at a type it does not know, instead of running a routed adapter unrouted
         "format_version": FORMAT_VERSION,
         "routingvl_version": __version__,
-        "model_class": type(model).__name__,
+        "model_class": own_class(model).__name__,
         "routing": asdict(model.routing),
         "model": model.options(),
         "backbones": {
@@ -78,8 +80,10 @@ def save_adapter(model: Any, directory: str | Path) -> None:
             "text": _describe(model.language_model, model.backbones["text"], directory),
         },
     }
-    _write_tensors(directory / WEIGHTS, tensors)
-    write_json(directory / CONFIG, config)
+    if is_writer(any(map(is_sharded, model.parameters()))):
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_tensors(directory / WEIGHTS, tensors)
+        write_json(directory / CONFIG, config)
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -225,7 +229,7 @@ def fingerprint(backbone: nn.Module) -> str:
     for name, parameter in sorted(backbone.named_parameters()):
         if parameter.requires_grad or ".adapter." in name:
             continue
-        values = parameter.detach().flatten()
+        values = whole(parameter).flatten()
         sample = values[:: max(1, values.numel() // 8)][:8].to("cpu", torch.float32).to(torch.bfloat16)
         digest.update(f"{name}{list(parameter.shape)}{sample.tolist()}".encode())
     return digest.hexdigest()[:16]

@@ -24,11 +24,7 @@ from routingvl.kernels import (
     routed_adapter,
     routed_lora_linear,
 )
-
-try:
-    from torch.distributed.tensor import DTensor
-except ImportError:  # a torch built without distributed
-    DTensor = ()
+from routingvl.sharding import is_sharded
 
 _logger = logging.getLogger(__name__)
 
@@ -102,7 +98,7 @@ class _Routed(nn.Module):
         weight = self.projection()[0]
         if self.routing == "none" or (self.training and self.dropout > 0):
             return False
-        if isinstance(weight, DTensor):
+        if is_sharded(weight):
             _say_once("parameters are sharded layer by layer: every layer projects the image by itself")
             return False
         autocast = torch.is_autocast_enabled(features.device.type)
