@@ -8,6 +8,7 @@ cache on disk, keyed by the source, makes every later run quick.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -244,6 +246,54 @@ def usage_of(configuration: Configuration) -> Usage:
     return Usage(_number(r"REG:(\d+)", listing), len(re.findall(r"\b(?:LDL|STL)\b", listing)), shared, matrix)
 
 
+def fingerprint(configuration: Configuration) -> str:
+    """What the machine code depends on, in 16 hexadecimal digits: source, tile, constants, and Triton's version."""
+    import triton
+
+    source = _kernel_function(configuration.kernel).cache_key  # of all functions it calls, too
+    parts = (triton.__version__, source, str(configuration.tile), str(sorted(_constants(configuration).items())))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+class Results:
+    """Usages kept in a file of JSON lines, so that an interrupted run goes on where it stopped.
+
+    A line {"configuration", "fingerprint", "usage"} a configuration; lines whose fingerprint is no longer that of the
+    configuration are passed over. Without a file nothing is kept.
+
+    Raises:
+        ValueError: a line of the file is none of these; the message names file and line.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._known: dict[tuple[Configuration, str], Usage] = {}
+        if path is None or not path.exists():
+            return
+        text = path.read_text(encoding="utf-8")
+        if not text.endswith("\n"):  # written as the program was killed
+            text = text[: text.rfind("\n") + 1]
+            path.write_text(text, encoding="utf-8")
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                key = Configuration(**row["configuration"]), row["fingerprint"]
+                self._known[key] = Usage(**row["usage"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number} is no result of codegen ({error}): delete it") from error
+
+    def usage(self, configuration: Configuration) -> Usage:
+        """What the configuration uses: known from the file, or compiled now and added to it."""
+        key = configuration, fingerprint(configuration)
+        if key not in self._known:
+            self._known[key] = usage_of(configuration)
+            if self._path is not None:
+                row = {"configuration": asdict(configuration), "fingerprint": key[1], "usage": asdict(self._known[key])}
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+        return self._known[key]
+
+
 def _number(pattern: str, text: str) -> int:
     return int(re.search(pattern, text)[1])
 
@@ -302,6 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m routingvl.kernels.codegen", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only this one (repeatable)")
     parser.add_argument("--match", default="", help="only configurations whose name matches this regular expression")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="keep results there; compile only what it lacks")
     parser.add_argument("--from-stdin", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does anyway, without its warning
@@ -309,11 +360,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in sys.stdin:
             print(json.dumps(asdict(usage_of(Configuration(**json.loads(line))))), flush=True)
         return 0
+    try:
+        results = Results(options.resume)
+    except (OSError, ValueError) as error:
+        parser.error(f"--resume: {error}")
     every = configurations(options.arch or ARCHITECTURES)
     chosen = [configuration for configuration in every if re.search(options.match, str(configuration))]
     rows, bad = [], []
     for done, configuration in enumerate(chosen, 1):
-        usage = usage_of(configuration)
+        usage = results.usage(configuration)
         rows.append((configuration, usage))
         faults = [f"{configuration} on {configuration.arch}: {fault}" for fault in problems(configuration, usage)]
         print(f"[{done}/{len(chosen)}] {configuration} on {configuration.arch}", *faults, file=sys.stderr, sep="\n  ")

@@ -25,8 +25,13 @@ _logger = logging.getLogger(__name__)
 _library = torch.library.Library("routingvl", "FRAGMENT")
 _interpreter_lock = threading.RLock()  # Triton's interpreter patches its language's module while a kernel runs
 _first_fit: dict[tuple[str, tuple[Tile, ...]], int] = {}  # by kernel and tiles: the first that the device could launch
+_said: set[str] = set()
 
 Result = TypeVar("Result")
+
+
+class NoTileFitsError(RuntimeError):
+    """Not even the smallest tile of a kernel fits the device; nothing was launched or written."""
 
 
 def triton_obstacle(device_type: str) -> str | None:
@@ -110,7 +115,7 @@ def launch(kind: str, tiles: tuple[Tile, ...], attempt: Callable[[Tile], Result]
     """``attempt(tile)`` with the first tile whose resources the device has; it must launch its kernel first of all.
 
     Raises:
-        RuntimeError: none of them.
+        NoTileFitsError: none of them; in later calls without another attempt.
     """
     if interpreted():
         with _interpreter_lock:
@@ -124,7 +129,15 @@ def launch(kind: str, tiles: tuple[Tile, ...], attempt: Callable[[Tile], Result]
             continue
         _first_fit[kind, tiles] = index
         return result
-    raise RuntimeError(f"no tile of {kind} fits this device: set {BACKEND_VARIABLE}=eager")
+    _first_fit[kind, tiles] = len(tiles)
+    raise NoTileFitsError(f"no tile of {kind} fits this device: set {BACKEND_VARIABLE}=eager")
+
+
+def eager_instead(error: NoTileFitsError) -> None:
+    """Say, once for each kernel, that a forward pass is computed eagerly after all."""
+    if str(error) not in _said:
+        _said.add(str(error))
+        _logger.warning("%s; computed eagerly until then", error)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

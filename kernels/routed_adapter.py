@@ -8,7 +8,7 @@ from .activations import find_activation
 from .arguments import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, fold_beams, without_autocast
 from .eager_adapter import eager_adapter
 from .image import ImageCode, project_adapter_images
-from .launch import select_backend
+from .launch import NoTileFitsError, eager_instead, select_backend
 from .routing import find_routing
 
 
@@ -82,6 +82,11 @@ def routed_adapter(
             image = made.to(narrow.dtype)
         # A float32 residual stream keeps its precision under autocast, as it would in the plain sum.
         inside = residual and narrow.dtype == x.dtype
-        y = run(fold_beams(narrow, v), image, *weights, residual=inside, **options)
+        arguments = (fold_beams(narrow, v), image, *weights)
+        try:
+            y = run(*arguments, residual=inside, **options)
+        except NoTileFitsError as error:
+            eager_instead(error)
+            y = eager_adapter(*arguments, residual=inside, **options)
         y = y if y.shape == x.shape else y.reshape(x.shape)
         return y if inside or not residual else x + y

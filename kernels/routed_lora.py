@@ -13,7 +13,7 @@ from torch import Tensor
 from .arguments import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, fold_beams, without_autocast
 from .eager_lora import eager_lora
 from .image import ImageCode, has_closed_form, project_lora_images
-from .launch import select_backend
+from .launch import NoTileFitsError, eager_instead, select_backend
 from .routing import Routing, find_routing
 
 PLACEMENTS = ("bottleneck", "output")
@@ -180,8 +180,12 @@ def _run(
         if fused:
             from .fused_lora import fused_lora  # here, because it needs triton
 
-            y = fused_lora(x, image, a, b, dropout=dropout, **options)
-        else:
+            try:
+                y = fused_lora(x, image, a, b, dropout=dropout, **options)
+            except NoTileFitsError as error:
+                eager_instead(error)
+                fused, low = False, F.dropout(x, dropout) if dropout > 0 else None
+        if not fused:
             y = eager_lora(x, low, v, image, a, b, groups=groups, placement=placement, **options)
     return y if y.shape[0] == shape[0] else y.reshape(*shape[:2], y.shape[2])
 

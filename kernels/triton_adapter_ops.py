@@ -10,12 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .compiled import CachedKernel
 from .launch import define_op, launch, on_device
 from .tiles import Tile, column_splits, padded_rank
 from .triton_adapter import adapter_backward_kernel, adapter_forward_kernel
 from .triton_ops import BLOCK_L, FORMS, blocks_of, fitting_tiles, image_tile, processors, product_precision
 
 ONE_IMAGE_FORMS = (FORMS["tokens"], FORMS["gram"])
+
+launch_adapter_forward = CachedKernel(adapter_forward_kernel)
+launch_adapter_backward = CachedKernel(adapter_backward_kernel)
 
 
 def _new_code(rows: Tensor, count: int, rank: int, rank_one: bool) -> Tensor:
@@ -50,7 +54,8 @@ def _adapter_forward(
     def attempt(tile: Tile) -> None:
         tile = image_tile(tile, tokens, one_image)
         splits = column_splits(tile, rows, width, processors(x.device))
-        adapter_forward_kernel[(blocks_of(rows, span, tile.block_m), splits)](
+        launch_adapter_forward(
+            (blocks_of(rows, span, tile.block_m), splits),
             y, code, x, down, x if down_bias is None else down_bias, x if image is None else image, up,
             x if up_bias is None else up_bias,
             rows, span, tokens, 1 if image is None else image.shape[1], width, rank, x.stride(0),
@@ -98,7 +103,8 @@ def _adapter_backward(
         tile = image_tile(tile, tokens, one_image)
         span = tokens if one_image else max(1, tile.block_m // tokens) * tokens
         partial = dy.new_empty(images if write_du else 0, -(-span // tile.block_m), rank, dtype=torch.float32)
-        adapter_backward_kernel[(blocks_of(rows, span, tile.block_m),)](
+        launch_adapter_backward(
+            (blocks_of(rows, span, tile.block_m),),
             dx, dcode, dz, partial, h, dy, code, down, dy if image is None else image, up,
             rows, span, tokens, 1 if image is None else image.shape[1], images, width, rank, dy.stride(0),
             ROUTING=routing, RELU=relu, VISUAL=visual, ACT=activation, RANK_ONE=rank_one, RESIDUAL=residual,

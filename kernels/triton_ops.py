@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .compiled import CachedKernel
 from .launch import define_op, launch, on_device
 from .tiles import DECODE_ROWS, Tile, arch_of, column_splits, padded_rank, precision_of, tiles_for
 from .triton_lora import (
@@ -31,6 +32,12 @@ FORMS = {"none": NO_IMAGE.value, "token": ONE_TOKEN.value, "tokens": TOKENS.valu
 BLOCK_L = 32
 SHARE_ROWS = 512  # least rows for which another share of dropped_gradient pays
 MAX_SHARES = 32
+
+launch_lora_forward = CachedKernel(lora_forward_kernel)
+launch_lora_backward = CachedKernel(lora_backward_kernel)
+launch_dropped_gradient = CachedKernel(dropped_gradient_kernel)
+launch_rank_one_forward = CachedKernel(rank_one_forward_kernel)
+launch_rank_one_backward = CachedKernel(rank_one_backward_kernel)
 
 
 @cache
@@ -100,7 +107,8 @@ def _lora_forward(
     def attempt(tile: Tile) -> None:
         tile = image_tile(tile, tokens, one_image)
         splits = column_splits(tile, rows, b.shape[0] // groups, processors(x.device))
-        lora_forward_kernel[(blocks_of(rows, span, tile.block_m), splits)](
+        launch_lora_forward(
+            (blocks_of(rows, span, tile.block_m), splits),
             y, x, a, x if image is None else image, b, t, x if seed is None else seed,
             rows, span, tokens, 1 if image is None else image.shape[1], width_in, b.shape[0] // groups, rank,
             y.stride(0), x.stride(0), *_spacing(columns), scaling, *_dropout(seed, dropout),
@@ -148,7 +156,8 @@ def _lora_backward(
         span = tokens if one_image else max(1, tile.block_m // tokens) * tokens
         partial = dy.new_empty(images if write_du else 0, -(-span // tile.block_m), width, dtype=torch.float32)
         target = t if dx is None else dx
-        lora_backward_kernel[(blocks_of(rows, span, tile.block_m),)](
+        launch_lora_backward(
+            (blocks_of(rows, span, tile.block_m),),
             target, dt, dz, partial, dy, t, a, t if image is None else image, b, t if seed is None else seed,
             rows, span, tokens, 1 if image is None else image.shape[1], images, a.shape[1], b.shape[0] // groups, rank,
             target.stride(0), dy.stride(0), *_spacing(columns), scaling, *_dropout(seed, dropout),
@@ -176,7 +185,8 @@ def _dropped_gradient(dt: Tensor, x: Tensor, seed: Tensor, dropout: float) -> Te
         split_rows = max(SHARE_ROWS, -(-rows // MAX_SHARES))
         shares = -(-rows // split_rows)
         partial = x.new_empty(shares, width, width_in, dtype=torch.float32)
-        dropped_gradient_kernel[(-(-width_in // tile.block_k), shares)](
+        launch_dropped_gradient(
+            (-(-width_in // tile.block_k), shares),
             partial, dt, x, seed, rows, split_rows, width_in, width, x.stride(0), *_dropout(seed, dropout),
             CODE=padded_rank(width), PRECISION=product_precision(x), BLOCK_M=tile.block_m, BLOCK_K=tile.block_k,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -207,7 +217,8 @@ def _rank_one_forward(
 
     def attempt(tile: Tile) -> None:
         splits = column_splits(tile, rows, o.shape[1] // groups, processors(x.device))
-        rank_one_forward_kernel[(rows // tokens, -(-tokens // tile.block_m), splits)](
+        launch_rank_one_forward(
+            (rows // tokens, -(-tokens // tile.block_m), splits),
             y, x, p, o, c, x if seed is None else seed,
             tokens, width_in, o.shape[1] // groups, y.stride(0), x.stride(0), *_spacing(columns),
             *_dropout(seed, dropout),
@@ -246,7 +257,8 @@ def _rank_one_backward(
         dp = x.new_empty(images if need_p else 0, blocks, width_in, dtype=torch.float32)
         do = x.new_empty(images if need_o else 0, blocks, o.shape[1], dtype=torch.float32)
         target = x if dx is None else dx
-        rank_one_backward_kernel[(images, blocks)](
+        launch_rank_one_backward(
+            (images, blocks),
             target, dp, do, dy, x, p, o, c, x if seed is None else seed,
             tokens, width_in, o.shape[1] // groups, target.stride(0), dy.stride(0), x.stride(0), *_spacing(columns),
             *_dropout(seed, dropout),

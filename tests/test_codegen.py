@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,26 @@ def test_the_table_has_a_line_a_configuration_and_a_column_an_architecture() -> 
     text = codegen.table([(MUL, usage), (replace(MUL, arch="gfx942"), replace(usage, matrix={}))])
     assert text.splitlines()[0] == "| configuration | sm_90 | gfx942 |"
     assert text.splitlines()[2].startswith("| lora_forward mul r128 half | 64x64x64 4w 3s: 150, 0, 96, 12 wgmma |")
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage, compiled = Usage(150, 0, 96 * 1024, {"wgmma.mma_async": 12}), []
+    monkeypatch.setattr(codegen, "fingerprint", lambda configuration: "source 1")
+    monkeypatch.setattr(codegen, "usage_of", lambda configuration: compiled.append(configuration) or usage)
+    path, other = tmp_path / "rows.jsonl", replace(MUL, rank=64)
+    assert codegen.Results(path).usage(MUL) == usage
+    with path.open("a") as file:
+        file.write('{"configuration": {"ker')  # killed as it wrote
+    results = codegen.Results(path)
+    assert [results.usage(MUL), results.usage(other)] == [usage, usage]
+    assert compiled == [MUL, other]
+    codegen.Results(path).usage(other)
+    monkeypatch.setattr(codegen, "fingerprint", lambda configuration: "source 2")
+    codegen.Results(path).usage(MUL)
+    assert compiled == [MUL, other, MUL]  # compiled anew because the source changed
+    path.write_text("{}\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 1 is no result of codegen"):
+        codegen.Results(path)
 
 
 def test_the_interpreter_cannot_compile() -> None:

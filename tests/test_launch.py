@@ -119,6 +119,46 @@ def test_when_no_tile_fits_the_error_names_the_way_out(gpu_kernels: None, monkey
         launch.launch("lora_forward", tiles_for("lora_forward", 128, "half", False, "sm_90"), attempt)
 
 
+@needs_triton
+@pytest.mark.skipif(not interpreted(), reason="the kernels are there to be launched on a CPU only when interpreted")
+@pytest.mark.parametrize("routing", ["mul", "vllora"])
+def test_a_forward_pass_that_fits_nowhere_is_eager_and_says_so_once(
+    routing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from routingvl.kernels import triton_adapter_ops, triton_ops
+
+    attempts = []
+
+    def too_big(tile):
+        attempts.append(tile)
+        raise triton.OutOfResources(300_000, 1, "shared memory")
+
+    def refuse(kind, tiles, attempt):
+        monkeypatch.setattr(launch, "interpreted", lambda: False)
+        try:
+            return launch.launch(kind, tiles, too_big)
+        finally:
+            monkeypatch.setattr(launch, "interpreted", interpreted)
+
+    monkeypatch.setattr(launch, "_first_fit", {})
+    monkeypatch.setattr(launch, "_said", set())
+    for module in (triton_ops, triton_adapter_ops):
+        monkeypatch.setattr(module, "launch", refuse)
+    x, v = torch.randn(2, 3, 8), torch.randn(2, 1, 8)
+    a, b = torch.randn(4, 8), torch.randn(8, 4).requires_grad_()
+    for op, tensors in ((routed_lora, (x, v, a, b)), (routed_adapter, (x, v, a, None, b, None))):
+        wanted = op(*tensors, routing=routing, backend="eager")
+        (gradient,) = torch.autograd.grad(wanted.square().sum(), b)
+        caplog.clear()
+        for call in range(2):
+            before = len(attempts)
+            found = op(*tensors, routing=routing, backend="triton")
+            assert (len(attempts) > before) == (call == 0)  # the second call tries nothing
+            torch.testing.assert_close(found, wanted)
+            torch.testing.assert_close(torch.autograd.grad(found.square().sum(), b)[0], gradient)
+        assert sum("computed eagerly" in record.message for record in caplog.records) == 1
+
+
 def test_the_ops_obey(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROUTINGVL_BACKEND", "nonsense")
     x, a, b = torch.randn(1, 2, 4), torch.randn(3, 4), torch.randn(4, 3)
