@@ -118,6 +118,7 @@ class TrainConfig:
         batch_size: examples of one optimiser step, over all processes and accumulated pieces together.
         accumulation: pieces in which each process computes its share of a batch, to save memory.
         warmup: steps of linear warm-up when an integer (5000), share of all steps when a fraction (0.05).
+        group_by_length: fill a step with texts of like length, which saves padding.
         schedule: learning rate after the warm-up: linear (to zero), cosine (to zero) or constant.
         weight_decay: of AdamW.
         eps: of AdamW.
@@ -137,6 +138,7 @@ class TrainConfig:
     batch_size: int = 64
     accumulation: int = 1
     warmup: int | float = 0.05
+    group_by_length: bool = True
     schedule: str = "linear"
     weight_decay: float = 0.0
     eps: float = 1e-6

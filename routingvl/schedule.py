@@ -10,23 +10,36 @@ import numpy as np
 from routingvl.config import ConfigError
 from routingvl.run_config import TrainConfig
 
+GROUPING_WINDOW = 50  # batches whose examples are sorted by length together
+
 
 class BatchOrder:
     """Index lists of the micro-batches of steps ``start`` to ``stop``, for one process.
 
     Examples form one endless stream, a new seeded permutation for each epoch; step s takes the ``batch_size`` of them
-    from s * batch_size on. Every step so has the full batch, also where epochs meet.
+    from s * batch_size on. Every step so has the full batch, also where epochs meet. With ``lengths`` (tokens of each
+    example) and ``config.group_by_length`` the examples of a step are of like length, see :func:`grouped_by_length`.
     """
 
     def __init__(
-        self, examples: int, config: TrainConfig, start: int, stop: int, rank: int = 0, processes: int = 1
+        self,
+        examples: int,
+        config: TrainConfig,
+        start: int,
+        stop: int,
+        rank: int = 0,
+        processes: int = 1,
+        lengths: np.ndarray | None = None,
     ) -> None:
         if config.batch_size % (config.accumulation * processes):
             raise ConfigError(
                 f"train.batch_size={config.batch_size} is not divisible by "
                 f"train.accumulation={config.accumulation} x {processes} processes"
             )
+        if lengths is not None and len(lengths) != examples:
+            raise ValueError(f"{len(lengths)} lengths do not belong to {examples} examples")
         self.examples, self.config = examples, config
+        self.lengths = lengths if config.group_by_length else None
         self.start, self.stop, self.rank, self.processes = start, stop, rank, processes
 
     def __len__(self) -> int:
@@ -40,11 +53,39 @@ class BatchOrder:
             for position in range(step * size, (step + 1) * size):
                 if position // self.examples != epoch:
                     epoch = position // self.examples
-                    order = permutation(self.examples, self.config.seed, epoch)
+                    order = self.epoch_order(epoch)
                 batch.append(order[position % self.examples])
             mine = batch[self.rank :: self.processes]
             width = len(mine) // pieces
             yield from (mine[i * width : (i + 1) * width] for i in range(pieces))
+
+    def epoch_order(self, epoch: int) -> list[int]:
+        """All examples in the order of one epoch: a function of the seed, the epoch, the lengths and the batch size."""
+        order = permutation(self.examples, self.config.seed, epoch)
+        if self.lengths is None:
+            return order
+        size = self.config.batch_size
+        # The epoch's first examples fill up the step that the epoch before has begun.
+        random = np.random.Generator(np.random.PCG64([self.config.seed, epoch, 1]))
+        return grouped_by_length(order, self.lengths, size, -epoch * self.examples % size, random)
+
+
+def grouped_by_length(
+    order: list[int], lengths: np.ndarray, size: int, skip: int, random: np.random.Generator
+) -> list[int]:
+    """``order`` with examples of like length brought together in batches of ``size`` from position ``skip`` on.
+
+    Only ``GROUPING_WINDOW`` batches at a time are sorted, and then shuffled as whole batches: what meets in a batch
+    still depends on the order, and short texts do not all come first. Examples that fill no batch, at either end, stay
+    where they are; within a batch lengths rise, so that pieces of it are of like length too.
+    """
+    found = np.array(order)
+    stop = skip + max(0, len(order) - skip) // size * size
+    for start in range(skip, stop, GROUPING_WINDOW * size):
+        window = found[start : min(start + GROUPING_WINDOW * size, stop)]
+        batches = window[np.argsort(lengths[window], kind="stable")].reshape(-1, size)
+        window[:] = batches[random.permutation(len(batches))].ravel()
+    return found.tolist()
 
 
 def permutation(n: int, seed: int, epoch: int) -> list[int]:

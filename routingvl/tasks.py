@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from routingvl.config import ConfigError, check_choice
 from routingvl.data.coco import CaptionDataset, CaptionSplit, load_captions
-from routingvl.data.collate import CaptionCollator, VQACollator, collate_images
+from routingvl.data.collate import IGNORED, CaptionCollator, VQACollator, collate_images
 from routingvl.data.files import DataError
 from routingvl.data.images import ImageDataset, ImagePreprocessor, ImageRecord
+from routingvl.data.tokens import TokenTable
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
 from routingvl.data.vqa import VQADataset, VQASplit, load_vqa
 from routingvl.metrics import caption_scores, soft_score_report, vqa_report
@@ -97,11 +98,17 @@ class Task(ABC):
         return train, None if data.val_split is None else self.load_split(data.val_split, data.val_limit)
 
     def load_training_data(self, train: Split, val: Split | None) -> None:
-        """Make the data sets of two splits, and encode their images when features are precomputed."""
+        """Make the data sets of two splits, tokenise their texts, and encode their images when features are
+        precomputed.
+        """
         self.precompute([*train.images, *(val.images if val else [])])
         self.train_set = self.dataset(train, training=True)
         if val is not None:
             self.val_set, self.metric = self.dataset(val, training=False), self.selection_metric(val)
+        encode = self.collator().encode
+        for dataset in (self.train_set, self.val_set):
+            if dataset is not None and dataset.texts:
+                dataset.tokens = TokenTable(dataset.texts, encode)
 
     def precompute(self, images: Iterable[ImageRecord]) -> None:
         """Run the frozen ViT once over ``images`` if the config says so; the features stay on the CPU."""
@@ -161,6 +168,10 @@ class Task(ABC):
     def model_inputs(self, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
         """The tensors of a batch, on ``device``."""
         return {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+
+    def training_inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        """The arguments of the model's call in a training step; only its loss is read."""
+        return self.model_inputs(batch, device)
 
     def save_files(self, folder: RunFolder) -> None:
         """Put into the run folder what evaluation needs beside the adapter: tokenizer and preprocessing."""
@@ -300,11 +311,12 @@ class CaptionTask(Task):
         )
 
     def supervised_items(self, batch: Batch) -> int:
-        labels = batch["labels"]
-        if self.model.caption_loss == "reference":
-            labels = labels[:, 1:]
-            return int(((labels != -100) & (labels != 0)).sum())
-        return int(((labels if self.model.visual_prefix else labels[:, 1:]) != -100).sum())
+        return int((self.model.next_tokens(batch["labels"]) != IGNORED).sum())
+
+    def training_inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        # The labels stay on the host, where choosing the positions that count waits for nothing.
+        rest = {key: value for key, value in batch.items() if key != "labels"}
+        return self.model_inputs(rest, device) | {"labels": batch["labels"], "return_logits": False}
 
     def predict(self, batch: Batch, num_beams: int) -> dict[int, str]:
         inputs = self.model_inputs(batch, self.model.device)

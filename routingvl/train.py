@@ -223,6 +223,7 @@ class Trainer:
             self.steps,
             self.accelerator.process_index,
             self.accelerator.num_processes,
+            self.task.train_set.tokens.lengths,
         )
         return self.task.loader(self.task.train_set, order)
 
@@ -244,7 +245,7 @@ class Trainer:
             with nullcontext() if synchronise else self.accelerator.no_sync(self.wrapped):
                 # Several processes average their gradients, so each share is scaled back up to a sum.
                 share = count * processes / items
-                loss = self.wrapped(**self.task.model_inputs(batch, self.accelerator.device)).loss * share
+                loss = self.wrapped(**self.task.training_inputs(batch, self.accelerator.device)).loss * share
                 self.accelerator.backward(loss)
                 self.loss += loss.detach() / processes
         if pieces:

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from routingvl.data.files import DataError, ImageFolders, collection_paused, read_json, required_keys
 from routingvl.data.images import Features, ImagePreprocessor, ImageRecord, PictureSource
+from routingvl.data.tokens import TokenTable
 
 SPLITS = ("train", "val", "test")
 # Karpathy's name -> the split it belongs to
@@ -185,6 +186,7 @@ class CaptionDataset(Dataset):
 
     Items are dicts with ``image_id``, ``caption`` (unless ``per_image``) and ``pixel_values`` float32 [3, H, W] or
     ``vision_features`` [L, d]; a skipped image gives None, which the collators of :mod:`routingvl.data.collate` drop.
+    Once :attr:`tokens` holds the captions' token ids, items bring theirs along as ``token_ids``.
 
     Args:
         split: from :func:`load_captions`.
@@ -210,6 +212,7 @@ class CaptionDataset(Dataset):
             raise DataError(f"split {split.name!r} has no captions; use per_image=True to describe its images")
         self.split = split
         self.per_image = per_image
+        self.tokens: TokenTable | None = None
         self.pictures = PictureSource(preprocessor, features, on_bad_image)
         self._images = {image.image_id: image for image in split.images}
 
@@ -217,6 +220,11 @@ class CaptionDataset(Dataset):
     def skipped(self) -> int:
         """Examples skipped for their image so far, in every worker together."""
         return self.pictures.skipped
+
+    @property
+    def texts(self) -> list[str]:
+        """The captions of all items; none with ``per_image``."""
+        return [] if self.per_image else [caption.text for caption in self.split.captions]
 
     def __len__(self) -> int:
         return len(self.split.images if self.per_image else self.split.captions)
@@ -227,5 +235,7 @@ class CaptionDataset(Dataset):
         else:
             caption = self.split.captions[index]
             example = {"image_id": caption.image_id, "caption": caption.text}
+            if self.tokens is not None:
+                example["token_ids"] = self.tokens[index]
         picture = self.pictures(self._images[example["image_id"]])
         return None if picture is None else example | picture

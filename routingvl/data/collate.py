@@ -9,12 +9,13 @@
 
 and in every batch the visual input: pixel_values float32 [B, 3, H, W] or vision_features [B, L, d]. Items that are None
 (skipped images) are left out; a batch in which every item is None is None itself: ``if batch is None: continue``.
-Tokenisation happens here, so it runs in the DataLoader's workers. Texts are padded on the right.
+A text is tokenised here, in the DataLoader's workers, unless its item brings ``token_ids`` that the collator's own
+``encode`` made before. Texts are padded on the right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,13 @@ def _visual_batch(items: Sequence[Item]) -> Batch:
     """``pixel_values`` or ``vision_features``, stacked, and ``image_ids``."""
     key = "vision_features" if "vision_features" in items[0] else "pixel_values"
     return {key: torch.stack([item[key] for item in items]), "image_ids": [item["image_id"] for item in items]}
+
+
+def _token_rows(items: Sequence[Item], text: str, encode: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
+    """The token ids of each item: those it brings, else those of its text under the key ``text``."""
+    if all("token_ids" in item for item in items):
+        return [item["token_ids"] for item in items]
+    return encode([item[text] for item in items])
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int, length: int | None) -> Tensor:
@@ -81,17 +89,21 @@ class VQACollator:
         if self.tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token before training")
 
+    def encode(self, questions: list[str]) -> list[list[int]]:
+        """The token ids of questions, special tokens included, cut to ``max_length``."""
+        return self.tokenizer(questions, truncation=True, max_length=self.max_length)["input_ids"]
+
     def __call__(self, items: Sequence[Item | None]) -> Batch | None:
         """Collate items of :class:`~routingvl.data.vqa.VQADataset`; labels are dense soft targets."""
         kept = [item for item in items if item is not None]
         if not kept:
             return None
-        rows = self.tokenizer([item["question"] for item in kept], truncation=True, max_length=self.max_length)
+        rows = _token_rows(kept, "question", self.encode)
         length = self.max_length if self.padding == "max_length" else None
         batch = _visual_batch(kept) | {
             "question_ids": [item["question_id"] for item in kept],
-            "input_ids": _pad(rows["input_ids"], self.tokenizer.pad_token_id, length),
-            "attention_mask": _pad(rows["attention_mask"], 0, length),
+            "input_ids": _pad(rows, self.tokenizer.pad_token_id, length),
+            "attention_mask": _pad([[1] * len(row) for row in rows], 0, length),
         }
         if all(item["target"] is not None for item in kept):
             batch["labels"] = torch.zeros(len(kept), self.num_labels)
@@ -136,6 +148,11 @@ class CaptionCollator:
         if self.tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token; set tokenizer.eos_token before training")
 
+    def encode(self, captions: list[str]) -> list[list[int]]:
+        """The token ids of captions alone, at most ``max_length`` each."""
+        rows = self.tokenizer(captions, add_special_tokens=False)["input_ids"]
+        return [row[: self.max_length] for row in rows]
+
     def __call__(self, items: Sequence[Item | None]) -> Batch | None:
         """Collate items of :class:`~routingvl.data.coco.CaptionDataset`; items of ``per_image=True`` give no text."""
         kept = [item for item in items if item is not None]
@@ -146,7 +163,7 @@ class CaptionCollator:
             return batch
         end = self.tokenizer.eos_token_id
         start = [] if self.prefix else [end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id]
-        captions = self.tokenizer([item["caption"] for item in kept], add_special_tokens=False)["input_ids"]
+        captions = _token_rows(kept, "caption", self.encode)
         if self.loss == "reference":
             rows = [[*start, *caption][: self.max_length] for caption in captions]
             ids = _pad(rows, end, self.max_length)

@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 from routingvl.data.coco import DATASET_FILE, SPLITS, check_unique, image_splits
 from routingvl.data.files import DataError, ImageFolders, collection_paused, read_json, required_keys
 from routingvl.data.images import Features, ImagePreprocessor, ImageRecord, PictureSource
+from routingvl.data.tokens import TokenTable
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
 
 __all__ = [
@@ -343,7 +344,8 @@ class VQADataset(Dataset):
     Items are dicts with ``question_id``, ``image_id``, ``question``, ``target`` ({label: score}, perhaps empty; None
     when the split has no answers), ``question_type``, ``answer_type``, ``answers`` (raw strings, or None) and
     ``pixel_values`` float32 [3, H, W] or ``vision_features`` [L, d]; a skipped image gives None, which the collators of
-    :mod:`routingvl.data.collate` drop. Answers outside the vocabulary are no targets.
+    :mod:`routingvl.data.collate` drop. Answers outside the vocabulary are no targets. Once :attr:`tokens` holds the
+    questions' token ids, items bring theirs along as ``token_ids``.
 
     Args:
         split: from :func:`load_vqa`.
@@ -367,6 +369,7 @@ class VQADataset(Dataset):
     ):
         self.split = split
         self.vocabulary = vocabulary
+        self.tokens: TokenTable | None = None
         self.pictures = PictureSource(preprocessor, features, on_bad_image)
         self._images = {image.image_id: image for image in split.images}
         labelled = (question for question in split.questions if question.label is not None or question.answers)
@@ -391,6 +394,11 @@ class VQADataset(Dataset):
             return None
         return {self.vocabulary.index[answer]: score for answer, score in scores.items()}
 
+    @property
+    def texts(self) -> list[str]:
+        """The questions of all items."""
+        return [question.text for question in self.split.questions]
+
     def __len__(self) -> int:
         return len(self.split.questions)
 
@@ -407,5 +415,6 @@ class VQADataset(Dataset):
             "question_type": question.question_type,
             "answer_type": question.answer_type,
             "answers": question.answers,
+            **({} if self.tokens is None else {"token_ids": self.tokens[index]}),
             **picture,
         }

@@ -121,6 +121,8 @@ class Job:
                 max_steps=steps,
                 batch_size=settings.batch[variant.task],
                 seed=self.seed,
+                # The order in which the published scores of the demonstration were trained.
+                group_by_length=False,
                 eval_every=max(1, steps // settings.validations),
                 log_every=max(1, steps // 40),
             ),

@@ -18,10 +18,10 @@ from routingvl.surgery import TrainableReport, inject, trainable_report
 
 
 class ModelOutput(NamedTuple):
-    """loss: scalar, or None without labels; logits: see the model."""
+    """loss: scalar, or None without labels; logits: see the model, None where they were not asked for."""
 
     loss: torch.Tensor | None
-    logits: torch.Tensor
+    logits: torch.Tensor | None
 
 
 class RoutedVLModel(nn.Module):

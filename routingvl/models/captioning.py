@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from routingvl.config import RoutingConfig, check_choice
 from routingvl.models.base import ModelOutput, RoutedVLModel
+from routingvl.models.losses import IGNORED, linear_cross_entropy
 
 CAPTION_LOSSES = ("sound", "reference")
 
@@ -76,6 +77,7 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        return_logits: bool = True,
     ) -> ModelOutput:
         """Score captions.
 
@@ -84,42 +86,55 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
             vision_features: [B, L, d_vision] from :meth:`encode_images`.
             input_ids: [B, T] captions.
             attention_mask: [B, T] of the text, 1 for tokens to read; None for all.
-            labels: [B, T], input_ids with -100 where nothing is to be learned.
+            labels: [B, T], input_ids with -100 where nothing is to be learned. They may stay on the CPU, which spares
+                a wait for the device without logits.
+            return_logits: False computes the loss from the positions that count, a chunk at a time, see
+                :func:`~routingvl.models.losses.linear_cross_entropy`: what training does, to save memory and time.
 
         Returns:
-            Cross entropy in nats, mean over the tokens that count, and logits [B, L + T, vocabulary] ([B, T, ...]
-            without visual prefix).
+            Cross entropy in nats, mean over the tokens that count (0 if none does), and logits [B, L + T, vocabulary]
+            ([B, T, ...] without visual prefix), or None.
+
+        Raises:
+            ValueError: inputs do not fit each other, or neither labels nor logits are wanted.
         """
+        if labels is None and not return_logits:
+            raise ValueError("return_logits=False leaves only the loss: pass labels=")
         features = self.visual_features(pixel_values, vision_features)
         self.check_text(features, input_ids, attention_mask)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        text = {"attention_mask": attention_mask, "use_cache": False}
         with self.context.bind(features):
             if self.visual_prefix:
                 embedded = self.gpt.get_input_embeddings()(input_ids)
-                logits = self.gpt(
-                    inputs_embeds=torch.cat([features.to(embedded.dtype), embedded], dim=1),
-                    attention_mask=self.prefix_mask(features, attention_mask),
-                    use_cache=False,
-                ).logits
+                text["inputs_embeds"] = torch.cat([features.to(embedded.dtype), embedded], dim=1)
+                text["attention_mask"] = self.prefix_mask(features, attention_mask)
             else:
-                logits = self.gpt(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        loss = None if labels is None else self._loss(logits, labels)
-        return ModelOutput(loss, logits)
+                text["input_ids"] = input_ids
+            if not return_logits:
+                hidden = self.gpt.transformer(**text).last_hidden_state
+                return ModelOutput(self._lean_loss(hidden, self.next_tokens(labels)), None)
+            logits = self.gpt(**text).logits
+        return ModelOutput(None if labels is None else _loss(logits, self.next_tokens(labels)), logits)
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        prefix = logits.shape[1] - labels.shape[1]
-        if self.caption_loss == "reference":
-            # The published slices: with a prefix position p the first supervised position is p, predicting token 1.
-            logits, labels = logits[:, prefix:-1], labels[:, 1:]
-            labels = labels.masked_fill(labels == 0, -100)
-        elif prefix:
-            logits = logits[:, prefix - 1 : -1]
-        else:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    def _lean_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of hidden states [B, L + T, d], without logits at positions that do not count."""
+        hidden, targets = hidden[:, -targets.shape[1] :].flatten(0, 1), targets.flatten()
+        # Chosen where the labels are: on the host, this waits for nothing.
+        positions = (targets != IGNORED).nonzero()[:, 0]
+        targets, positions = (t.to(hidden.device, non_blocking=True) for t in (targets[positions], positions))
+        return linear_cross_entropy(hidden.index_select(0, positions), self.gpt.lm_head.weight, targets)
+
+    def next_tokens(self, labels: torch.Tensor) -> torch.Tensor:
+        """labels [B, T] -> the token that each position is to predict, -100 where none counts.
+
+        [B, 1 + T] with a visual prefix, whose last position is the first column, else [B, T]. These are the items that
+        the loss averages over.
+        """
+        first = 1 if self.caption_loss == "reference" or not self.visual_prefix else 0  # earliest token that counts
+        targets = F.pad(labels[:, first:], (first if self.visual_prefix else 0, 1), value=IGNORED)
+        return targets.masked_fill(targets == 0, IGNORED) if self.caption_loss == "reference" else targets
 
     @torch.no_grad()
     def generate(
@@ -170,3 +185,11 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         start = torch.full((batch, 1), self.gpt.config.bos_token_id, dtype=torch.long, device=features.device)
         ids = start if input_ids is None else torch.cat([start, input_ids], dim=1)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of the last positions of logits [B, S, V] that targets [B, <= S] give a token, in float32."""
+    logits = logits[:, -targets.shape[1] :].flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)

@@ -1,0 +1,97 @@
+"""Cross entropy of a language model's head without a tensor of all its logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100  # label that does not count
+# Logits that exist at one time: 64 MiB in float32, which is 333 rows of GPT-2's vocabulary.
+CHUNK_ELEMENTS = 2**24
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+    """Mean over n of ``-log softmax(hidden weight')[targets]``, in nats.
+
+    The gradient is computed beside the loss, chunk by chunk, so that neither pass holds more than ``chunk`` rows of
+    logits; what is kept for backward has the size of ``hidden`` (and of ``weight``, where that is trained). Under
+    autocast the products run in its dtype; softmax and sum are float32 (float64 for float64 input) at any rate.
+
+    Args:
+        hidden: [n, d] states that predict something.
+        weight: [V, d] of the head.
+        targets: [n] int64, each in [0, V).
+        chunk: rows at a time; None for as many as give ``CHUNK_ELEMENTS`` logits.
+
+    Returns:
+        A scalar, float32 or float64; 0 when n is 0.
+
+    Raises:
+        ValueError: shapes do not fit, or ``chunk`` is below 1.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [n, d] and [V, d]")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets {list(targets.shape)} must have one entry for each of {hidden.shape[0]} rows")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight))
+    chunk = chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
+    needs = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
+    with torch.autocast(device, enabled=False):
+        total, _, _ = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, *needs)
+        return total / max(1, hidden.shape[0])
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the losses, with d sum / d hidden and d sum / d weight as further outputs (None when not needed)."""
+
+    @staticmethod
+    def forward(
+        hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, hidden_grad: bool, weight_grad: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        total = hidden.new_zeros((), dtype=exact)
+        dhidden = torch.empty_like(hidden) if hidden_grad else None
+        dweight = torch.zeros_like(weight, dtype=exact) if weight_grad else None
+        for start in range(0, hidden.shape[0], chunk):
+            rows, labels = hidden[start : start + chunk], targets[start : start + chunk, None]
+            logits = torch.mm(rows, weight.t()).to(exact)
+            normaliser = logits.logsumexp(dim=1, keepdim=True)
+            total += (normaliser - logits.gather(1, labels)).sum()
+            if not (hidden_grad or weight_grad):
+                continue
+            # From here on the gradient with respect to the logits: softmax - 1 at the target.
+            gradient = logits.sub_(normaliser).exp_()
+            gradient.scatter_add_(1, labels, gradient.new_full(labels.shape, -1.0))
+            gradient = gradient.to(hidden.dtype)
+            if hidden_grad:
+                torch.mm(gradient, weight, out=dhidden[start : start + chunk])
+            if weight_grad:
+                dweight += torch.mm(gradient.t(), rows)
+        return total, dhidden, dweight
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
+        _, dhidden, dweight = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(extra for extra in (dhidden, dweight) if extra is not None))
+        ctx.dtypes = [t.dtype for t in inputs[:2]]
+        ctx.save_for_backward(dhidden, dweight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        gradients = [None, None]
+        if scale is not None:
+            gradients = [
+                None if saved is None else (saved * scale).to(dtype)
+                for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            ]
+        return (*gradients, None, None, None, None)
