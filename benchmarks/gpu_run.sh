@@ -18,7 +18,9 @@ LIMIT=${LIMIT:-530}
 PHASES=(ceilings tests golden sanitizer suite training tune ncu demo)
 DRY=
 
-skip() { printf 'skipped: %s\n' "$*"; }
+SKIPPED=77 # a phase's status when something it needs is not there: no failure, and not done either
+
+skip() { printf 'skipped: %s\n' "$*"; return "$SKIPPED"; }
 
 # Run a program, or in a dry run say so and try its --help. "python -m NAME" comes as: program NAME ARGUMENTS.
 program() {
@@ -29,7 +31,7 @@ program() {
 }
 
 # Whether a program of this checkout exists; if not, say what is skipped.
-have() { [[ -f $1 ]] || { skip "$1 is not in this checkout"; return 1; }; }
+have() { [[ -f $1 ]] || skip "$1 is not in this checkout"; }
 
 # Run a tool of the CUDA toolkit on each_kernel.
 tool() {
@@ -37,12 +39,12 @@ tool() {
     shift
     program benchmarks.each_kernel --help >/dev/null || return 1
     printf '+ %s %s\n' "$name" "$*"
-    command -v "$name" >/dev/null || { skip "$name is not on PATH (it comes with the CUDA toolkit)"; return 0; }
+    command -v "$name" >/dev/null || { skip "$name is not on PATH (it comes with the CUDA toolkit)"; return; }
     [[ -n $DRY ]] || "$name" "$@"
 }
 
 phase_ceilings() { # measured limits: copy, matrix products, addmm with beta = 1 and K = 128
-    have benchmarks/ceilings.py || return 0
+    have benchmarks/ceilings.py || return
     program benchmarks.ceilings
 }
 
@@ -58,7 +60,7 @@ phase_golden() { # the published code's numbers in fp32, tf32, bf16 and fp16
 phase_sanitizer() { # memcheck and racecheck over one run of every kernel
     local status=0
     for check in memcheck racecheck; do
-        tool compute-sanitizer --tool "$check" --error-exitcode 9 "$PYTHON" -m benchmarks.each_kernel || status=1
+        tool compute-sanitizer --tool "$check" --error-exitcode 9 "$PYTHON" -m benchmarks.each_kernel || status=$?
     done
     return "$status"
 }
@@ -72,13 +74,12 @@ phase_suite() { # layers at the paper's shapes against the published chain, eage
 }
 
 phase_training() { # steps and training throughput of both recipes
-    have benchmarks/training_speed.py || return 0
-    program benchmarks.training_speed --help >"$OUT/training.options"
+    have benchmarks/training_speed.py || return
     program benchmarks.training_speed
 }
 
 phase_tune() { # sweep of tile configurations
-    have benchmarks/tune.py || return 0
+    have benchmarks/tune.py || return
     program benchmarks.tune
 }
 
@@ -94,7 +95,7 @@ phase_demo() { # the demonstration on the CPU, then its runs on the GPU: compare
     [[ -z $DRY ]] || { program routingvl train && program routingvl evaluate; return; }
     for config in "$runs"/*/config.yaml; do
         name=$(basename "$(dirname "$config")")
-        program routingvl train --config "$config" --device cuda --output_dir "$OUT/demo/gpu/$name" --overwrite &&
+        program routingvl train --config "$config" --device auto --output_dir "$OUT/demo/gpu/$name" --overwrite &&
             program routingvl evaluate "$OUT/demo/gpu/$name" --split test || return 1
     done
 }
@@ -102,13 +103,18 @@ phase_demo() { # the demonstration on the CPU, then its runs on the GPU: compare
 run_phase() {
     local name=$1 status=0
     printf '=== %s\n' "$name"
-    if [[ -n $DRY ]]; then "phase_$name" || status=$?; return "$status"; fi
+    if [[ -n $DRY ]]; then
+        "phase_$name" || status=$?
+        ((status == 0 || status == SKIPPED)) || printf '%s FAILED (%d)\n' "$name" "$status"
+        return "$status"
+    fi
     [[ ! -e $OUT/$name.done ]] || { printf 'done before\n'; return 0; }
     # A shell of its own, because timeout takes programs and not functions.
     timeout --kill-after=10 "$LIMIT" "$BASH" "${BASH_SOURCE[0]}" --inside "$name" 2>&1 | tail -c 15000000 >"$OUT/$name.log"
     status=${PIPESTATUS[0]}
     tail -n 15 "$OUT/$name.log"
-    if ((status == 0)); then date -u +%FT%TZ >"$OUT/$name.done"; else printf '%s FAILED (%d)\n' "$name" "$status"; fi
+    if ((status == 0)); then date -u +%FT%TZ >"$OUT/$name.done"; fi
+    if ((status != 0 && status != SKIPPED)); then printf '%s FAILED (%d)\n' "$name" "$status"; fi
     return "$status"
 }
 
@@ -125,5 +131,7 @@ if [[ -z $DRY ]]; then
     mkdir -p "$OUT"
 fi
 failed=0
-for name in "$@"; do run_phase "$name" || failed=1; done
+for name in "$@"; do
+    run_phase "$name" || (($? == SKIPPED)) || failed=1
+done
 exit "$failed"
