@@ -19,7 +19,7 @@ READY := $(VENV)/.ready
 help:
 	@echo "make demo     train and compare every routing function on a small made-up data set (DEMO_ARGS='--quick')"
 	@echo "make test     run the tests (TEST_JOBS=2, TEST_ARGS='-k metrics', TEST_MARKS=slow for the slow ones)"
-	@echo "make test-triton  the tests of models and training, on the Triton kernels in their interpreter"
+	@echo "make test-triton   the tests of models and training on the Triton kernels, in their interpreter"
 	@echo "make lint     check style without changing a file"
 	@echo "make format   rewrite the files in the project's style"
 	@echo "make clean    remove the environment, builds and caches (runs/ stays)"
@@ -33,7 +33,7 @@ test: $(READY)
 
 test-triton: export ROUTINGVL_BACKEND := triton
 test-triton: export TRITON_INTERPRET := 1
-test-triton: TEST_ARGS := $(TRITON_TESTS:%=tests/test_%.py) $(TEST_ARGS)
+test-triton: override TEST_ARGS := $(TRITON_TESTS:%=tests/test_%.py) $(TEST_ARGS)
 test-triton: test
 
 lint: $(READY)

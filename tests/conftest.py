@@ -15,6 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 HAS_GPU_DEVICE = any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
 if not HAS_GPU_DEVICE:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# These take the GPU by themselves where there is one, and Triton's interpreter elsewhere.
+KERNEL_TESTS = ("test_triton_adapter.py", "test_triton_golden.py", "test_triton_lora.py", "test_triton_suite.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -77,8 +79,16 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` without a CUDA device (torch is imported only if there are such tests)."""
+    """Mark the kernels' tests as ``gpu`` where they will run on one; skip those marked where there is no CUDA device.
+
+    torch is imported only if there are such tests.
+    """
+    if not INTERPRETED:
+        for item in items:
+            if item.path.name in KERNEL_TESTS:
+                item.add_marker(pytest.mark.gpu)
     needy = [item for item in items if item.get_closest_marker("gpu")]
     if needy:
         import torch

@@ -1,0 +1,185 @@
+"""Run every Triton kernel once, in each of its forms, and check the results: for compute-sanitizer and ncu.
+
+    compute-sanitizer --tool memcheck python -m benchmarks.each_kernel
+    ncu --kernel-name lora_forward_kernel python -m benchmarks.each_kernel --sizes paper --only lora-mul
+    TRITON_INTERPRET=1 python -m benchmarks.each_kernel --device cpu       # without a GPU, slowly
+
+The exit status is 1 when a result misses the tolerance of benchmarks/gate.py or a kernel of the list never ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from routingvl.kernels import routed_adapter, routed_lora_linear
+from routingvl.kernels.reference import reference_adapter, reference_lora
+
+from .cases import Case, make_tensors
+from .gate import failures
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One layer, forward and backward.
+
+    Attributes:
+        name: what ``--only`` takes.
+        op, routing, tokens, relu, activation: of the layer; ``tokens`` is L.
+        dropout: of a LoRA's inputs; its results are checked for being finite only.
+        decoding: one row of text an image instead of many, and no backward pass.
+        kernels: what has to be launched.
+    """
+
+    name: str
+    op: str
+    routing: str
+    kernels: tuple[str, ...]
+    tokens: int = 1
+    relu: bool = False
+    activation: str = "gelu"
+    dropout: float = 0.0
+    decoding: bool = False
+
+
+LORA = ("lora_forward", "lora_backward")
+RANK_ONE = ("rank_one_forward", "rank_one_backward")
+ADAPTER = ("adapter_forward", "adapter_backward")
+CALLS = (
+    Call("lora-none", "lora", "none", LORA),
+    Call("lora-add", "merged_lora", "add", LORA),
+    Call("lora-mul", "lora", "mul", LORA),
+    Call("lora-mul-dropout", "merged_lora", "mul", (*LORA, "dropped_gradient"), dropout=0.1),
+    Call("lora-vllora-relu", "lora", "vllora", LORA, relu=True),
+    Call("lora-vllora-tokens", "lora", "vllora", LORA, tokens=9),
+    Call("lora-mul-decode", "merged_lora", "mul", LORA[:1], decoding=True),
+    Call("rank-one-expand", "lora", "expand", RANK_ONE),
+    Call("rank-one-vllora", "merged_lora", "vllora", RANK_ONE),
+    Call("rank-one-vllora-dropout", "lora", "vllora", RANK_ONE, dropout=0.1),
+    Call("rank-one-vllora-decode", "merged_lora", "vllora", RANK_ONE[:1], decoding=True),
+    Call("adapter-mul", "adapter", "mul", ADAPTER),
+    Call("adapter-vllora", "adapter", "vllora", ADAPTER, activation="gelu_new"),
+    Call("adapter-vllora-tokens", "adapter", "vllora", ADAPTER, tokens=9, activation="silu"),
+)
+KERNELS = sorted({kernel for call in CALLS for kernel in call.kernels})
+SIZES = {
+    "small": {"B": 5, "T": 13, "K": 72, "N": 72, "R": 12},
+    "paper": {"B": 512, "T": 20, "K": 768, "N": 768, "R": 128},
+}
+
+
+def case_of(call: Call, sizes: dict[str, int]) -> Case:
+    """The layer of ``call``; GPT-2's joined projection is three times as wide."""
+    case = Case(call.name, call.op, L=call.tokens, activation=call.activation, **sizes)
+    case = replace(case, N=3 * case.N) if call.op == "merged_lora" else case
+    return replace(case, B=40, T=1) if call.decoding else case
+
+
+def layer_of(call: Call, case: Case) -> Callable[..., Tensor]:
+    """The layer on the Triton backend."""
+    options = {"routing": call.routing, "relu": call.relu, "backend": "triton"}
+    if call.op == "adapter":
+        return partial(routed_adapter, **options, activation=case.activation, residual=case.residual)
+    layout = "kn" if call.op == "merged_lora" else "nk"
+    options |= {"groups": case.groups, "columns": case.columns, "weight_layout": layout, "dropout": call.dropout}
+    return partial(routed_lora_linear, **options)
+
+
+def plain_of(call: Call, case: Case) -> Callable[..., Tensor]:
+    """The layer by its definition, kernels/reference.py."""
+    if call.op == "adapter":
+        options = {"activation": case.activation, "residual": case.residual}
+        return partial(reference_adapter, routing=call.routing, relu=call.relu, **options)
+
+    def layer(x: Tensor, v: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        base = F.linear(x, weight.T if call.op == "merged_lora" else weight, bias)
+        options = {"relu": call.relu, "groups": case.groups, "columns": case.columns}
+        return reference_lora(x, v, a, b, routing=call.routing, base=base, **options)
+
+    return layer
+
+
+@contextmanager
+def launched_kernels() -> Iterator[list[str]]:
+    """The kernels launched inside the block, by name, in order."""
+    from routingvl.kernels import triton_adapter_ops, triton_ops
+
+    seen: list[str] = []
+    modules = (triton_ops, triton_adapter_ops)
+    originals = [module.launch for module in modules]
+
+    def counted(launch: Callable, kind: str, *rest):
+        seen.append(kind)
+        return launch(kind, *rest)
+
+    for module, launch in zip(modules, originals, strict=True):
+        module.launch = partial(counted, launch)
+    try:
+        yield seen
+    finally:
+        for module, launch in zip(modules, originals, strict=True):
+            module.launch = launch
+
+
+def results(layer: Callable[..., Tensor], tensors: dict[str, Tensor], dtype: torch.dtype, backward: bool) -> dict:
+    """Output y and the gradients d<name> of <y, dy> for a fixed dy, with the tensors in ``dtype``."""
+    leaves = {
+        name: tensor.detach().to(dtype).requires_grad_(tensor.requires_grad and backward)
+        for name, tensor in tensors.items()
+    }
+    y = layer(**leaves)
+    found = {"y": y.detach()}
+    if backward:
+        generator = torch.Generator().manual_seed(1)
+        dy = torch.randn(y.shape, generator=generator).to(next(iter(tensors.values())).device)
+        wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]
+        # Rounded to bfloat16, which float16 holds as exactly as float64 does.
+        grads = torch.autograd.grad(y, [leaves[name] for name in wanted], dy.bfloat16().to(y.dtype))
+        found |= {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    return found
+
+
+def missed_by(call: Call, sizes: dict[str, int], dtype: torch.dtype, device: str) -> list[str]:
+    """Run ``call``; what missed the tolerance, or was not launched, in words."""
+    case = case_of(call, sizes)
+    tensors = make_tensors(case, seed=0, dtype=torch.float64, device=device, rounded_to=dtype)
+    with launched_kernels() as launched:
+        got = results(layer_of(call, case), tensors, dtype, not call.decoding)
+    missed = [f"{kernel} was not launched" for kernel in call.kernels if kernel not in launched]
+    if call.dropout > 0:
+        return missed + [f"{name} is not finite" for name, tensor in got.items() if not tensor.isfinite().all()]
+    plain = plain_of(call, case)
+    oracle, same = (results(plain, tensors, kind, not call.decoding) for kind in (torch.float64, dtype))
+    return missed + [f"{name} {what}" for name, what in failures(got, same, oracle, dtype).items()]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the calls; 0 when all are right."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.each_kernel", description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda", help="cuda (default), or cpu in Triton's interpreter")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument("--sizes", choices=list(SIZES), default="small", help="small (default), or the paper's")
+    parser.add_argument("--only", action="append", choices=[call.name for call in CALLS], help="this call (repeatable)")
+    args = parser.parse_args(argv)
+    wrong = 0
+    for call in CALLS:
+        if args.only and call.name not in args.only:
+            continue
+        missed = missed_by(call, SIZES[args.sizes], DTYPES[args.dtype], args.device)
+        wrong += bool(missed)
+        print(f"{call.name:<24} {'; '.join(missed) or 'ok'}", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# Everything that has to be tried and measured on a GPU, in the order that answers most first. Nothing is installed: the
+# packages are used from this checkout, with the torch, triton and transformers that PYTHON (default python3) has.
+#
+#   benchmarks/gpu_run.sh                     every phase that is not done yet
+#   benchmarks/gpu_run.sh ceilings suite      these phases
+#   benchmarks/gpu_run.sh --dry-run           what each would run, and whether its program starts; needs no GPU
+#
+# Results go to $OUT (default benchmarks/results/gpu), with a log a phase. A phase that has passed leaves a file
+# PHASE.done there and is not run again; remove it to repeat the phase. Each has LIMIT seconds (default 530).
+# Exit status: 0 all passed or skipped with a reason, 1 a phase failed, 2 bad use.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-benchmarks/results/gpu}
+LIMIT=${LIMIT:-530}
+PHASES=(ceilings tests golden sanitizer suite training tune ncu demo)
+DRY=
+
+SKIPPED=77 # a phase's status when something it needs is not there: no failure, and not done either
+
+skip() { printf 'skipped: %s\n' "$*"; return "$SKIPPED"; }
+
+# Run a program, or in a dry run say so and try its --help. "python -m NAME" comes as: program NAME ARGUMENTS.
+program() {
+    local module=$1
+    shift
+    printf '+ %s -m %s %s\n' "$PYTHON" "$module" "$*"
+    if [[ -z $DRY ]]; then "$PYTHON" -m "$module" "$@"; else "$PYTHON" -m "$module" --help >/dev/null; fi
+}
+
+# Whether a program of this checkout exists; if not, say what is skipped.
+have() { [[ -f $1 ]] || skip "$1 is not in this checkout"; }
+
+# Run a tool of the CUDA toolkit on each_kernel.
+tool() {
+    local name=$1
+    shift
+    program benchmarks.each_kernel --help >/dev/null || return 1
+    printf '+ %s %s\n' "$name" "$*"
+    command -v "$name" >/dev/null || { skip "$name is not on PATH (it comes with the CUDA toolkit)"; return; }
+    [[ -n $DRY ]] || "$name" "$@"
+}
+
+phase_ceilings() { # measured limits: copy, matrix products, addmm with beta = 1 and K = 128
+    have benchmarks/ceilings.py || return
+    program benchmarks.ceilings
+}
+
+phase_tests() { # the tests marked gpu
+    program pytest -m gpu -q -p no:cacheprovider tests/test_gpu.py tests/test_triton_lora.py \
+        tests/test_triton_adapter.py tests/test_triton_suite.py -k "not golden"
+}
+
+phase_golden() { # the published code's numbers in fp32, tf32, bf16 and fp16
+    program pytest -m gpu -q -p no:cacheprovider tests/test_gpu.py tests/test_triton_golden.py -k golden
+}
+
+phase_sanitizer() { # memcheck and racecheck over one run of every kernel
+    local status=0
+    for check in memcheck racecheck; do
+        tool compute-sanitizer --tool "$check" --error-exitcode 9 "$PYTHON" -m benchmarks.each_kernel || status=$?
+    done
+    return "$status"
+}
+
+phase_suite() { # layers at the paper's shapes against the published chain, eager and compiled
+    if "$PYTHON" -m benchmarks.run --help | grep -q -- --suite; then
+        program benchmarks.run --suite gpu --output "$OUT/suite.jsonl"
+    else
+        program benchmarks.run --device cuda --dtype bfloat16 --compile --output "$OUT/suite.jsonl"
+    fi
+}
+
+phase_training() { # steps and training throughput of both recipes
+    have benchmarks/training_speed.py || return
+    program benchmarks.training_speed
+}
+
+phase_tune() { # sweep of tile configurations
+    have benchmarks/tune.py || return
+    program benchmarks.tune
+}
+
+phase_ncu() { # the two kernels that take most of the time, at the paper's size
+    tool ncu --set full --force-overwrite --export "$OUT/hottest" \
+        --kernel-name "regex:lora_forward_kernel|lora_backward_kernel" \
+        "$PYTHON" -m benchmarks.each_kernel --sizes paper --dtype bfloat16 --only lora-mul
+}
+
+phase_demo() { # the demonstration on the CPU, then its runs on the GPU: compare the two metrics
+    local runs=$OUT/demo/runs name
+    "$PYTHON" -c 'import jsonargparse, yaml, tokenizers, accelerate' || { skip "a package of the above is missing"; return; }
+    CUDA_VISIBLE_DEVICES='' program routingvl demo --quick --workers 8 --output "$OUT/demo" || return 1
+    [[ -z $DRY ]] || { program routingvl train && program routingvl evaluate; return; }
+    for config in "$runs"/*/config.yaml; do
+        name=$(basename "$(dirname "$config")")
+        program routingvl train --config "$config" --device auto --output_dir "$OUT/demo/gpu/$name" --overwrite &&
+            program routingvl evaluate "$OUT/demo/gpu/$name" --split test || return 1
+    done
+}
+
+run_phase() {
+    local name=$1 status=0
+    printf '=== %s\n' "$name"
+    if [[ -n $DRY ]]; then
+        "phase_$name" || status=$?
+        ((status == 0 || status == SKIPPED)) || printf '%s FAILED (%d)\n' "$name" "$status"
+        return "$status"
+    fi
+    [[ ! -e $OUT/$name.done ]] || { printf 'done before\n'; return 0; }
+    # A shell of its own, because timeout takes programs and not functions.
+    timeout --kill-after=10 "$LIMIT" "$BASH" "${BASH_SOURCE[0]}" --inside "$name" 2>&1 | tail -c 15000000 >"$OUT/$name.log"
+    status=${PIPESTATUS[0]}
+    tail -n 15 "$OUT/$name.log"
+    if ((status == 0)); then date -u +%FT%TZ >"$OUT/$name.done"; fi
+    if ((status != 0 && status != SKIPPED)); then printf '%s FAILED (%d)\n' "$name" "$status"; fi
+    return "$status"
+}
+
+if [[ ${1-} == --inside ]]; then "phase_$2"; exit; fi
+if [[ ${1-} == --dry-run ]]; then DRY=1 OUT=$(mktemp -d); trap 'rm -rf "$OUT"' EXIT; shift; fi
+export OUT PYTHON LIMIT
+(($#)) || set -- "${PHASES[@]}"
+for name in "$@"; do
+    [[ " ${PHASES[*]} " == *" $name "* ]] || { echo "unknown phase $name; there are: ${PHASES[*]}" >&2; exit 2; }
+done
+if [[ -z $DRY ]]; then
+    "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+        { echo "no CUDA device for $PYTHON; --dry-run needs none" >&2; exit 2; }
+    mkdir -p "$OUT"
+fi
+failed=0
+for name in "$@"; do
+    run_phase "$name" || (($? == SKIPPED)) || failed=1
+done
+exit "$failed"
