@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import Any
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its place (file or folder) when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process id: two containers that share a file system may have the same one.
+    writer = uuid.uuid4().hex[:12]
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
     try:
         yield temporary
         if temporary.is_dir() and path.exists():
             # A folder cannot be replaced in one step: the old one moves aside until the new one stands.
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            old = path.with_name(f".{path.name}.{writer}.old")
             os.replace(path, old)
             os.replace(temporary, path)
             shutil.rmtree(old)

@@ -136,7 +136,10 @@ class FeatureCache:
             write_json(path, key)
             return
         except ValueError as error:
-            raise FeatureCacheError(f"{path} is damaged ({error}); delete the folder {self.directory}") from error
+            # The folder's name is the key's digest, so its rows are good: only the explanation is lost.
+            logger.warning("%s is damaged (%s) and is written again", path, error)
+            write_json(path, key)
+            return
         if found != key:
             raise FeatureCacheError(f"{path} describes other features; delete the folder {self.directory}")
 
