@@ -91,7 +91,7 @@ def suite_of(args: argparse.Namespace) -> Suite:
 
 
 def cases_of(suite: Suite, args: argparse.Namespace) -> list[Case]:
-    """The cases named on the command line, or else the suite's; those made for the device first, as time may run out."""
+    """The cases named on the command line, or else the suite's; those made for a GPU first, as time may run out."""
     kind = torch.device(suite.device).type
     chosen = [case for case in CASES if args.levels is None or case.level in args.levels]
     if args.case:
