@@ -16,7 +16,9 @@ COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:
 
 def _label(key: Key) -> str:
     case, routing, dtype, dropout, clock = key
-    return f"{case} {routing} {dtype}" + (f" p {dropout:g}" if dropout else "") + (" gpu" if clock == "gpu" else "")
+    return (
+        f"{case} {routing} {dtype}" + (f" p {dropout:g}" if dropout else "") + (f" {clock}" if clock != "cpu" else "")
+    )
 
 
 def _speed_ups(found: Results, axes: Axes) -> int:
@@ -30,19 +32,23 @@ def _speed_ups(found: Results, axes: Axes) -> int:
 
 
 def _by_tokens(found: Results, axes: Axes) -> int:
-    """Speed-up by M = B T for each routing and op; a line joins the same layer at several sizes."""
+    """Speed-up by M = B T for each routing; a line joins the same layer at several sizes, of which it takes two."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for key, who in found.compared():
         row = found.measured[key][who, "fwdbwd"]
-        name = f"{row['op']} {key[1]} {key[2]} {who}" + (f" p {key[3]:g}" if key[3] else "")
+        sizes = " ".join(f"{letter}{row[letter]}" for letter in "KNRL")
+        name = " ".join([row.get("level", "layer"), row["op"], sizes, *_label(key).split()[1:], who])
         lines.setdefault(name, []).append((row["B"] * row["T"], found.ratio(key, who)))
+    lines = {name: points for name, points in lines.items() if len({tokens for tokens, _ in points}) > 1}
     for number, (name, points) in enumerate(lines.items()):
         xs, ys = zip(*sorted(points), strict=True)
         axes.plot(xs, ys, "o-", label=name, color=COLOURS[number % len(COLOURS)], markersize=3)
+    if not lines:
+        return 0
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="text tokens in the batch, M", ylabel="speed-up over the published chain")
-    axes.legend(fontsize=6)
-    return len(lines) // 2
+    axes.legend(fontsize=5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return len(lines) // 4
 
 
 def _overhead(found: Results, axes: Axes) -> int:

@@ -41,7 +41,7 @@ def providers(
         "triton": partial(_triton_obstacle, device),
     }
     makers: dict[str, Callable[[], Layer]] = {
-        "compile": lambda: torch.compile(layers["reference"], dynamic=False),
+        "compile": lambda: torch.compile(_compilable(case, layers["reference"]), dynamic=False),
         "peft": lambda: PeftLayer(case, dropout, device),
         "eager": partial(_ours, case, routing, dropout, "eager"),
         "triton": partial(_ours, case, routing, dropout, "triton"),
@@ -66,6 +66,11 @@ def _reference(case: Case, routing: str, dropout: float) -> Layer:
     if case.op == "lora":
         return partial(published_lora_linear, **options)
     return partial(published_merged_linear, **options, groups=case.groups, columns=case.columns)
+
+
+def _compilable(case: Case, reference: Layer) -> Layer:
+    """The reference as a compiler takes it whole."""
+    return partial(reference, mask=False) if case.op == "merged_lora" else reference
 
 
 def _ours(case: Case, routing: str, dropout: float, backend: str) -> Layer:

@@ -72,8 +72,13 @@ def published_merged_linear(
     groups: int,
     columns: Sequence[int],
     dropout: float = 0.0,
+    mask: bool = True,
 ) -> Tensor:
-    """Conv1D with a joined, grouped LoRA: weight [K, N], a [G*R, K], b [G*n, R] -> [B, T, N]."""
+    """Conv1D with a joined, grouped LoRA: weight [K, N], a [G*R, K], b [G*n, R] -> [B, T, N].
+
+    The published scatter goes through a boolean mask, at which torch.compile breaks its graph; with ``mask`` off it
+    goes through the numbers of the columns, which compile whole.
+    """
     result = F.linear(x, weight.transpose(0, 1), bias)
     t = F.linear(_drop(x, dropout), a)
     u = F.linear(_drop(v, dropout), a) if routing != "none" else None
@@ -84,7 +89,11 @@ def published_merged_linear(
     for column in columns:
         enabled[column : column + width] = True
     padded = up.new_zeros(x.shape[0] * x.shape[1], result.shape[-1])
-    padded[:, enabled] = up.reshape(-1, up.shape[-1])
+    if mask:
+        padded[:, enabled] = up.reshape(-1, up.shape[-1])
+    else:
+        numbers = torch.cat([torch.arange(column, column + width, device=x.device) for column in columns])
+        padded = padded.index_copy(1, numbers, up.reshape(-1, up.shape[-1]))
     result += padded.view(*x.shape[:-1], -1) * scaling
     return result
 

@@ -97,7 +97,7 @@ def _pair(rows: Mapping[tuple[str, str], Mapping], ours: str, name: str, digits:
 def _label(key: Key, provider: str) -> str:
     _, routing, _, dropout, clock = key
     notes = ([] if provider == "eager" else [provider]) + ([f"dropout {dropout:g}"] if dropout else [])
-    notes += [f"{clock} time"] if clock == "gpu" else []
+    notes += [f"{clock} time"] if clock != "cpu" else []
     return f"{routing} ({', '.join(notes)})" if notes else routing
 
 

@@ -91,12 +91,13 @@ def suite_of(args: argparse.Namespace) -> Suite:
 
 
 def cases_of(suite: Suite, args: argparse.Namespace) -> list[Case]:
-    """The cases named on the command line, or else the suite's."""
+    """The cases named on the command line, or else the suite's; those made for a GPU first, as time may run out."""
     kind = torch.device(suite.device).type
     chosen = [case for case in CASES if args.levels is None or case.level in args.levels]
     if args.case:
         return [case for case in chosen if case.name in args.case]
-    return [case for case in chosen if kind in case.devices and (case.quick or not suite.quick)]
+    chosen = [case for case in chosen if kind in case.devices and (case.quick or not suite.quick)]
+    return sorted(chosen, key=lambda case: len(case.devices))
 
 
 class Bench:

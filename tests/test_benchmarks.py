@@ -154,6 +154,26 @@ def test_without_a_compiler_the_reason_is_said(
     assert "Not measured, 1 time(s): compile: torch.compile needs a C++ compiler" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_the_reference_compiles_whole(case: Case) -> None:
+    """No graph break in the compiled baseline, which would make it look slower than it is."""
+    given = make_tensors(case, seed=3, dtype=torch.float64, device="cpu")
+    inside = providers_module._compilable(case, providers(case, "vllora", 0.0, "cpu", ())[0]["reference"])
+    torch.compiler.reset()
+    compiled = torch.compile(inside, backend="aot_eager", fullgraph=True, dynamic=False)
+    assert_as_good_as(compiled, definition(case, "vllora"), given)
+
+
+def test_the_gpu_suite_by_its_passes(tiny: None, tmp_path: Path) -> None:
+    """On a CPU its two clocks are one, so that three of its passes are left."""
+    output = tmp_path / "rows.jsonl"
+    command = ["--suite", "gpu", "--device", "cpu", "--provider", "eager", "--repeats", "1", "--routing", "mul"]
+    assert main([*command, "--output", str(output)]) == 0
+    rows, _ = read(output)
+    passes = dict.fromkeys((row["dtype"], row["dropout"]) for row in rows if row["case"] == "tiny_lora")
+    assert list(passes) == [("bfloat16", 0.0), ("bfloat16", 0.1), ("float32", 0.0)]
+
+
 def test_a_spent_time_limit_is_said(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--quick", "--routing", "mul", "--time-limit", "1e-9"]) == 0
     assert "Not measured, 2 time(s): all: time limit" in capsys.readouterr().out
@@ -322,6 +342,8 @@ def test_report_names_what_is_no_result(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_gpu_suite_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert SUITES["gpu"].time_limit < 530
+    args = run.build_parser().parse_args(["--suite", "gpu"])
+    assert run.cases_of(run.suite_of(args), args)[0].name == "roberta_lora_m10240"
     for command in (["--device", "cuda"], ["--suite", "gpu"]):
         if not torch.cuda.is_available():
             with pytest.raises(SystemExit):
