@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -45,10 +46,25 @@ def triton_obstacle(device_type: str) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+@cache
+def interpreter_multiplies_bfloat16() -> bool:
+    """Whether ``tl.dot`` of bfloat16 is right in Triton's interpreter, found by one small product.
+
+    Up to Triton 3.9 it multiplies the bit patterns as integers.
+    """
+    from .selfcheck import bfloat16_dot_error  # here, because it needs triton
+
+    with _interpreter_lock:
+        return bfloat16_dot_error() == 0
+
+
 def call_obstacle(dtype: torch.dtype | None, width: int | None) -> str | None:
     """Why the Triton kernels cannot run on tensors of this dtype with a code of this width, or None when they can."""
     if dtype is not None and dtype not in FUSED_DTYPES:
         return f"the Triton kernels do not compute in {dtype}"
+    if dtype == torch.bfloat16 and interpreted() and not interpreter_multiplies_bfloat16():
+        return "Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16 there"
     if width is not None and width > MAX_RANK:
         return f"the Triton kernels take codes up to {MAX_RANK} wide, this one is {width} (groups times rank)"
     return None
