@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ def _square_kernel(x_ptr, y_ptr, SIDE: tl.constexpr):
     tl.store(y_ptr + places, tl.dot(x, x))
 
 
+@cache
 def bfloat16_dot_error(device: str = "cpu") -> float:
     """Largest error of ``tl.dot`` on a product of bfloat16 matrices [16, 16] of small integers, which is exact."""
     x = (torch.arange(SIDE * SIDE, dtype=torch.float32, device=device).reshape(SIDE, SIDE) % 7 - 3).bfloat16()

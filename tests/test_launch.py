@@ -216,3 +216,39 @@ def test_a_wrong_self_check_leads_to_eager(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(launch, "interpreter_multiplies_bfloat16", lambda: False)
     assert launch.call_obstacle(torch.float32, 16) is None
     assert "multiplies bfloat16 wrongly" in launch.call_obstacle(torch.bfloat16, 16)
+
+
+@needs_triton
+def test_what_fits_nowhere_is_in_the_reason_and_in_the_report(
+    gpu_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch import nn
+
+    from routingvl.layers import RoutedLoRALinear
+    from routingvl.surgery import trainable_report
+
+    monkeypatch.setattr(launch, "_first_fit", {})
+    layer = RoutedLoRALinear(nn.Linear(8, 8), routing="mul", rank=4, alpha=4)
+    assert select_backend("cuda") == ("triton", "default on 'cuda' devices")
+
+    def attempt(tile):
+        raise triton.OutOfResources(300_000, 1, "shared memory")
+
+    with pytest.raises(launch.NoTileFitsError) as raised:
+        launch.launch("lora_backward", tiles_for("lora_backward", 128, "half", False, "sm_90"), attempt)
+    for part in (
+        "no tile of lora_backward",
+        "no gradients",
+        "ROUTINGVL_BACKEND=eager",
+        "model.backend",
+        "smaller rank",
+    ):
+        assert part in str(raised.value)
+    assert launch.unfit_kernels() == ("lora_backward",)
+    name, reason = select_backend("cuda")
+    assert name == "triton"
+    assert str(raised.value) in reason
+    assert select_backend("cuda", "eager") == ("eager", "backend='eager'")
+    monkeypatch.setattr(launch, "triton_obstacle", lambda device_type: None)
+    layer.backend = "triton"
+    assert str(raised.value) in trainable_report(layer).layers[0].reason
