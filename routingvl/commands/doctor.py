@@ -102,7 +102,7 @@ def try_kernels(device: str, rank: int = 128) -> str:
     for (layer, tensors), routing in itertools.product(layers, ("mul", "vllora")):
         try:
             layer(*tensors, routing=routing, backend="triton").sum().backward()
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             problems.append(str(error))
     problems += [f"no tile of {kind} fits this device" for kind in unfit_kernels() if kind not in " ".join(problems)]
     if problems:
