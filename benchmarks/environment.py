@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 # What a timing depends on; a change elsewhere in the checkout does not make it dirty.
-MEASURED_PATHS = ("kernels", "benchmarks/*.py")
+MEASURED_PATHS = ("kernels", "routingvl", "benchmarks/*.py")
 
 
 def _version(package: str) -> str | None:

@@ -95,12 +95,15 @@ def project_lora_images(
     row = find_routing(routing)
     if not row.uses_image or not has_closed_form(row, v.shape[1], relu, placement):
         return None
-    v, down, up = cast_for_autocast(v.device.type, v, _joined(a), _stacked(b))
-    name, _ = select_backend(v.device.type, backend, dtype=v.dtype, width=a[0].shape[0])
-    with without_autocast(v.device.type):
+    device = v.device.type
+    v, down = cast_for_autocast(device, v, _joined(a))
+    name, _ = select_backend(device, backend, dtype=v.dtype, width=a[0].shape[0])
+    factored = is_rank_one(row, v.shape[1]) and not (relu and name == "triton")
+    up = cast_for_autocast(device, _stacked(b))[0] if factored else None
+    with without_autocast(device):
         code = F.linear(v, down)
         factors = None
-        if is_rank_one(row, v.shape[1]) and not (relu and name == "triton"):
+        if factored:
             width, inputs = a[0].shape
             u = code.view(v.shape[0], len(a), width).transpose(0, 1)
             factors = _lora_factors(

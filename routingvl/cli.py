@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "score a run on a split and write its predictions"),
     "caption": ("caption", "caption image files with a run"),
     "answer": ("answer", "answer a question about an image with a run"),
+    "cache-features": ("cache_features", "run the frozen ViT once over the images of a run and keep its output"),
     "prepare-data": ("prepare_data", "derive every annotation file from the official COCO and VQAv2 files"),
     "demo": ("demo", "train and compare every routing function on a small embedded data set"),
     "benchmark": ("benchmark", "time the bottleneck operations against their alternatives"),

@@ -41,9 +41,10 @@ class Predictor:
             raise ConfigError("this run answers questions; use routingvl answer, or a captioning run")
         size, captions = self.config.eval.batch_size, []
         for start in range(0, len(images), size):
-            pixels = torch.stack([self.task.preprocessor(path) for path in images[start : start + size]])
+            pictures = self.task.encode_files(images[start : start + size])
             with torch.inference_mode(), self.accelerator.autocast():
-                captions += self.task.write(self.config.eval.num_beams, pixel_values=pixels.to(self.accelerator.device))
+                inputs = self.task.model_inputs(pictures, self.accelerator.device)
+                captions += self.task.write(self.config.eval.num_beams, **inputs)
         return captions
 
     def answer(self, image: str | Path, question: str, top: int = 5) -> list[tuple[str, float]]:
@@ -55,7 +56,8 @@ class Predictor:
         if top < 1:
             raise ConfigError(f"top={top} must be at least 1")
         item = {"image_id": 0, "question_id": 0, "question": question, "target": None}
-        batch = self.task.collator()([item | {"pixel_values": self.task.preprocessor(image)}])
+        pictures = {key: rows[0] for key, rows in self.task.encode_files([image]).items()}
+        batch = self.task.collator()([item | pictures])
         with torch.inference_mode(), self.accelerator.autocast():
             probabilities = self.task.probabilities(batch)[0]
         best = probabilities.topk(min(top, len(probabilities)))

@@ -80,6 +80,8 @@ class DataConfig:
         padding: pad texts to the longest of their batch (longest) or to max_text_length (max_length).
         on_bad_image: an unreadable image stops the run (fail) or drops its example and is counted (skip).
         precompute_features: run the frozen ViT once an image at the start and keep its output in memory.
+        feature_cache: folder that keeps the ViT's output of each image for all runs; missing images are added first.
+        feature_dtype: type in which features are kept: float32, float16 or bfloat16.
         feature_batch_size: images a batch while features are computed.
         workers: processes that load batches; 0 loads in the training process.
         train_limit: use only the first so many captions or questions for training.
@@ -95,6 +97,8 @@ class DataConfig:
     padding: str = "longest"
     on_bad_image: str = "fail"
     precompute_features: bool = False
+    feature_cache: str | None = None
+    feature_dtype: str = "float32"
     feature_batch_size: int = 64
     workers: int = 0
     train_limit: int | None = None
@@ -103,8 +107,16 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_choice("padding", self.padding, ("longest", "max_length"))
         check_choice("on_bad_image", self.on_bad_image, ("fail", "skip"))
+        check_choice("feature_dtype", self.feature_dtype, ("float32", "float16", "bfloat16"))
+        if self.feature_cache == "":
+            raise ConfigError("feature_cache is empty; name a folder, or null for none")
         _check_at_least(self, 1, "max_text_length", "feature_batch_size", "train_limit", "val_limit")
         _check_at_least(self, 0, "workers")
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether the ViT runs once an image, before the first step, instead of in each step."""
+        return self.precompute_features or self.feature_cache is not None
 
 
 @dataclass(frozen=True)
@@ -261,11 +273,14 @@ class RunConfig:
             paths = {key: value for key in keys if (value := getattr(part, key)) and os.path.exists(value)}
             return dataclasses.replace(part, **{key: os.path.abspath(value) for key, value in paths.items()})
 
+        data = resolved(self.data, "annotations", "images", "answers")
+        if data.feature_cache is not None:  # may still be to make
+            data = dataclasses.replace(data, feature_cache=os.path.abspath(data.feature_cache))
         return dataclasses.replace(
             self,
             output_dir=os.path.abspath(self.output_dir),
             model=resolved(self.model, "vision", "text", "tokenizer"),
-            data=resolved(self.data, "annotations", "images", "answers"),
+            data=data,
         )
 
     def check_files(self) -> None:
@@ -277,6 +292,8 @@ class RunConfig:
                     raise ConfigError(f"data.{key} is not set; give --data.{key} PATH or set it in the config file")
             elif not os.path.exists(value):
                 raise ConfigError(f"data.{key}: {value} does not exist; correct the path or run routingvl prepare-data")
+        if (cache := self.data.feature_cache) is not None and os.path.exists(cache) and not os.path.isdir(cache):
+            raise ConfigError(f"data.feature_cache: {cache} is a file; name a folder")
 
 
 PARTS = {

@@ -11,18 +11,19 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
 from routingvl.config import ConfigError, check_choice
 from routingvl.data.coco import CaptionDataset, CaptionSplit, load_captions
-from routingvl.data.collate import IGNORED, CaptionCollator, VQACollator, collate_images
+from routingvl.data.collate import IGNORED, CaptionCollator, VQACollator
+from routingvl.data.encode import FeatureStore
 from routingvl.data.files import DataError
-from routingvl.data.images import ImageDataset, ImagePreprocessor, ImageRecord
+from routingvl.data.images import ImagePreprocessor, ImageRecord
 from routingvl.data.tokens import TokenTable
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
 from routingvl.data.vqa import VQADataset, VQASplit, load_vqa
@@ -110,35 +111,33 @@ class Task(ABC):
             if dataset is not None and dataset.texts:
                 dataset.tokens = TokenTable(dataset.texts, encode)
 
-    def precompute(self, images: Iterable[ImageRecord]) -> None:
-        """Run the frozen ViT once over ``images`` if the config says so; the features stay on the CPU."""
-        data = self.config.data
-        new = [image for image in {i.image_id: i for i in images}.values() if image.image_id not in self.features]
-        if not data.precompute_features or not new:
-            return
-        process = PartialState()
-        mine = new[process.process_index :: process.num_processes]
-        loader = DataLoader(
-            ImageDataset(mine, self.preprocessor, on_bad_image=data.on_bad_image),
-            data.feature_batch_size,
-            num_workers=data.workers,
-            collate_fn=collate_images,
-            generator=_own_rng(),
-        )
-        encoded: dict[int, torch.Tensor] = {}
-        self.model.eval()
-        for batch in loader:
-            if batch is not None:
-                features = self.model.encode_images(batch["pixel_values"].to(self.model.device)).float().cpu()
-                # A tensor for each image, so that sending one to another process does not send its whole batch.
-                encoded |= {i: f.clone() for i, f in zip(batch["image_ids"], features, strict=True)}
-        for part in gather_object([encoded]):
-            self.features |= part
+    def precompute(self, images: Iterable[ImageRecord], progress: bool = False) -> None:
+        """Have the features of ``images`` at hand if the config says that features are kept; see FeatureStore.load."""
+        new = [image for image in images if image.image_id not in self.features]
+        if self.config.data.keeps_features and new:
+            self.features |= self.feature_store.load(new, progress=progress)
+
+    @cached_property
+    def feature_store(self) -> FeatureStore:
+        """Computes and keeps the features of images, in memory or in ``data.feature_cache``."""
+        model = self.model
+        return FeatureStore(model.encode_images, model.vit, model.vision_features, self.preprocessor, self.config.data)
+
+    def encode_files(self, paths: Sequence[str | os.PathLike[str]]) -> dict[str, torch.Tensor]:
+        """Image files as an input of the model: ``pixel_values`` or, with a feature cache, ``vision_features``.
+
+        Raises ImageError naming a file that cannot be read.
+        """
+        if self.config.data.feature_cache is None:
+            return {"pixel_values": torch.stack([self.preprocessor(path) for path in paths])}
+        images = [ImageRecord(i, os.fspath(path), Path(path)) for i, path in enumerate(paths)]
+        features = self.feature_store.load(images, on_bad_image="fail")
+        return {"vision_features": torch.stack([features[i] for i in range(len(images))])}
 
     @property
     def picture_arguments(self) -> dict[str, Any]:
         """How data sets get at an image: stored features, or its file."""
-        features = self.features if self.config.data.precompute_features else None
+        features = self.features if self.config.data.keeps_features else None
         return {
             "preprocessor": self.preprocessor,
             "features": features,
@@ -151,14 +150,15 @@ class Task(ABC):
         return sum(d.skipped for d in (self.train_set, self.val_set) if d is not None)
 
     def loader(self, dataset: Dataset, batches: Iterable[list[int]]) -> DataLoader:
-        """Batches of the given index lists, in order."""
-        if self.config.data.workers:
+        """Batches of the given index lists, in order; worker processes serve only to read images."""
+        workers = 0 if self.config.data.keeps_features else self.config.data.workers
+        if workers:
             # The tokenizer's own threads do not survive the fork into a worker, and it would warn in each.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         return DataLoader(
             dataset,
             batch_sampler=batches,
-            num_workers=self.config.data.workers,
+            num_workers=workers,
             collate_fn=self.collator(),
             pin_memory=self.model.device.type == "cuda",
             # Its own generator: making an iterator would otherwise draw from the one dropout uses.

@@ -136,6 +136,8 @@ def frozen_weights_lowered(task: Task, accelerator: Accelerator, keep: bool) -> 
     if dtype is None:
         yield
         return
+    # On its device first, because a cast copy of a shared weight is no parameter and would not move with the model.
+    task.model.to(accelerator.device)
     restore = lower_frozen_weights(task.model.language_model, dtype, keep=keep)
     try:
         yield

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,3 +86,12 @@ def test_training_with_lowered_weights_changes_no_result(tmp_path, task, monkeyp
     for key, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32
         assert parameter.requires_grad or torch.equal(parameter, before[key])
+
+
+def test_the_model_is_on_its_device_before_shared_weights_are_cast():
+    # A cast copy of a shared weight is a plain tensor, which model.to would leave behind.
+    model = captioner(RoutingConfig(rank=4))
+    accelerator = SimpleNamespace(mixed_precision="bf16", device=torch.device("meta"))
+    with train_module.frozen_weights_lowered(SimpleNamespace(model=model), accelerator, keep=False):
+        head = model.gpt.lm_head.weight
+        assert (head.device.type, head.dtype) == ("meta", torch.bfloat16)

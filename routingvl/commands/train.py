@@ -9,6 +9,7 @@ from pathlib import Path
 from routingvl.commands import say
 from routingvl.config import ConfigError
 from routingvl.config_file import config_from_namespace, config_parser
+from routingvl.run_config import override
 
 EXAMPLE = "routingvl train --config configs/vqa-lora.yaml --train.lr 3e-4 --routing.rank 64 --output_dir runs/rank64"
 
@@ -24,8 +25,11 @@ def run(args: Sequence[str]) -> int:
     parser.add_argument("--resume", metavar="RUN", help="Continue this run folder from its last state, exactly.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the run folder when it is not empty.")
     parser.add_argument("--quiet", action="store_true", help="Print nothing but errors and the result.")
+    parser.add_argument("--feature-cache", metavar="FOLDER", help="Short for --data.feature_cache FOLDER.")
     namespace = parser.parse_args(with_config_of_resumed_run(list(args)))
     config = config_from_namespace(namespace)
+    if namespace.feature_cache is not None:
+        config = override(config, feature_cache=namespace.feature_cache)
 
     from routingvl.train import train
 

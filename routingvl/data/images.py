@@ -1,6 +1,6 @@
 """Images: reading with Pillow, preprocessing as the frozen ViT expects, and the datasets' way to a picture.
 
-    load_image(path) -> PIL.Image (mode RGB)                                        ImageError names the file
+    load_image(path, data=None) -> PIL.Image (mode RGB)                             ImageError names the file
     ImagePreprocessor(size, mean, std, resample=2, rescale=1/255)
         .from_pretrained(folder or hub name), .from_dict(config), .to_dict()
         (PIL image or path) -> float32 [3, H, W]
@@ -8,7 +8,7 @@
     PictureSource(preprocessor=None, features=None, on_bad_image="fail")    used by every dataset, as .pictures
         (ImageRecord) -> {"pixel_values": [3, H, W]} | {"vision_features": [L, d]} | None when skipped
         .skipped, .reset_skipped()
-    ImageDataset(records, preprocessor, on_bad_image="fail")                one item an image, to precompute features
+    ImageDataset(records, preprocessor, on_bad_image="fail", known=())      one item an image, to compute features
 
 Values are bit for bit those of transformers' ``ViTImageProcessorPil``; torchvision is never needed. EXIF rotation is
 not applied, as there.
@@ -16,10 +16,11 @@ not applied, as there.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from routingvl.data.feature_cache import file_digest, file_stat
 from routingvl.data.files import DataError
 
 logger = logging.getLogger(__name__)
@@ -44,13 +46,15 @@ class ImageError(ValueError):
     """An image is missing or cannot be decoded; the message names the file."""
 
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
+def load_image(path: str | os.PathLike[str], data: bytes | None = None) -> Image.Image:
     """Read and decode an image completely, as RGB, whatever its mode (grey, 16-bit, palette, alpha, CMYK).
+
+    ``data`` is the content of the file when it has been read already.
 
     Raises :class:`ImageError`, naming the file, when it is missing, truncated or not an image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if data is None else io.BytesIO(data)) as image:
             image.load()
             return to_rgb(image)
     except FileNotFoundError as error:
@@ -265,21 +269,34 @@ class PictureSource:
                 return {"vision_features": get(image.image_id)}
             except KeyError as error:
                 raise DataError(f"no stored features for image {image.image_id} ({image.file_name})") from error
+        return {"pixel_values": self.preprocessor(self._path(image))}
+
+    @staticmethod
+    def _path(image: ImageRecord) -> Path:
         if image.path is None:
             raise DataError(f"image {image.file_name} is needed, but its split was loaded without an image folder")
-        return {"pixel_values": self.preprocessor(image.path)}
+        return image.path
 
 
 class ImageDataset(Dataset):
-    """One item an image: ``{"image_id": int, "pixel_values": float32 [3, H, W]}``, or None for a skipped image.
+    """One item an image, or None for a skipped one; made for running the frozen ViT once over the images of a split.
 
-    Made for running the frozen ViT once over the ``images`` of a split; collate with
-    :func:`routingvl.data.collate.collate_images`.
+    Items are ``{"image_id": int, "digest": SHA-256 of the file, "stat": as of file_stat or None when the file changed
+    meanwhile, "pixel_values": float32 [3, H, W]}``. The file is read once, so the digest belongs to the very bytes that
+    are decoded. An image whose digest is in ``known`` is not decoded: it has no ``pixel_values``. Collate items that
+    have them with :func:`routingvl.data.collate.collate_images`.
     """
 
-    def __init__(self, records: Sequence[ImageRecord], preprocessor: ImagePreprocessor, on_bad_image: str = "fail"):
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        preprocessor: ImagePreprocessor,
+        on_bad_image: str = "fail",
+        known: Collection[bytes] = (),
+    ):
         self.records = list(records)
-        self.pictures = PictureSource(preprocessor, on_bad_image=on_bad_image)
+        self.pictures = _FilePictures(preprocessor, on_bad_image=on_bad_image)
+        self.pictures.known = known
 
     def __len__(self) -> int:
         return len(self.records)
@@ -288,3 +305,24 @@ class ImageDataset(Dataset):
         record = self.records[index]
         picture = self.pictures(record)
         return None if picture is None else {"image_id": record.image_id, **picture}
+
+
+class _FilePictures(PictureSource):
+    """Pictures together with what identifies their file."""
+
+    known: Collection[bytes] = ()
+
+    def _read(self, image: ImageRecord) -> dict[str, Any]:
+        path = self._path(image)
+        try:
+            before = file_stat(path)
+            data = path.read_bytes()
+            after = file_stat(path)
+        except FileNotFoundError as error:
+            raise ImageError(f"image {path} does not exist") from error
+        except OSError as error:
+            raise ImageError(f"image {path} cannot be read: {error}") from error
+        item: dict[str, Any] = {"digest": file_digest(data), "stat": after if before == after else None}
+        if item["digest"] not in self.known:
+            item["pixel_values"] = self.preprocessor(load_image(path, data))
+        return item

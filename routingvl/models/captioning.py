@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.activations import NewGELUActivation
 
 from routingvl.config import RoutingConfig, check_choice
 from routingvl.models.base import ModelOutput, RoutedVLModel
@@ -58,6 +59,7 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
             backend=backend,
         )
         self.caption_loss = caption_loss
+        _fuse_activation(text)
 
     @staticmethod
     def load_text(name: str) -> nn.Module:
@@ -189,6 +191,14 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         start = torch.full((batch, 1), self.gpt.config.bos_token_id, dtype=torch.long, device=features.device)
         ids = start if input_ids is None else torch.cat([start, input_ids], dim=1)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _fuse_activation(text: nn.Module) -> None:
+    """Give GPT-2 torch's GELU with tanh, one pass over memory, for transformers' eight operations of that formula."""
+    for module in list(text.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

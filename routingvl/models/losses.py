@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 IGNORED = -100  # label that does not count
 # Logits that exist at one time: 64 MiB in float32, which is 333 rows of GPT-2's vocabulary.
 CHUNK_ELEMENTS = 2**24
+CACHED_ROWS = 8  # rows of logits whose softmax is computed together on a CPU
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
@@ -62,18 +63,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=exact) if weight_grad else None
         for start in range(0, hidden.shape[0], chunk):
             rows, labels = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = torch.mm(rows, weight.t()).to(exact)
-            # In place, because fresh memory of this size costs more time than the arithmetic.
-            logits.sub_(logits.amax(dim=1, keepdim=True))
-            right = logits.gather(1, labels)
-            sums = logits.exp_().sum(dim=1, keepdim=True)
-            total += (sums.log() - right).sum()
-            if not (hidden_grad or weight_grad):
-                continue
-            # From here on the gradient with respect to the logits: softmax - 1 at the target.
-            gradient = logits.div_(sums)
-            gradient.scatter_add_(1, labels, gradient.new_full(labels.shape, -1.0))
-            gradient = gradient.to(hidden.dtype)
+            logits = torch.mm(rows, weight.t())
+            gradient = logits if hidden_grad or weight_grad else None  # takes the place of what is no longer needed
+            # A few rows at a time stay in a CPU's cache through all of it; a GPU would rather have them all.
+            block = CACHED_ROWS if logits.device.type == "cpu" else chunk
+            for first in range(0, len(rows), block):
+                part = slice(first, first + block)
+                total += _softmax_loss(
+                    logits[part].to(exact), labels[part], None if gradient is None else gradient[part]
+                )
             if hidden_grad:
                 torch.mm(gradient, weight, out=dhidden[start : start + chunk])
             if weight_grad:
@@ -98,3 +96,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
             ]
         return (*gradients, None, None, None, None)
+
+
+def _softmax_loss(logits: Tensor, labels: Tensor, gradient: Tensor | None) -> Tensor:
+    """Summed loss of logits [m, V] and labels [m, 1]; d loss / d logits goes into ``gradient``, if given."""
+    shifted = logits - logits.amax(dim=1, keepdim=True)
+    right = shifted.gather(1, labels)
+    sums = shifted.exp_().sum(dim=1, keepdim=True)
+    if gradient is not None:
+        # softmax - 1 at the target
+        shifted.div_(sums).scatter_add_(1, labels, shifted.new_full(labels.shape, -1.0))
+        gradient.copy_(shifted)
+    return (sums.log() - right).sum()

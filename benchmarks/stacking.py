@@ -1,0 +1,167 @@
+"""What projecting the image for all layers at once gains over every layer doing it by itself.
+
+    python -m benchmarks.stacking --threads 2 --output results.jsonl
+
+One model of random weights, its context switched between the two ways, in turns: a training step (forward and backward
+pass, features given) of ViT + RoBERTa and of ViT + GPT-2, and a beam search. Before anything is timed, the gate: both
+ways must give the same loss and gradients, or the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from routingvl.config import RoutingConfig
+from routingvl.kernels import ROUTINGS
+from routingvl.models import ViTGPT2ForCaptioning, ViTRobertaForVQA
+
+from .environment import describe_environment
+from .gate import relative_rms
+from .timing import Timer
+
+WAYS = {"stacked": True, "per_layer": False}
+SIZES = {"base": (768, 12, 12, 50257), "tiny": (64, 2, 4, 500)}  # width, layers, heads, vocabulary
+TASKS = {"vqa": (32, 10), "caption": (8, 13), "generate": (8, 15)}  # batch, tokens
+# Largest relative RMS difference of a gradient: the two ways sum in another order, in float32.
+TOLERANCE = 1e-4
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stacking", description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="tiny models, to try the script out")
+    parser.add_argument("--task", action="append", choices=list(TASKS), help="only this (repeatable; default: all)")
+    parser.add_argument("--routing", action="append", choices=list(ROUTINGS), help="repeatable (default add, vllora)")
+    parser.add_argument("--method", choices=["lora", "adapter"], default="lora", help="default lora")
+    parser.add_argument("--rank", type=int, default=128, help="rank of the bottlenecks (default 128)")
+    parser.add_argument("--repeats", type=int, default=9, help="timed turns of each way (default 9)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1, whose CPU time is measured)")
+    parser.add_argument("--output", type=Path, help="append the rows to this file (JSON lines)")
+    return parser
+
+
+def build_model(task: str, size: str, routing: RoutingConfig) -> nn.Module:
+    """The model of a task with random weights, bottlenecks included, and without its ViT."""
+    from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
+
+    torch.manual_seed(0)
+    width, layers, heads, vocabulary = SIZES[size]
+    if task == "vqa":
+        shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        text = RobertaModel(RobertaConfig(vocab_size=vocabulary, intermediate_size=4 * width, **shape))
+        model = ViTRobertaForVQA.from_backbones(None, text, routing, num_labels=3129 if size == "base" else 50)
+    else:
+        shape = {"n_embd": width, "n_layer": layers, "n_head": heads, "vocab_size": vocabulary}
+        text = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **shape))
+        model = ViTGPT2ForCaptioning.from_backbones(None, text, routing)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.02)
+    return model.eval()  # without dropout, which would draw other masks each time
+
+
+def make_call(task: str, model: nn.Module) -> Callable[[], Tensor]:
+    """What is timed: a training step that returns its loss, or a beam search that returns its tokens."""
+    batch, tokens = TASKS[task]
+    random = torch.Generator().manual_seed(1)
+    text = model.language_model
+    features = torch.randn(batch, 1, model.vision_width, generator=random)
+    if task == "generate":
+        length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "num_beams": 5}
+        return torch.no_grad()(lambda: model.generate(vision_features=features, **length))
+    ids = torch.randint(3, text.config.vocab_size, (batch, tokens), generator=random)
+    inputs = {"vision_features": features, "input_ids": ids, "labels": ids, "return_logits": False}
+    if task == "vqa":
+        labels = torch.rand(batch, model.num_labels, generator=random)
+        inputs = {"vision_features": features, "input_ids": ids, "labels": labels}
+
+    def step() -> Tensor:
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def differences(model: nn.Module, call: Callable[[], Tensor]) -> float:
+    """Largest relative RMS difference between the two ways, over the result and every gradient."""
+    found = []
+    for stacked in WAYS.values():
+        model.context.stacked = stacked
+        result = call()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append([result, *gradients])
+    if found[0][0].shape != found[1][0].shape or len(found[0]) != len(found[1]):
+        return float("inf")
+    return max(relative_rms(left, right) for left, right in zip(*found, strict=True))
+
+
+def measure(task: str, routing: str, args: argparse.Namespace) -> dict:
+    """One row: seconds a step or a caption search each way, and the gain."""
+    config = RoutingConfig(method=args.method, routing=routing, rank=args.rank)
+    model = build_model(task, "tiny" if args.quick else "base", config)
+    call = make_call(task, model)
+    timer = Timer(torch.device("cpu"), args.threads)
+    batch, tokens = TASKS[task]
+    row = {"case": f"stacking_{task}", "method": args.method, "routing": routing, "R": args.rank, "B": batch}
+    row |= {"T": tokens, "dtype": "float32", "worst_error": differences(model, call)}
+    environment = describe_environment(timer.device, args.threads)
+    if not row["worst_error"] <= (0 if task == "generate" else TOLERANCE):
+        return {**row, "gate": "failed", **environment}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for repeat in range(args.repeats):
+        for way in list(WAYS)[:: 1 if repeat % 2 else -1]:
+            model.context.stacked = WAYS[way]
+            seconds[way].append(timer(call)[0])
+    gains = torch.tensor(seconds["per_layer"]) / torch.tensor(seconds["stacked"])
+    low, middle, high = (round(gains.quantile(q).item(), 4) for q in (0.2, 0.5, 0.8))
+    return {
+        **row,
+        **{f"{way}_ms_p50": round(torch.tensor(values).median().item() * 1e3, 3) for way, values in seconds.items()},
+        "gain_p20": low,
+        "gain_p50": middle,
+        "gain_p80": high,
+        "repeats": args.repeats,
+        "clock": timer.clock,
+        "gate": "passed",
+        **environment,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; 1 when the two ways differ, else 0."""
+    args = build_parser().parse_args(argv)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    rows = []
+    try:
+        for task in args.task or TASKS:
+            for routing in args.routing or ["add", "vllora"]:
+                row = measure(task, routing, args)
+                rows.append(row)
+                if row["gate"] == "failed":
+                    print(f"{task} {routing}: the two ways differ by {row['worst_error']:.1e}: not timed")
+                else:
+                    print(
+                        f"{task} {routing}: {row['stacked_ms_p50']} ms stacked, {row['per_layer_ms_p50']} ms layer by "
+                        f"layer, {row['gain_p50']}x ({row['gain_p20']} to {row['gain_p80']})"
+                    )
+    finally:
+        torch.set_num_threads(threads)
+    if args.output:
+        with args.output.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    return 1 if any(row["gate"] == "failed" for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""Training throughput with cached features against the published recipe's step, both sides in turns.
+
+    python -m benchmarks.training_speed --output results.jsonl
+
+ViT-B/16 with RoBERTa-base (VQA, batch 32) or GPT-2 (captions, batch 8), LoRA of rank 128, routing add, random weights.
+The published step sends each image through the ViT, pads texts to 20 (VQA, prefix included) or 50 tokens and keeps all
+logits, in float32. Ours is a step of any epoch after the first: features from a memory-mapped file, texts in the order
+and batches of `train.group_by_length`, the loss at supervised positions only, float32 and bfloat16. Lengths of the
+made-up texts are log-normal: captions with mean 12 and 99 % under 25 tokens, questions with mean 8.
+
+First the gate: on one batch both sides must give the same loss and gradients. A ratio is printed only then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from routingvl.config import RoutingConfig
+from routingvl.data.collate import IGNORED
+from routingvl.execution import lower_frozen_weights
+from routingvl.models import ViTGPT2ForCaptioning, ViTRobertaForVQA
+from routingvl.models.base import RoutedVLModel
+from routingvl.run_config import TrainConfig
+from routingvl.schedule import BatchOrder
+
+from .environment import describe_environment
+from .gate import relative_rms
+from .published_models import published_model, published_optimizer
+
+# width, layers, heads, vocabulary, image size, patch size, answers, rank
+SIZES = {"base": (768, 12, 12, 50257, 224, 16, 3129, 128), "tiny": (32, 2, 4, 200, 16, 8, 20, 4)}
+# batch, mean and 99th percentile of the lengths, special tokens a text, fixed text length of the published recipe
+TASKS = {"vqa": (32, 8, 16, 2, 19), "caption": (8, 12, 25, 1, 50)}
+EXAMPLES = 4000
+# Largest relative RMS error of the loss and of all gradients together, against the published step in float32.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
+# Steps of ours a round; the published side takes one.
+STEPS = {"float32": 3, "bfloat16": 6}
+
+Inputs = dict[str, Tensor]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_speed", description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="tiny models, to try the script out")
+    parser.add_argument("--task", action="append", choices=list(TASKS), help="only this (repeatable; default: both)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")
+    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda:0")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
+    parser.add_argument("--output", type=Path, help="append the rows to this file (JSON lines)")
+    return parser
+
+
+def build_model(task: str, size: str) -> RoutedVLModel:
+    """The model of a task with random weights, the bottlenecks' too."""
+    from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel, ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    width, layers, heads, vocabulary, image, patch, answers, rank = SIZES[size]
+    shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    vit = ViTModel(ViTConfig(**shape, intermediate_size=4 * width, image_size=image, patch_size=patch))
+    routing = RoutingConfig(routing="add", rank=rank, alpha=rank)
+    if task == "vqa":
+        text = RobertaModel(RobertaConfig(**shape, intermediate_size=4 * width, vocab_size=vocabulary))
+        model = ViTRobertaForVQA.from_backbones(vit, text, routing, num_labels=answers)
+    else:
+        shape = {"n_embd": width, "n_layer": layers, "n_head": heads, "vocab_size": vocabulary}
+        text = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=vocabulary - 1, eos_token_id=vocabulary - 1))
+        model = ViTGPT2ForCaptioning.from_backbones(vit, text, routing)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return model
+
+
+def text_lengths(task: str, examples: int = EXAMPLES) -> np.ndarray:
+    """Tokens of each text without special tokens: log-normal, at least 3, at most what the recipe leaves room for."""
+    _, mean, high, special, fixed = TASKS[task]
+    # mean = exp(m + s^2 / 2) and the 99th percentile = exp(m + 2.326 s), solved for s.
+    spread = 2.326 - math.sqrt(2.326**2 - 2 * math.log(high / mean))
+    drawn = np.random.default_rng(0).lognormal(math.log(mean) - spread**2 / 2, spread, examples)
+    return drawn.round().astype(int).clip(3, fixed - special)
+
+
+class Data:
+    """Made-up texts, and features of their images in a memory-mapped file."""
+
+    def __init__(self, task: str, model: RoutedVLModel, folder: Path) -> None:
+        self.task, self.model = task, model
+        self.batch, _, _, self.special, self.fixed = TASKS[task]
+        self.lengths = text_lengths(task) + self.special
+        self.random = torch.Generator().manual_seed(0)
+        vocabulary = model.language_model.config.vocab_size
+        # Token ids from 3 up: 0 is no target of the published loss, 1 pads RoBERTa's texts.
+        self.ids = [torch.randint(3, vocabulary - 1, (n,), generator=self.random) for n in self.lengths.tolist()]
+        width, file = model.vision_width, folder / f"{task}.f32"
+        np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(EXAMPLES, 1, width))[:] = torch.randn(
+            EXAMPLES, 1, width, generator=self.random
+        ).numpy()
+        self.features = np.load(file, mmap_mode="r")
+
+    def order(self) -> Iterator[list[int]]:
+        """Index lists of steps from the second epoch on."""
+        config, first = TrainConfig(batch_size=self.batch), EXAMPLES // self.batch + 1
+        return iter(BatchOrder(EXAMPLES, config, first, first + 10**6, lengths=self.lengths))
+
+    def texts(self, indices: Sequence[int], length: int | None = None, all_count: bool = False) -> Inputs:
+        """Padded texts and labels; ``length`` None pads to the longest. ``all_count``: labels for padding too."""
+        rows = [self.ids[index] for index in indices]
+        length = length or max(map(len, rows))
+        ids = torch.ones(len(rows), length, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for line, ones, row in zip(ids, mask, rows, strict=True):
+            line[: len(row)], ones[: len(row)] = row, 1
+        if self.task == "vqa":
+            labels = torch.zeros(len(rows), self.model.num_labels)
+            labels[torch.arange(len(rows)), torch.tensor(indices) % self.model.num_labels] = 1.0
+        else:
+            labels = ids if all_count else ids.masked_fill(mask == 0, IGNORED)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def images(self, count: int) -> Tensor:
+        """Images as they come out of the preprocessing: [count, 3, H, W]."""
+        size = self.model.vit.config.image_size
+        return torch.randn(count, 3, size, size, generator=self.random)
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """The precision of a side."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def gate(data: Data, reference: RoutedVLModel, ours: RoutedVLModel, dtype: str, device: torch.device) -> float:
+    """Largest relative RMS error of our loss, and of our gradients together, on one batch without dropout."""
+    indices = next(data.order())
+    texts = {key: value.to(device) for key, value in data.texts(indices).items()}
+    images = data.images(len(indices)).to(device)
+    found = []
+    for model, precision in ((reference, "float32"), (ours, dtype)):
+        model.eval()
+        inputs = (
+            {"pixel_values": images} if model is reference else {"vision_features": reference.encode_images(images)}
+        )
+        if model is ours and data.task == "caption":
+            inputs["return_logits"] = False
+        with autocast(device, precision):
+            loss = model(**inputs, **texts).loss
+        loss.backward()
+        gradients = [p.grad.flatten().float() for _, p in sorted(model.named_parameters()) if p.grad is not None]
+        found.append((loss.detach().float(), torch.cat(gradients)))
+        model.zero_grad()
+        model.train()
+    return max(relative_rms(got, want) for got, want in zip(found[1], found[0], strict=True))
+
+
+def published_step(data: Data, model: RoutedVLModel, device: torch.device) -> Callable[[list[int]], None]:
+    """One step of the published recipe, of given examples."""
+    optimizer = published_optimizer(model)
+    images = data.images(data.batch)  # read and decoded beforehand, to its advantage
+
+    def step(indices: list[int]) -> None:
+        texts = {key: value.to(device) for key, value in data.texts(indices, data.fixed, all_count=True).items()}
+        optimizer.zero_grad()
+        model(pixel_values=images.to(device), **texts).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def our_step(data: Data, model: RoutedVLModel, dtype: str, device: torch.device) -> Callable[[list[int]], None]:
+    """One step as ``routingvl train`` takes it when features are cached."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-5, eps=1e-6, weight_decay=0.0, fused=device.type == "cpu" or None)
+    lean = {"return_logits": False} if data.task == "caption" else {}
+
+    def step(indices: list[int]) -> None:
+        features = torch.from_numpy(data.features[np.asarray(indices)]).to(device)
+        texts = {key: value.to(device) for key, value in data.texts(indices).items()}
+        with autocast(device, dtype):
+            loss = model(vision_features=features, **texts, **lean).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def step_memory(step: Callable[[list[int]], None], indices: list[int], device: torch.device) -> float:
+    """MiB of tensors that a step holds at its peak beyond what is held before it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step(indices)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step(indices)
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(np.cumsum([event.nbytes() for event in events]).max(), 0) / 2**20
+
+
+def seconds(call: Callable[[], None], device: torch.device) -> float:
+    """Wall time of a call."""
+    start = time.perf_counter()
+    call()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure(task: str, args: argparse.Namespace, folder: Path) -> dict:
+    """One row: examples a second of each side, ratios to the published step, memory."""
+    device = torch.device(args.device)
+    model = build_model(task, "tiny" if args.quick else "base")
+    if task == "caption":
+        model.caption_loss = "reference"  # on both sides, so that the gate compares like with like
+    reference = published_model(model).to(device)
+    data, sides = Data(task, model, folder), {}
+    row = {"case": f"training_{task}", "routing": "add", "R": model.routing.rank, "B": data.batch}
+    environment = describe_environment(device, args.threads)
+    for dtype in STEPS:
+        ours = _without_vit(model).to(device)
+        if dtype == "bfloat16":
+            lower_frozen_weights(ours.language_model, torch.bfloat16, keep=False)
+        row[f"{dtype}_error"] = gate(data, reference, ours, dtype, device)
+        if not row[f"{dtype}_error"] <= TOLERANCES[dtype]:
+            return {**row, "gate": "failed", **environment}
+        sides[dtype] = our_step(data, ours, dtype, device)
+        if task == "caption":
+            ours.caption_loss = "sound"  # what training uses by default
+    published = published_step(data, reference, device)
+    order = data.order()
+    spent: dict[str, list[float]] = {name: [] for name in ("published", *sides)}
+    for turn in range(-1, args.rounds):  # a round to warm up
+        round_of = {"published": seconds(lambda: published(next(order)), device)}
+        for name, step in sides.items():
+            batches = [next(order) for _ in range(STEPS[name])]
+            round_of[name] = seconds(lambda step=step, batches=batches: [step(b) for b in batches], device) / len(
+                batches
+            )
+        if turn >= 0:
+            for name, value in round_of.items():
+                spent[name].append(value)
+    rates = {name: data.batch * len(values) / sum(values) for name, values in spent.items()}
+    row |= {f"{name}_examples_s": round(rate, 3) for name, rate in rates.items()}
+    for name, step in sides.items():
+        row[f"{name}_speedup"] = round(rates[name] / rates["published"], 3)
+        each = np.array(spent["published"]) / np.array(spent[name])
+        row[f"{name}_speedup_rounds"] = [round(float(value), 3) for value in np.sort(each)]
+        row[f"{name}_step_mib"] = round(step_memory(step, _typical(data), device), 1)
+    row["published_step_mib"] = round(step_memory(published, _typical(data), device), 1)
+    return {**row, "rounds": args.rounds, "clock": "wall", "gate": "passed", **environment}
+
+
+def _without_vit(model: RoutedVLModel) -> RoutedVLModel:
+    """A copy that keeps no ViT, which nothing needs once features are cached."""
+    vit, model.vit = model.vit, None
+    try:
+        return copy.deepcopy(model)
+    finally:
+        model.vit = vit
+
+
+def _typical(data: Data) -> list[int]:
+    """The longest of the first ten batches, so that the memory is not that of a lucky one."""
+    batches = [batch for batch, _ in zip(data.order(), range(10), strict=False)]
+    return max(batches, key=lambda batch: data.lengths[batch].max())
+
+
+def describe(row: dict) -> str:
+    """A row in words."""
+    if row["gate"] == "failed":
+        return f"{row['case']}: loss or gradients differ from the published step's: nothing was timed"
+    lines = [
+        f"{row['case']}: published {row['published_examples_s']} examples/s, {row['published_step_mib']} MiB a step"
+    ]
+    lines += [
+        f"  {name}: {row[f'{name}_examples_s']} examples/s = {row[f'{name}_speedup']}x "
+        f"(rounds {row[f'{name}_speedup_rounds'][0]} to {row[f'{name}_speedup_rounds'][-1]}), "
+        f"{row[f'{name}_step_mib']} MiB"
+        for name in STEPS
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; 1 when a gate stayed shut, else 0."""
+    args = build_parser().parse_args(argv)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    rows = []
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for task in args.task or TASKS:
+                rows.append(measure(task, args, Path(folder)))
+                print(describe(rows[-1]), flush=True)
+    finally:
+        torch.set_num_threads(threads)
+    if args.output:
+        with args.output.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    return 1 if any(row["gate"] == "failed" for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

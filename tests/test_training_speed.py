@@ -1,0 +1,113 @@
+"""Training throughput against the published step: its rows, its gate, and what it takes for the published step."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers.activations import NewGELUActivation
+
+from routingvl.benchmarks import published_models, training_speed
+from routingvl.layers import RoutedLoRALinear
+from routingvl.models.dropout import LaneDropout
+
+QUICK = ["--quick", "--rounds", "1", "--threads", "1"]
+
+
+def run(tmp_path, *flags):
+    path = tmp_path / "rows.jsonl"
+    status = training_speed.main([*QUICK, *flags, "--output", str(path)])
+    return status, [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_and_message(tmp_path, capsys):
+    status, rows = run(tmp_path)
+    assert status == 0
+    assert [(row["case"], row["B"], row["gate"]) for row in rows] == [
+        ("training_vqa", 32, "passed"),
+        ("training_caption", 8, "passed"),
+    ]
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert {"commit", "torch", "device", "threads", "timestamp"} <= set(row)
+        for dtype in ("float32", "bfloat16"):
+            ratio = row[f"{dtype}_examples_s"] / row["published_examples_s"]
+            assert row[f"{dtype}_speedup"] == pytest.approx(ratio, rel=1e-2)
+            assert f"= {row[f'{dtype}_speedup']}x" in printed
+            assert 0 < row[f"{dtype}_error"] <= training_speed.TOLERANCES[dtype]
+    # The published captioning step keeps all logits of 51 positions; ours holds those of the words.
+    assert rows[1]["float32_step_mib"] < rows[1]["published_step_mib"] / 2
+
+
+@pytest.mark.parametrize("task", ["vqa", "caption"])
+def test_a_wrong_layer_shuts_the_gate(task, tmp_path, capsys, monkeypatch):
+    forward = RoutedLoRALinear.forward
+    monkeypatch.setattr(RoutedLoRALinear, "forward", lambda self, x, v=None: forward(self, x, v) * 1.01)
+    status, (row,) = run(tmp_path, "--task", task)
+    assert status == 1
+    assert row["gate"] == "failed"
+    assert not [key for key in row if "speedup" in key or "examples_s" in key]
+    assert "nothing was timed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["vqa", "caption"])
+def test_published_model_computes_the_same_with_none_of_our_layers(task):
+    ours = training_speed.build_model(task, "tiny").eval()
+    theirs = published_models.published_model(ours)
+    assert not any(isinstance(module, RoutedLoRALinear) for module in theirs.modules())
+    replaced = [module for module in theirs.modules() if isinstance(module, published_models.PublishedLoRALinear)]
+    assert len(replaced) == sum(isinstance(module, RoutedLoRALinear) for module in ours.modules()) > 0
+    assert {name for name, p in theirs.named_parameters() if p.requires_grad} == {
+        name for name, p in ours.named_parameters() if p.requires_grad
+    }
+    generator = torch.Generator().manual_seed(7)
+    inputs = {
+        "pixel_values": torch.randn(2, 3, 16, 16, generator=generator),
+        "input_ids": torch.randint(3, 150, (2, 6), generator=generator),
+    }
+    logits = ours(**inputs).logits
+    torch.testing.assert_close(theirs(**inputs).logits, logits, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():  # a copy: its weights are its own
+        replaced[0].lora_B.add_(1.0)
+    assert torch.equal(ours(**inputs).logits, logits)
+
+
+def test_lengths_have_the_stated_distribution():
+    captions, questions = (training_speed.text_lengths(task, 50_000) for task in ("caption", "vqa"))
+    assert captions.mean() == pytest.approx(12, abs=0.2)
+    assert np.mean(captions < 25) == pytest.approx(0.99, abs=0.005)
+    assert questions.mean() == pytest.approx(8, abs=0.2)
+    assert questions.max() <= 17  # with two special tokens and the prefix, the recipe's 20 positions
+
+
+def test_batches_are_the_grouped_ones_and_published_texts_have_fixed_length(tmp_path):
+    data = training_speed.Data("caption", training_speed.build_model("caption", "tiny"), tmp_path)
+    order = data.order()
+    steps = [next(order) for _ in range(200)]
+    assert len({index for step in steps for index in step}) == 200 * data.batch  # no example twice in an epoch
+    padded = sum(data.texts(step)["input_ids"].numel() for step in steps)
+    assert padded < 1.15 * data.lengths[np.concatenate(steps)].sum()
+    fixed = data.texts(steps[0], data.fixed, all_count=True)
+    assert fixed["input_ids"].shape == fixed["labels"].shape == (8, 50)
+    assert torch.equal(fixed["labels"], fixed["input_ids"])
+
+
+@pytest.mark.parametrize("task", ["vqa", "caption"])
+def test_the_published_side_has_none_of_our_parts(task):
+    model = training_speed.build_model(task, "tiny")
+    reference = published_models.published_model(model)
+    kinds = {type(module) for module in reference.language_model.modules()}
+    assert LaneDropout not in kinds
+    assert not reference.context.readers
+    assert task == "vqa" or (NewGELUActivation in kinds and nn.GELU not in kinds)
+
+
+def test_memory_of_a_step_counts_what_is_alive_at_once():
+    def step(indices):
+        first = torch.ones(2**18)  # 1 MiB
+        second = first + 1
+        del first
+        torch.cat([second, second])  # 2 MiB beside 1
+
+    assert training_speed.step_memory(step, [], torch.device("cpu")) == pytest.approx(3, abs=0.01)
