@@ -75,7 +75,7 @@ phase_training() { # steps and training throughput of both recipes
 
 phase_tune() { # sweep of tile configurations
     have benchmarks/tune.py || return
-    program benchmarks.tune
+    program benchmarks.tune --output "$OUT/tiles.json"
 }
 
 phase_ncu() { # the two kernels that take most of the time, at the paper's size

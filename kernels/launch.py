@@ -45,10 +45,24 @@ def triton_obstacle(device_type: str) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def interpreter_multiplies_bfloat16() -> bool:
+    """Whether ``tl.dot`` of bfloat16 is right in Triton's interpreter, found by one small product.
+
+    Up to Triton 3.9 it multiplies the bit patterns as integers.
+    """
+    from .selfcheck import bfloat16_dot_error  # here, because it needs triton
+
+    with _interpreter_lock:
+        return bfloat16_dot_error() == 0
+
+
 def call_obstacle(dtype: torch.dtype | None, width: int | None) -> str | None:
     """Why the Triton kernels cannot run on tensors of this dtype with a code of this width, or None when they can."""
     if dtype is not None and dtype not in FUSED_DTYPES:
         return f"the Triton kernels do not compute in {dtype}"
+    if dtype == torch.bfloat16 and interpreted() and not interpreter_multiplies_bfloat16():
+        return "Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16 there"
     if width is not None and width > MAX_RANK:
         return f"the Triton kernels take codes up to {MAX_RANK} wide, this one is {width} (groups times rank)"
     return None
@@ -85,11 +99,32 @@ def _device_backend(device_type: str, backend: str | None) -> tuple[str, str]:
     if asked == "triton" and obstacle:
         raise RuntimeError(f"{source} cannot run: {obstacle}; use 'eager'")
     if asked is not None:
-        return asked, source + (", in Triton's interpreter" if asked == "triton" and device_type == "cpu" else "")
+        place = ", in Triton's interpreter" if asked == "triton" and device_type == "cpu" else ""
+        return asked, source + place + (_unfit_note() if asked == "triton" else "")
     if obstacle or device_type not in GPU_TYPES:
         return "eager", obstacle or f"default on {device_type!r} devices"
     untested = device_type == "xpu" or torch.version.hip is not None
-    return "triton", f"default on {device_type!r} devices" + (", untested there" if untested else "")
+    return "triton", f"default on {device_type!r} devices" + (", untested there" if untested else "") + _unfit_note()
+
+
+def unfit_kernels() -> tuple[str, ...]:
+    """Kernels of which a launch in this process found that no tile fits the device, in alphabetical order."""
+    return tuple(sorted({kind for (kind, tiles), first in _first_fit.items() if first == len(tiles)}))
+
+
+def _unfit_note() -> str:
+    return "".join(f"; {_unfit(kind)}" for kind in unfit_kernels())
+
+
+def _unfit(kind: str) -> str:
+    """What it means that no tile of this kernel fits, and what to do."""
+    found = f"no tile of {kind} fits this device"
+    if kind.endswith("_forward"):
+        return f"{found}: set {BACKEND_VARIABLE}=eager"
+    return (
+        f"{found}, so there are no gradients: set {BACKEND_VARIABLE}=eager or pass backend='eager' (model.backend of a "
+        "run), or take a smaller rank, and run again"
+    )
 
 
 def define_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +150,8 @@ def launch(kind: str, tiles: tuple[Tile, ...], attempt: Callable[[Tile], Result]
     """``attempt(tile)`` with the first tile whose resources the device has; it must launch its kernel first of all.
 
     Raises:
-        NoTileFitsError: none of them; in later calls without another attempt.
+        NoTileFitsError: none of them; in later calls without another attempt. :func:`unfit_kernels` remembers it, and
+            the reason that :func:`select_backend` gives says so from then on.
     """
     if interpreted():
         with _interpreter_lock:
@@ -130,7 +166,7 @@ def launch(kind: str, tiles: tuple[Tile, ...], attempt: Callable[[Tile], Result]
         _first_fit[kind, tiles] = index
         return result
     _first_fit[kind, tiles] = len(tiles)
-    raise NoTileFitsError(f"no tile of {kind} fits this device: set {BACKEND_VARIABLE}=eager")
+    raise NoTileFitsError(_unfit(kind))
 
 
 def eager_instead(error: NoTileFitsError) -> None:

@@ -3,6 +3,7 @@
 No autotuning while a model runs: a table says how many rows, columns, warps and pipeline stages a program gets, and
 what the table proposes is shrunk until it fits the device's shared memory. ``docs/kernels.md`` says what the entries
 rest on: what compiles without spilling registers (``routingvl doctor --codegen``), not measurements on a GPU.
+Measured ones come from a file, see :mod:`routingvl.kernels.tuned`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from functools import cache
 from types import MappingProxyType
 
 import torch
+
+from .tuned import tuned_key, tuned_tile
 
 DECODE_ROWS = 64  # up to so many rows a forward pass is bound by latency and takes the decode tile
 MIN_RANK, MAX_RANK = 16, 256  # tl.dot takes no smaller side; above, a code no longer fits the registers
@@ -180,8 +183,13 @@ def shrunken(tile: Tile) -> Iterator[Tile]:
     yield replace(tile, num_stages=1)
 
 
+def has_decode_tile(kind: str) -> bool:
+    """Whether few rows take a tile of their own in this kind of kernel."""
+    return kind.endswith("_forward") and not kind.startswith("rank_one")
+
+
 def _table(kind: str, precision: str, rows: int, family: str) -> _Rows:
-    if rows <= DECODE_ROWS and kind.endswith("_forward") and not kind.startswith("rank_one"):
+    if rows <= DECODE_ROWS and has_decode_tile(kind):
         kind = "decode"
     override = _OVERRIDES.get((family, kind, precision))
     if override is not None:
@@ -191,10 +199,18 @@ def _table(kind: str, precision: str, rows: int, family: str) -> _Rows:
 
 @cache
 def tiles_for(kind: str, rank: int, precision: str, decode: bool, arch: str) -> tuple[Tile, ...]:
-    """Every tile that fits the device, best first; see :func:`tile_for`."""
+    """Every tile that fits the device, best first; see :func:`tile_for`.
+
+    The first is the one of the file that ``ROUTINGVL_TILES`` names, where it has an entry, else the table's.
+
+    Raises:
+        TilesFileError: that file cannot be used.
+    """
     table = _table(kind, precision, 1 if decode else DECODE_ROWS + 1, family_of(arch))
     width = padded_rank(rank)
     first = next(tile for limit, tile in sorted(table.items()) if width <= limit)
+    tuned = tuned_tile(tuned_key(arch, kind, width, precision, decode and has_decode_tile(kind)), KINDS)
+    first = first if tuned is None else Tile(**tuned)
     element_size = 2 if precision == "half" else 4
     limit = SHARED_MEMORY.get(arch, UNKNOWN_SHARED_MEMORY)
     every = (first, *shrunken(first))

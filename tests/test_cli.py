@@ -1,6 +1,7 @@
 """The command line: speed and completeness of its help, exit statuses, messages, and every command on a tiny run."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -161,3 +162,23 @@ def test_doctor(capsys):
     assert report["bottlenecks"]["reason"]
     assert report["checks"]["transformers"] == "ViT, RoBERTa and GPT-2 import"
     assert set(report["optional packages"]) == {"tensorboard", "wandb", "peft"}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels run on a CPU only when interpreted")
+def test_doctor_tries_the_kernels(monkeypatch):
+    pytest.importorskip("triton")
+    from routingvl.commands import doctor
+    from routingvl.kernels import launch, triton_ops
+
+    assert doctor.try_kernels("cpu", rank=4) == "run forward and backward at rank 4 in float32"
+    tiles = ()
+    monkeypatch.setattr(launch, "_first_fit", {("lora_forward", tiles): len(tiles)})
+    assert doctor.try_kernels("cpu", rank=4).startswith("PROBLEM: no tile of lora_forward fits this device")
+
+    def refuse_backward(kind, *rest):
+        if kind == "lora_backward":
+            raise launch.NoTileFitsError(launch._unfit(kind))
+        return launch.launch(kind, *rest)
+
+    monkeypatch.setattr(triton_ops, "launch", refuse_backward)
+    assert "no tile of lora_backward fits this device, so there are no gradients" in doctor.try_kernels("cpu", rank=4)

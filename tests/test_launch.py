@@ -186,3 +186,69 @@ def test_without_the_interpreter_a_cpu_has_no_triton_backend() -> None:
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert "TRITON_INTERPRET=1" in done.stderr
+
+
+@needs_triton
+@pytest.mark.skipif(not interpreted(), reason="about Triton's interpreter")
+def test_bfloat16_is_not_interpreted_wrongly() -> None:
+    # A fresh process has the interpreter as Triton ships it; this one has it mended by conftest.py.
+    program = (
+        "import torch\n"
+        "from routingvl.kernels import routed_lora, select_backend\n"
+        "name, reason = select_backend('cpu', 'triton', dtype=torch.bfloat16)\n"
+        "g = torch.Generator().manual_seed(0)\n"
+        "x, v, a, b = (torch.randn(*s, generator=g).bfloat16() for s in ((2, 3, 16), (2, 1, 16), (4, 16), (16, 4)))\n"
+        "y, plain = (routed_lora(x, v, a, b, routing='mul', backend=k) for k in ('triton', 'eager'))\n"
+        "assert torch.equal(y, plain) or name == 'triton'\n"
+        "torch.testing.assert_close(y, plain, rtol=0.05, atol=0.5)\n"
+        "assert name == 'triton' or 'multiplies bfloat16 wrongly' in reason, reason\n"
+        "assert select_backend('cpu', 'triton', dtype=torch.float16)[0] == 'triton'\n"
+        "print(name)"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert select_backend("cpu", "triton", dtype=torch.bfloat16)[0] == "triton"
+
+
+def test_a_wrong_self_check_leads_to_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "interpreted", lambda: True)
+    monkeypatch.setattr(launch, "interpreter_multiplies_bfloat16", lambda: False)
+    assert launch.call_obstacle(torch.float32, 16) is None
+    assert "multiplies bfloat16 wrongly" in launch.call_obstacle(torch.bfloat16, 16)
+
+
+@needs_triton
+def test_what_fits_nowhere_is_in_the_reason_and_in_the_report(
+    gpu_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch import nn
+
+    from routingvl.layers import RoutedLoRALinear
+    from routingvl.surgery import trainable_report
+
+    monkeypatch.setattr(launch, "_first_fit", {})
+    layer = RoutedLoRALinear(nn.Linear(8, 8), routing="mul", rank=4, alpha=4)
+    assert select_backend("cuda") == ("triton", "default on 'cuda' devices")
+
+    def attempt(tile):
+        raise triton.OutOfResources(300_000, 1, "shared memory")
+
+    with pytest.raises(launch.NoTileFitsError) as raised:
+        launch.launch("lora_backward", tiles_for("lora_backward", 128, "half", False, "sm_90"), attempt)
+    for part in (
+        "no tile of lora_backward",
+        "no gradients",
+        "ROUTINGVL_BACKEND=eager",
+        "model.backend",
+        "smaller rank",
+    ):
+        assert part in str(raised.value)
+    assert launch.unfit_kernels() == ("lora_backward",)
+    name, reason = select_backend("cuda")
+    assert name == "triton"
+    assert str(raised.value) in reason
+    assert select_backend("cuda", "eager") == ("eager", "backend='eager'")
+    monkeypatch.setattr(launch, "triton_obstacle", lambda device_type: None)
+    layer.backend = "triton"
+    assert str(raised.value) in trainable_report(layer).layers[0].reason

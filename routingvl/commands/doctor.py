@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -67,6 +68,7 @@ def examine() -> dict[str, dict[str, Any]]:
         backend, reason = select_backend(device)
     except (RuntimeError, ValueError) as error:
         backend, reason = f"PROBLEM: {error}", "see above"
+    kernels = try_kernels(device) if backend == "triton" else "not in use"
     versions = package_versions()
     state = git_state()
     return {
@@ -76,13 +78,36 @@ def examine() -> dict[str, dict[str, Any]]:
             "commit": "not a checkout" if state is None else state["commit"][:12] + " (changed)" * state["dirty"],
         },
         "devices": devices,
-        "bottlenecks": {"backend": backend, "reason": reason},
+        "bottlenecks": {"backend": backend, "reason": reason, "kernels": kernels},
         "checks": {"torchvision": check_torchvision(), "transformers": check_transformers()},
         "caption metrics": check_caption_metrics(),
         "optional packages": {
             name: versions[name] or f"not installed; only {use} needs it" for name, use in OPTIONAL.items()
         },
     }
+
+
+def try_kernels(device: str, rank: int = 128) -> str:
+    """Whether the Triton kernels of training run on ``device``: one small LoRA and Adapter, forward and backward."""
+    import torch
+
+    from routingvl.kernels import routed_adapter, routed_lora
+    from routingvl.kernels.launch import unfit_kernels
+
+    x, v = torch.ones(2, 64, 128, device=device), torch.ones(2, 1, 128, device=device)
+    down = torch.zeros(rank, 128, device=device, requires_grad=True)
+    up = torch.zeros(128, rank, device=device, requires_grad=True)
+    layers = ((routed_lora, (x, v, down, up)), (routed_adapter, (x, v, down, None, up, None)))
+    problems = []
+    for (layer, tensors), routing in itertools.product(layers, ("mul", "vllora")):
+        try:
+            layer(*tensors, routing=routing, backend="triton").sum().backward()
+        except (RuntimeError, ValueError) as error:
+            problems.append(str(error))
+    problems += [f"no tile of {kind} fits this device" for kind in unfit_kernels() if kind not in " ".join(problems)]
+    if problems:
+        return f"PROBLEM: {'; '.join(dict.fromkeys(problems))}; set ROUTINGVL_BACKEND=eager"
+    return f"run forward and backward at rank {rank} in float32"
 
 
 def check_torchvision() -> str:
