@@ -10,10 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from routingvl.kernels import routed_adapter, routed_lora_linear
 from routingvl.kernels.reference import reference_adapter, reference_lora
-
-from .published import published_adapter, published_lora_linear, published_merged_linear
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,9 @@ class Case:
         B, T, L, K, N, R: batch, text tokens, visual tokens, width in, width out, rank of one projection.
         routings: the routing functions measured.
         activation, residual: of an adapter.
-        quick: part of ``--quick``.
+        quick: part of the suite "quick".
+        level: "layer" with the frozen projection around it, or "op": the bottleneck alone.
+        devices: the types of device whose suites have the case; ``--case`` runs it anywhere.
     """
 
     name: str
@@ -41,11 +40,18 @@ class Case:
     activation: str = "gelu"
     residual: bool = True
     quick: bool = False
+    level: str = "layer"
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def groups(self) -> int:
         """How many projections share the bottleneck."""
         return 2 if self.op == "merged_lora" else 1
+
+    @property
+    def takes_dropout(self) -> bool:
+        """Whether the bottleneck's inputs can be dropped: LoRA's in a layer."""
+        return self.op != "adapter" and self.level == "layer"
 
     @property
     def columns(self) -> tuple[int, ...] | None:
@@ -65,9 +71,9 @@ class Case:
         if mode == "fwdbwd":
             pairs = [self.work(part, itemsize, bottleneck=bottleneck) for part in ("fwd", "bwd")]
             return pairs[0][0] + pairs[1][0], pairs[0][1] + pairs[1][1]
-        rows, code, adapter = self.B * self.T, self.groups * self.R, self.op == "adapter"
+        rows, code = self.B * self.T, self.groups * self.R
         outputs = 2 * self.N // 3 if self.op == "merged_lora" else self.N
-        frozen = 0 if adapter else self.K * self.N
+        frozen = 0 if self.op == "adapter" or self.level == "op" else self.K * self.N
         trained = code * self.K + outputs * self.R if bottleneck else 0
         image = self.B * self.L * self.K if bottleneck else 0
         # Products with the frozen weight happen once a pass; the bottleneck's have two gradients each.
@@ -80,6 +86,7 @@ class Case:
         return 2 * products, moved * itemsize
 
 
+GPU = ("cuda",)
 CASES = (
     Case("roberta_lora_m1280", "lora", B=64, T=20, L=1, K=768, N=768, R=128, quick=True),
     Case("linear_lora_m2040", "lora", B=40, T=51, L=1, K=768, N=768, R=128),
@@ -89,7 +96,17 @@ CASES = (
     Case("gpt2_adapter_m2040", "adapter", B=40, T=51, L=1, K=768, N=768, R=128, activation="gelu_new"),
     Case("roberta_adapter_m1280", "adapter", B=64, T=20, L=1, K=768, N=768, R=64, residual=False, quick=True),
     Case("gpt2_lora_decode_m40", "merged_lora", B=40, T=1, L=1, K=768, N=2304, R=128),
+    Case("lora_op_m1280", "lora", B=64, T=20, L=1, K=768, N=768, R=128, quick=True, level="op"),
+    Case("adapter_op_m1280", "adapter", B=64, T=20, L=1, K=768, N=768, R=64, residual=False, level="op"),
+    # The sizes of the targets on a GPU; a training step there has no trouble with 512 questions.
+    Case("roberta_lora_m10240", "lora", B=512, T=20, L=1, K=768, N=768, R=128, devices=GPU),
+    Case("adapter_m10240", "adapter", B=512, T=20, L=1, K=768, N=768, R=128, devices=GPU),
+    Case("lora_op_m10240", "lora", B=512, T=20, L=1, K=768, N=768, R=128, level="op", devices=GPU),
+    Case(
+        "roberta_lora_m10240_l197", "lora", B=512, T=20, L=197, K=768, N=768, R=128, routings=("vllora",), devices=GPU
+    ),
 )
+LEVELS = ("op", "layer")
 
 Layer = Callable[..., Tensor]
 
@@ -123,10 +140,10 @@ def make_tensors(
         }
     else:
         outputs = case.N if case.op == "lora" else 2 * case.N // 3
-        shape = (case.N, case.K) if case.op == "lora" else (case.K, case.N)
+        if case.level == "layer":
+            shape = (case.N, case.K) if case.op == "lora" else (case.K, case.N)
+            tensors |= {"weight": draw(*shape, scale=case.K**-0.5), "bias": draw(case.N, scale=0.1)}
         tensors |= {
-            "weight": draw(*shape, scale=case.K**-0.5),
-            "bias": draw(case.N, scale=0.1),
             "a": draw(width, case.K, scale=case.K**-0.5),
             "b": draw(outputs, case.R, scale=case.R**-0.5),
         }
@@ -139,7 +156,9 @@ def definition(case: Case, routing: str) -> Layer:
     """The case's layer as kernels/reference.py defines it, the oracle of the gate."""
     if case.op == "adapter":
         return partial(reference_adapter, routing=routing, activation=case.activation, residual=case.residual)
-    frozen = _frozen_linear if case.op == "lora" else _frozen_conv1d
+    if case.level == "op":
+        return partial(reference_lora, routing=routing)
+    frozen = frozen_linear if case.op == "lora" else frozen_conv1d
 
     def layer(x: Tensor, v: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
         base = frozen(x, v, weight, bias, a, b)
@@ -148,34 +167,11 @@ def definition(case: Case, routing: str) -> Layer:
     return layer
 
 
-def _frozen_linear(x: Tensor, v: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def frozen_linear(x: Tensor, v: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """nn.Linear without its bottleneck: weight [N, K]."""
     return F.linear(x, weight, bias)
 
 
-def _frozen_conv1d(x: Tensor, v: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def frozen_conv1d(x: Tensor, v: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """GPT-2's Conv1D without its bottleneck: weight [K, N]."""
     return torch.addmm(bias, x.flatten(0, 1), weight).view(*x.shape[:2], -1)
-
-
-def providers(case: Case, routing: str) -> dict[str, Layer]:
-    """The layers that are compared: "reference" is the published chain, "base" the frozen projection alone (LoRA
-    only).
-    """
-    if case.op == "adapter":
-        options = {"routing": routing, "activation": case.activation, "residual": case.residual}
-        return {
-            "reference": partial(published_adapter, **options),
-            "eager": partial(routed_adapter, **options, backend="eager"),
-        }
-    options = {"routing": routing, "scaling": 1.0}
-    if case.op == "lora":
-        return {
-            "base": _frozen_linear,
-            "reference": partial(published_lora_linear, **options),
-            "eager": partial(routed_lora_linear, **options, backend="eager"),
-        }
-    options |= {"groups": case.groups, "columns": case.columns}
-    return {
-        "base": _frozen_conv1d,
-        "reference": partial(published_merged_linear, **options),
-        "eager": partial(routed_lora_linear, **options, weight_layout="kn", backend="eager"),
-    }

@@ -26,7 +26,7 @@ from routingvl.models import ViTGPT2ForCaptioning
 from routingvl.surgery import remove
 
 from .environment import describe_environment
-from .run import Timer
+from .timing import Timer
 
 SIZES = {
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257},

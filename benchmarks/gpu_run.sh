@@ -44,8 +44,7 @@ tool() {
 }
 
 phase_ceilings() { # measured limits: copy, matrix products, addmm with beta = 1 and K = 128
-    have benchmarks/ceilings.py || return
-    program benchmarks.ceilings
+    program benchmarks.ceilings --device cuda --output "$OUT/ceilings.jsonl"
 }
 
 phase_tests() { # the tests marked gpu
@@ -65,12 +64,8 @@ phase_sanitizer() { # memcheck and racecheck over one run of every kernel
     return "$status"
 }
 
-phase_suite() { # layers at the paper's shapes against the published chain, eager and compiled
-    if "$PYTHON" -m benchmarks.run --help | grep -q -- --suite; then
-        program benchmarks.run --suite gpu --output "$OUT/suite.jsonl"
-    else
-        program benchmarks.run --device cuda --dtype bfloat16 --compile --output "$OUT/suite.jsonl"
-    fi
+phase_suite() { # ops and layers at the paper's shapes: published chain, eager and compiled, PEFT, both backends
+    program benchmarks.run --suite gpu --output "$OUT/suite.jsonl"
 }
 
 phase_training() { # steps and training throughput of both recipes

@@ -29,14 +29,33 @@ def published_route(t: Tensor, u: Tensor | None, routing: str) -> Tensor:
     raise ValueError(f"the published code has no routing {routing!r}")
 
 
+def published_lora(
+    x: Tensor, v: Tensor, a: Tensor, b: Tensor, *, routing: str, scaling: float, dropout: float = 0.0
+) -> Tensor:
+    """The bottleneck alone: x [B, T, K], v [B, L, K], a [R, K], b [N, R] -> [B, T, N].
+
+    ``dropout`` is drawn for text and image separately, as in training.
+    """
+    t = _drop(x, dropout) @ a.transpose(0, 1)
+    u = _drop(v, dropout) @ a.transpose(0, 1) if routing != "none" else None
+    return (published_route(t, u, routing) @ b.transpose(0, 1)) * scaling
+
+
 def published_lora_linear(
-    x: Tensor, v: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, *, routing: str, scaling: float
+    x: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    routing: str,
+    scaling: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """nn.Linear with a routed LoRA: x [B, T, K], weight [N, K], a [R, K], b [N, R] -> [B, T, N]."""
     result = F.linear(x, weight, bias)
-    t = x @ a.transpose(0, 1)
-    u = v @ a.transpose(0, 1) if routing != "none" else None
-    result += (published_route(t, u, routing) @ b.transpose(0, 1)) * scaling
+    result += published_lora(x, v, a, b, routing=routing, scaling=scaling, dropout=dropout)
     return result
 
 
@@ -52,11 +71,12 @@ def published_merged_linear(
     scaling: float,
     groups: int,
     columns: Sequence[int],
+    dropout: float = 0.0,
 ) -> Tensor:
     """Conv1D with a joined, grouped LoRA: weight [K, N], a [G*R, K], b [G*n, R] -> [B, T, N]."""
     result = F.linear(x, weight.transpose(0, 1), bias)
-    t = F.linear(x, a)
-    u = F.linear(v, a) if routing != "none" else None
+    t = F.linear(_drop(x, dropout), a)
+    u = F.linear(_drop(v, dropout), a) if routing != "none" else None
     z = published_route(t, u, routing)
     up = F.conv1d(z.transpose(-2, -1), b.unsqueeze(-1), groups=groups).transpose(-2, -1)
     width = b.shape[0] // groups
@@ -87,6 +107,10 @@ def published_adapter(
     z = published_route(t, u, routing)
     y = F.linear(_activate(z, activation), up_weight, up_bias)
     return y + x if residual else y
+
+
+def _drop(x: Tensor, dropout: float) -> Tensor:
+    return F.dropout(x, dropout) if dropout > 0 else x  # with 0 the published layers have no dropout module
 
 
 def _activate(z: Tensor, activation: str) -> Tensor:

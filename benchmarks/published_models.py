@@ -14,6 +14,7 @@ from transformers.activations import NewGELUActivation
 
 from routingvl.layers import RoutedLoRALinear
 from routingvl.models.base import RoutedVLModel
+from routingvl.models.dropout import LaneDropout
 
 from .published import published_lora_linear, published_merged_linear
 
@@ -38,7 +39,7 @@ class PublishedLoRALinear(nn.Module):
 
 
 def published_model(model: RoutedVLModel) -> RoutedVLModel:
-    """A copy of ``model`` (LoRA) whose layers are the published ones and whose GPT-2 has transformers' activation."""
+    """A copy of ``model`` (LoRA) with the published layers, and with the activation and dropout that came with it."""
     model = copy.deepcopy(model)
     for parent in list(model.language_model.modules()):
         for name, child in list(parent.named_children()):
@@ -47,6 +48,8 @@ def published_model(model: RoutedVLModel) -> RoutedVLModel:
                 setattr(parent, name, PublishedLoRALinear(child))
             elif isinstance(child, nn.GELU) and child.approximate == "tanh":
                 setattr(parent, name, NewGELUActivation())
+            elif isinstance(child, LaneDropout):
+                setattr(parent, name, nn.Dropout(child.p).train(child.training))
     return model
 
 

@@ -1,11 +1,12 @@
 """Measure the routed layers: first the correctness gate, then time, with every provider's turn taken in each
 repetition.
 
-    python -m benchmarks.run --quick
+    python -m benchmarks.run --suite quick
+    python -m benchmarks.run --suite gpu --output results.jsonl
     routingvl benchmark --case gpt2_lora_m2040 --repeats 30 --output results.jsonl
 
-A row of the output (JSON lines) is one provider in one mode. Nothing is timed, and no speed-up printed, for a case in
-which a provider's output or any gradient misses the tolerance of benchmarks/gate.py.
+A row of the output (JSON lines) is one provider in one mode. A provider whose output or any gradient misses the
+tolerance of benchmarks/gate.py is not timed and gets no speed-up; docs/benchmarks.md explains the rest.
 """
 
 from __future__ import annotations
@@ -15,21 +16,37 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from routingvl.kernels import ROUTINGS
 
-from .cases import CASES, Case, Layer, definition, make_tensors, providers
+from .cases import CASES, LEVELS, Case
+from .ceilings import Limits, measure_ceilings
 from .environment import describe_environment
-from .gate import failures, relative_rms
+from .measure import DTYPES, Checked, check, measure, memory, obstacle
+from .providers import PROVIDERS, providers
 from .report import summarise
+from .suites import SUITES, Plan, Suite
+from .timing import CLOCKS, Timer, quantiles
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-QUICK_REPEATS = 5
+
+def _levels(text: str) -> list[str]:
+    chosen = text.split(",")
+    unknown = [name for name in chosen if name not in LEVELS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown level {unknown[0]!r}; there are {', '.join(LEVELS)}")
+    return chosen
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
+    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,178 +57,161 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: routingvl benchmark --quick --routing mul",
     )
     names = [case.name for case in CASES]
-    parser.add_argument("--quick", action="store_true", help=f"the small cases only, {QUICK_REPEATS} repetitions")
-    parser.add_argument("--case", action="append", choices=names, help="measure this case (repeatable; default: all)")
-    parser.add_argument("--routing", action="append", choices=list(ROUTINGS), help="only this routing (repeatable)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="half types run under autocast")
-    parser.add_argument(
-        "--repeats", type=int, help=f"repetitions of each measurement (default 20, {QUICK_REPEATS} if quick)"
-    )
-    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda:0")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1, whose CPU time is measured)")
-    parser.add_argument("--compile", action="store_true", help="also the published chain under torch.compile")
-    parser.add_argument("--output", type=Path, help="append the rows to this file (JSON lines)")
+    add = parser.add_argument
+    add("--suite", choices=list(SUITES), help="quick: minutes; cpu (default): all CPU cases; gpu: under nine minutes")
+    add("--quick", action="store_true", help="the same as --suite quick")
+    add("--levels", type=_levels, help=f"levels, joined by commas, of {', '.join(LEVELS)} (default: all)")
+    add("--case", action="append", choices=names, help="measure this case (repeatable; default: the suite's)")
+    add("--routing", action="append", choices=list(ROUTINGS), help="only this routing (repeatable)")
+    add("--provider", action="append", choices=list(PROVIDERS), help="only this one beside the reference (repeatable)")
+    add("--dtype", choices=list(DTYPES), help="instead of the suite's; half types run under autocast")
+    add("--dropout", type=_share, help="of LoRA layers, instead of the suite's; 0 turns it off")
+    add("--clock", choices=CLOCKS, help="instead of the suite's: CPU time, wall time, time on the GPU")
+    add("--repeats", type=int, help="repetitions of each measurement (default: the suite's)")
+    add("--device", help="torch device, such as cpu or cuda:0 (default: the suite's)")
+    add("--threads", type=int, default=1, help="CPU threads (default 1, whose CPU time is measured)")
+    add("--time-limit", type=float, metavar="S", help="begin nothing new after S seconds (default: the suite's)")
+    add("--output", type=Path, help="append the rows to this file (JSON lines)")
     return parser
 
 
-class Timer:
-    """Seconds of a call: CPU time of one thread, wall time of several threads or of a GPU (synchronised)."""
-
-    def __init__(self, device: torch.device, threads: int) -> None:
-        self.device = device
-        self.clock = "cpu" if device.type == "cpu" and threads == 1 else "wall"
-        # Other processes on the machine do not count in CPU time.
-        self._read = time.thread_time if self.clock == "cpu" else time.perf_counter
-
-    def __call__(self, call: Callable[[], Tensor | None]) -> tuple[float, Tensor | None]:
-        self._synchronise()
-        start = self._read()
-        result = call()
-        self._synchronise()
-        return self._read() - start, result
-
-    def _synchronise(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+def suite_of(args: argparse.Namespace) -> Suite:
+    """The suite with what the command line says instead; passes that become the same are run once."""
+    suite = SUITES["quick" if args.quick else args.suite or "cpu"]
+    given = {name: getattr(args, name) for name in ("dtype", "dropout", "clock") if getattr(args, name) is not None}
+    if torch.device(args.device or suite.device).type != "cuda":
+        given.setdefault("clock", None)
+    plans = {}
+    for plan in suite.plans:
+        changed = replace(plan, **given)
+        plans.setdefault((changed.dtype, changed.dropout, changed.clock), changed)
+    changes = {name: getattr(args, name) for name in ("repeats", "device", "time_limit") if getattr(args, name)}
+    chosen = {"providers": tuple(args.provider)} if args.provider else {}
+    return replace(suite, plans=tuple(plans.values()), **changes, **chosen)
 
 
-def run_layer(layer: Layer, tensors: dict[str, Tensor], autocast: torch.dtype | None) -> Tensor:
-    """One forward pass, under autocast where a half type is measured."""
-    device = tensors["x"].device.type
-    with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
-        return layer(**tensors)
+def cases_of(suite: Suite, args: argparse.Namespace) -> list[Case]:
+    """The cases named on the command line, or else the suite's."""
+    kind = torch.device(suite.device).type
+    chosen = [case for case in CASES if args.levels is None or case.level in args.levels]
+    if args.case:
+        return [case for case in chosen if case.name in args.case]
+    return [case for case in chosen if kind in case.devices and (case.quick or not suite.quick)]
 
 
-def values_and_gradients(
-    layer: Layer, tensors: dict[str, Tensor], dy: Tensor, autocast: torch.dtype | None
-) -> dict[str, Tensor]:
-    """Output y and the gradient d<name> of every tensor that needs one."""
-    y = run_layer(layer, tensors, autocast)
-    leaves = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
-    grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
-    return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+class Bench:
+    """One run of a suite: its device, clocks, ceilings and what time is left."""
+
+    def __init__(self, suite: Suite, threads: int) -> None:
+        self.suite, self.device = suite, torch.device(suite.device)
+        self.begun = time.monotonic()
+        self.timers = {plan.clock: Timer(self.device, threads, plan.clock) for plan in suite.plans}
+        self.environment = describe_environment(self.device, threads)
+        # Events rather than wall time on a GPU: a limit is of the device, not of launching.
+        timer = Timer(self.device, threads, "gpu") if self.device.type == "cuda" else self.timers[suite.plans[0].clock]
+        self.limits = Limits(measure_ceilings(timer, list(dict.fromkeys(plan.dtype for plan in suite.plans))))
+
+    def is_late(self, share: float = 1.0) -> bool:
+        """Whether this share of the time limit is spent."""
+        return self.suite.time_limit is not None and time.monotonic() - self.begun > share * self.suite.time_limit
+
+    def rows(self, case: Case, routing: str, plan: Plan) -> Iterator[dict]:
+        """Gate and measure one case: a row for each provider and mode, one for each provider left out."""
+        timer = self.timers[plan.clock]
+        shared = {"case": case.name, "op": case.op, "level": case.level, "routing": routing, "dtype": plan.dtype}
+        shared |= {**case.sizes(), "dropout": plan.dropout, "clock": timer.clock}
+        if self.is_late():
+            yield {**shared, "provider": "all", "gate": "skipped", "skipped": "time limit", **self.environment}
+            return
+        layers, skipped, gate = self._gated(case, routing, plan)
+        missed = {name: found.missed for name, found in gate.items() if found.missed}
+        for name, what in missed.items():
+            yield {**shared, "provider": name, "gate": "failed", "gate_missed": what, **self.environment}
+        for name, why in skipped.items():
+            yield {**shared, "provider": name, "gate": "skipped", "skipped": why, **self.environment}
+        if "reference" in missed:
+            return  # nothing to compare with
+        layers = {name: layer for name, layer in layers.items() if name not in missed}
+        seconds = measure(case, layers, DTYPES[plan.dtype], timer, self.suite.repeats)
+        for provider, modes in seconds.items():
+            kept = memory(case, layers[provider], DTYPES[plan.dtype], self.device)
+            for mode, values in modes.items():
+                fields = {**shared, "provider": provider, "mode": mode, **quantiles(values), **kept}
+                fields |= self._work(case, provider, mode, plan.dtype, fields["ms_p50"] / 1e3)
+                yield {**fields, "repeats": self.suite.repeats, **_passed(gate.get(provider)), **self.environment}
+
+    def _gated(self, case: Case, routing: str, plan: Plan) -> tuple[dict, dict[str, str], dict[str, Checked]]:
+        """The layers to time, why others are left out, and what the gate found; it looks at them without dropout."""
+        wanted, skipped = self.suite.providers, {}
+        if "compile" in wanted and (not plan.compiled or self.is_late(0.5)):
+            skipped["compile"] = "not compiled in this pass of the suite" if not plan.compiled else "time limit"
+            wanted = tuple(name for name in wanted if name != "compile")
+        torch.compiler.reset()  # else the compiler gives up after some cases that share their code
+        layers, unable = providers(case, routing, plan.dropout, self.suite.device, wanted)
+        judged = providers(case, routing, 0.0, self.suite.device, wanted)[0] if plan.dropout else layers
+        judged = {name: layer for name, layer in judged.items() if name != "base"}
+        gate = check(case, routing, judged, DTYPES[plan.dtype], self.device)
+        if "compile" in gate and gate["compile"].raised:  # the compiler's failure is none of the layer
+            skipped["compile"] = gate.pop("compile").missed[0]
+            del layers["compile"]
+        if plan.dropout:
+            for name in gate:
+                what = obstacle(case, layers[name], DTYPES[plan.dtype], self.device)
+                gate[name].missed += [what] if what else []
+        return layers, skipped | unable, gate
+
+    def _work(self, case: Case, provider: str, mode: str, dtype: str, seconds: float) -> dict:
+        flops, moved = case.work(mode, DTYPES[dtype].itemsize, bottleneck=provider != "base")
+        least, bound = self.limits.seconds(flops, moved, dtype)
+        return {
+            "flops": flops,
+            "tflop_s": round(flops / seconds / 1e12, 4),
+            "bytes_moved": moved,
+            "gb_s": round(moved / seconds / 1e9, 3),
+            "limit": bound,
+            "limit_ms": round(least * 1e3, 5),
+            "limit_percent": round(100 * least / seconds, 2),
+        }
 
 
-def check(case: Case, routing: str, layers: dict[str, Layer], dtype: torch.dtype, device: str) -> dict[str, dict]:
-    """The gate: each provider's worst relative RMS error over output and gradients, and what missed the tolerance."""
-    autocast = None if dtype == torch.float32 else dtype
-    exact = make_tensors(case, seed=0, dtype=torch.float64, device=device, rounded_to=dtype)
-    tensors = {name: tensor.detach().float().requires_grad_(tensor.requires_grad) for name, tensor in exact.items()}
-    dy = torch.randn(case.B, case.T, case.N, generator=torch.Generator().manual_seed(1)).to(device=device, dtype=dtype)
-    plain_layer = definition(case, routing)
-    oracle = values_and_gradients(plain_layer, exact, dy.double(), None)
-    plain = values_and_gradients(plain_layer, tensors, dy, autocast)
-    found = {}
-    for name, layer in layers.items():
-        got = values_and_gradients(layer, tensors, dy, autocast)
-        worst = max(relative_rms(got[key], oracle[key]) for key in oracle)
-        found[name] = {"worst_error": worst, "missed": failures(got, plain, oracle, dtype)}
-    return found
+def _passed(found: Checked | None) -> dict:
+    """The gate's fields of a provider that is timed; the frozen projection alone has no gate."""
+    return {
+        "gate": "passed",
+        "gate_worst_error": found.worst_error if found else None,
+        "first_call_s": found.first_call_s if found else None,
+    }
 
 
-def measure(
-    case: Case, layers: dict[str, Layer], dtype: torch.dtype, timer: Timer, repeats: int
-) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every repetition, by provider and mode; each repetition starts with another provider."""
-    autocast = None if dtype == torch.float32 else dtype
-    tensors = make_tensors(case, seed=0, dtype=torch.float32, device=str(timer.device))
-    dy = torch.randn(case.B, case.T, case.N, device=timer.device)
-    seconds = {name: {"fwd": [], "bwd": [], "fwdbwd": []} for name in layers}
-    order = list(layers)
-    for repeat in range(-2, repeats):  # two rounds to warm up
-        turn = repeat % len(order)
-        for name in order[turn:] + order[:turn]:
-            for tensor in tensors.values():
-                tensor.grad = None
-            forward, y = timer(lambda name=name: run_layer(layers[name], tensors, autocast))
-            grad = dy.to(y.dtype)
-            backward, _ = timer(lambda y=y, grad=grad: y.backward(grad))
-            if repeat >= 0:
-                for mode, value in (("fwd", forward), ("bwd", backward), ("fwdbwd", forward + backward)):
-                    seconds[name][mode].append(value)
-    return seconds
-
-
-def memory(case: Case, layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, float | None]:
-    """MiB that autograd keeps for the backward pass beyond the layer's own inputs, and the peak (GPU only)."""
-    autocast = None if dtype == torch.float32 else dtype
-    tensors = make_tensors(case, seed=0, dtype=torch.float32, device=str(device))
-    inputs = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in inputs:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    peak = None
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = run_layer(layer, tensors, autocast)
-    y.backward(torch.ones_like(y))
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**20
-    return {"saved_mib": round(sum(kept.values()) / 2**20, 3), "peak_mib": peak}
-
-
-def rows_of(case: Case, routing: str, args: argparse.Namespace, timer: Timer, environment: dict) -> Iterator[dict]:
-    """Gate and measure one case: a row for each provider and mode, or one row without times if the gate is shut."""
-    dtype = DTYPES[args.dtype]
-    layers = providers(case, routing)
-    if args.compile:
-        layers["compile"] = torch.compile(layers["reference"])
-    gated = {name: layer for name, layer in layers.items() if name != "base"}
-    gate = check(case, routing, gated, dtype, args.device)
-    missed = [f"{name}: {key} {what}" for name, found in gate.items() for key, what in found["missed"].items()]
-    shared = {"case": case.name, "op": case.op, "routing": routing, "dtype": args.dtype, **case.sizes()}
-    if missed:
-        yield {**shared, "gate": "failed", "gate_missed": missed, **environment}
-        return
-    seconds = measure(case, layers, dtype, timer, args.repeats)
-    for provider, modes in seconds.items():
-        kept = memory(case, layers[provider], dtype, timer.device)
-        for mode, values in modes.items():
-            low, middle, high = (torch.tensor(values).quantile(q).item() for q in (0.2, 0.5, 0.8))
-            flops, moved = case.work(mode, dtype.itemsize, bottleneck=provider != "base")
-            yield {
-                **shared,
-                "provider": provider,
-                "mode": mode,
-                "ms_p20": round(low * 1e3, 4),
-                "ms_p50": round(middle * 1e3, 4),
-                "ms_p80": round(high * 1e3, 4),
-                "repeats": args.repeats,
-                "clock": timer.clock,
-                **kept,
-                "flops": flops,
-                "tflop_s": round(flops / middle / 1e12, 4),
-                "bytes_moved": moved,
-                "gb_s": round(moved / middle / 1e9, 3),
-                "gate": "passed",
-                "gate_worst_error": gate[provider]["worst_error"] if provider in gate else None,
-                **environment,
-            }
+def all_rows(suite: Suite, args: argparse.Namespace) -> Iterator[dict]:
+    """Every row of a run, in the order measured."""
+    chosen = cases_of(suite, args)
+    bench = Bench(suite, args.threads)
+    for plan in suite.plans:
+        for case in chosen:
+            if plan.dropout and not case.takes_dropout and suite.plans[0] is not plan:
+                continue  # measured in the pass without
+            of_case = plan if case.takes_dropout else replace(plan, dropout=0.0)
+            for routing in case.routings:
+                if not args.routing or routing in args.routing:
+                    print(f"{case.name} {routing} {plan.dtype} dropout {of_case.dropout:g} ...", file=sys.stderr)
+                    yield from bench.rows(case, routing, of_case)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 when every gate was passed, 1 when one was not."""
-    args = build_parser().parse_args(argv)
-    args.repeats = args.repeats or (QUICK_REPEATS if args.quick else 20)
-    chosen = [case for case in CASES if (case.name in args.case if args.case else case.quick or not args.quick)]
-    device = torch.device(args.device)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    suite = suite_of(args)
+    device = torch.device(suite.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"no CUDA device for {suite.device}: use --suite cpu, or --device cpu")
+    if device.type != "cuda" and args.clock == "gpu":
+        parser.error(f"--clock gpu needs a CUDA device, not {device}: use --clock cpu or wall")
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
-    rows: list[dict] = []
     try:
-        timer = Timer(device, args.threads)
-        environment = describe_environment(device, args.threads)
-        for case in chosen:
-            for routing in case.routings:
-                if not args.routing or routing in args.routing:
-                    print(f"{case.name} {routing} ...", file=sys.stderr, flush=True)
-                    rows += rows_of(case, routing, args, timer, environment)
+        rows = list(all_rows(suite, args))
     finally:
         torch.set_num_threads(threads)
     if args.output:

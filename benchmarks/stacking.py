@@ -24,7 +24,7 @@ from routingvl.models import ViTGPT2ForCaptioning, ViTRobertaForVQA
 
 from .environment import describe_environment
 from .gate import relative_rms
-from .run import Timer
+from .timing import Timer
 
 WAYS = {"stacked": True, "per_layer": False}
 SIZES = {"base": (768, 12, 12, 50257), "tiny": (64, 2, 4, 500)}  # width, layers, heads, vocabulary

@@ -137,6 +137,7 @@ class TrainConfig:
         betas: of AdamW.
         max_grad_norm: clip the gradient to this norm; null does not clip.
         mixed_precision: no, bf16 or fp16 (fp16 needs a GPU).
+        compile: run the language model through torch.compile in training (a CPU needs a C++ compiler).
         seed: of weights, data order and dropout.
         log_every: steps between training lines in metrics.jsonl.
         eval_every: steps between validations; null validates after each epoch, 0 only at the end.
@@ -157,6 +158,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float | None = None
     mixed_precision: str = "no"
+    compile: bool = False
     seed: int = 0
     log_every: int = 50
     eval_every: int | None = None
@@ -251,6 +253,8 @@ class RunConfig:
         check_choice("device", self.device, ("auto", "cpu"))
         if not self.output_dir:
             raise ConfigError("output_dir is empty; name a folder for the run")
+        if self.train.compile and self.model.activation_checkpointing:
+            raise ConfigError("train.compile and model.activation_checkpointing exclude each other; turn one off")
 
     @property
     def text_model(self) -> str:

@@ -27,7 +27,7 @@ PACKAGES = (
 # Settings that say where and how fast, not what: a resumed run may change them and stays the same run.
 FREE_ON_RESUME = (
     "output_dir device data.annotations data.images data.answers data.workers data.feature_batch_size "
-    "data.feature_cache model.backend train.log_every train.save_every train.trackers"
+    "data.feature_cache model.backend train.compile train.log_every train.save_every train.trackers"
 ).split()
 
 

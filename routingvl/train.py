@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from routingvl.atomic import replacing
+from routingvl.compilation import check_compiler, compiled, compiled_inputs
 from routingvl.config import ConfigError
 from routingvl.evaluate import predict_dataset
 from routingvl.execution import (
@@ -109,6 +110,8 @@ def train(
         folder.check_free(overwrite=overwrite)
     hush_transformers(log is not None)
     accelerator = make_accelerator(config)
+    if config.train.compile:
+        check_compiler(accelerator.device)
     set_seed(config.train.seed)
     task = build_task(config, model=model, tokenizer=tokenizer, device=accelerator.device)
     # From here on everything has been read and fits; what stood in the folder may go.
@@ -116,7 +119,8 @@ def train(
     if accelerator.is_main_process and not resume:
         folder.start(config)
         task.save_files(folder)
-    with frozen_weights_lowered(task, accelerator, keep=model is not None):
+    through_compiler = compiled(task.model) if config.train.compile else nullcontext()
+    with through_compiler, frozen_weights_lowered(task, accelerator, keep=model is not None):
         trainer = Trainer(config, task, accelerator, folder, log, resume)
         try:
             return trainer.fit()
@@ -269,7 +273,10 @@ class Trainer:
             with nullcontext() if synchronise else self.accelerator.no_sync(self.wrapped):
                 # Several processes average their gradients, so each share is scaled back up to a sum.
                 share = count * processes / items
-                loss = self.wrapped(**self.task.training_inputs(batch, self.accelerator.device)).loss * share
+                inputs = self.task.training_inputs(batch, self.accelerator.device)
+                if self.settings.compile:
+                    inputs = compiled_inputs(self.model, inputs)
+                loss = self.wrapped(**inputs).loss * share
                 self.accelerator.backward(loss)
                 self.loss += loss.detach() / processes
         if pieces:
@@ -333,13 +340,14 @@ class Trainer:
         if self.task.val_set is None:
             return
         begin = time.perf_counter()
-        predictions = predict_dataset(
-            self.task,
-            self.task.val_set,
-            self.accelerator,
-            num_beams=self.config.eval.val_num_beams,
-            progress=self.progress,
-        )
+        with torch.compiler.set_stance("force_eager"):  # train.compile is for training alone
+            predictions = predict_dataset(
+                self.task,
+                self.task.val_set,
+                self.accelerator,
+                num_beams=self.config.eval.val_num_beams,
+                progress=self.progress,
+            )
         scores = self.task.validation_scores(predictions)
         value = scores[self.task.metric]
         self.log.record("validation", self.step, scores | {"seconds": time.perf_counter() - begin})

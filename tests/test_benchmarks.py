@@ -8,19 +8,26 @@ import pytest
 import torch
 from tolerances import assert_as_good_as
 
-from routingvl.benchmarks import cases, gate, main, report, run
-from routingvl.benchmarks.cases import CASES, Case, definition, make_tensors, providers
+from routingvl.benchmarks import ceilings, gate, main, plots, report, run
+from routingvl.benchmarks import providers as providers_module
+from routingvl.benchmarks.cases import CASES, Case, definition, make_tensors
+from routingvl.benchmarks.providers import providers
+from routingvl.benchmarks.suites import SUITES
+from routingvl.benchmarks.timing import Timer
+from routingvl.kernels import eager_lora
 
 TINY = (
     Case("tiny_lora", "lora", B=2, T=3, L=1, K=8, N=8, R=4, quick=True),
     Case("tiny_merged", "merged_lora", B=2, T=3, L=1, K=8, N=12, R=4),
     Case("tiny_tokens", "lora", B=2, T=3, L=5, K=8, N=8, R=4, routings=("vllora",)),
     Case("tiny_adapter", "adapter", B=2, T=3, L=1, K=8, N=8, R=4, activation="gelu_new", quick=True),
+    Case("tiny_op", "lora", B=2, T=3, L=1, K=8, N=8, R=4, level="op"),
 )
 EACH = [(case, routing) for case in TINY for routing in case.routings]
 FIELDS = {
     *("case", "op", "provider", "routing", "mode", "dtype", "B", "T", "L", "K", "N", "R", "ms_p20", "ms_p50", "ms_p80"),
     *("peak_mib", "saved_mib", "bytes_moved", "gb_s", "flops", "tflop_s", "gate", "gate_worst_error", "device"),
+    *("level", "dropout", "first_call_s", "limit", "limit_ms", "limit_percent"),
     *("driver", "torch", "triton", "transformers", "commit", "dirty", "timestamp", "threads", "clock", "repeats"),
 }
 
@@ -28,13 +35,14 @@ FIELDS = {
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "CASES", TINY)
+    monkeypatch.setitem(ceilings.SIZES, "cpu", (2**16, 32, 32, 32))
 
 
 @pytest.mark.parametrize("provider", ["reference", "eager"])
 @pytest.mark.parametrize(("case", "routing"), EACH, ids=lambda value: getattr(value, "name", value))
 def test_every_provider_is_the_definition(case: Case, routing: str, provider: str) -> None:
     given = make_tensors(case, seed=3, dtype=torch.float64, device="cpu")
-    assert_as_good_as(providers(case, routing)[provider], definition(case, routing), given)
+    assert_as_good_as(providers(case, routing, 0.0, "cpu")[0][provider], definition(case, routing), given)
 
 
 def test_case_names_are_unique_and_the_published_sizes_are_there() -> None:
@@ -66,8 +74,10 @@ def test_rounded_values_are_exact_in_half_precision() -> None:
 def test_rows(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str) -> None:
     output = tmp_path / "rows.jsonl"
     assert main(["--quick", "--repeats", "2", "--output", str(output), "--dtype", dtype, "--routing", "mul"]) == 0
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    rows, skipped = read(output)
     assert all(row.keys() == FIELDS for row in rows)
+    reasons = {(row["provider"], row["skipped"].split()[0]) for row in skipped}
+    assert reasons == {("triton", "Triton"), ("peft", "PEFT")}
     assert {(row["case"], row["provider"]) for row in rows} == {
         *(("tiny_lora", name) for name in ("base", "reference", "eager")),
         *(("tiny_adapter", name) for name in ("reference", "eager")),
@@ -80,25 +90,134 @@ def test_rows(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], dt
     assert "| tiny_adapter | mul |" in printed
 
 
+def read(output: Path) -> tuple[list[dict], list[dict]]:
+    """The rows that are measured or failed, and those that were left out."""
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    return tuple([row for row in rows if (row["gate"] == "skipped") is skipped] for skipped in (False, True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_peft_is_gated_and_timed_beside_ours(tiny: None, tmp_path: Path, dropout: float) -> None:
+    pytest.importorskip("peft")
+    output = tmp_path / "rows.jsonl"
+    command = ["--case", "tiny_lora", "--routing", "none", "--provider", "peft", "--dropout", str(dropout)]
+    assert main([*command, "--repeats", "1", "--output", str(output)]) == 0
+    rows, skipped = read(output)
+    assert not skipped
+    assert {(row["provider"], row["dropout"]) for row in rows} == {(x, dropout) for x in ("base", "reference", "peft")}
+
+
+def test_a_provider_that_fails_only_with_dropout_is_not_timed(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = providers_module.routed_lora_linear
+
+    def wrong(*args, dropout, **options):
+        return good(*args, dropout=dropout, **options) * (torch.nan if dropout else 1)
+
+    monkeypatch.setattr(providers_module, "routed_lora_linear", wrong)
+    output = tmp_path / "rows.jsonl"
+    command = ["--case", "tiny_lora", "--routing", "mul", "--provider", "eager", "--repeats", "1"]
+    assert main([*command, "--dropout", "0"]) == 0
+    assert main([*command, "--dropout", "0.5", "--output", str(output)]) == 1
+    failed = [row for row in read(output)[0] if row["gate"] == "failed"]
+    assert failed[0]["gate_missed"] == ["with dropout: y, dx, dbias, da, db not finite"]
+
+
+def test_peft_drops_its_inputs() -> None:
+    pytest.importorskip("peft")
+    case, given = TINY[0], make_tensors(TINY[0], seed=0, dtype=torch.float32, device="cpu")
+    for name in ("reference", "peft", "eager"):
+        kept, dropped = (providers(case, "none", p, "cpu")[0][name](**given) for p in (0.0, 0.5))
+        assert not torch.equal(kept, dropped), name
+
+
+def test_levels_and_dropout_choose_the_cases(tiny: None, tmp_path: Path) -> None:
+    output = tmp_path / "rows.jsonl"
+    command = ["--routing", "mul", "--provider", "eager", "--repeats", "1", "--output", str(output)]
+    assert main([*command, "--levels", "op"]) == 0
+    assert {(row["case"], row["level"], row["dropout"]) for row in read(output)[0]} == {("tiny_op", "op", 0.0)}
+    output.unlink()
+    assert main([*command, "--levels", "op,layer"]) == 0
+    names = {(row["case"], row["dropout"]) for row in read(output)[0]}
+    plain = {(case.name, 0.0) for case in TINY if "mul" in case.routings}
+    assert names == plain | {("tiny_lora", 0.1), ("tiny_merged", 0.1)}
+
+
+def test_without_a_compiler_the_reason_is_said(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(providers_module.shutil, "which", lambda name: None)
+    command = ["--case", "tiny_lora", "--routing", "mul", "--provider", "compile", "--dropout", "0", "--repeats", "1"]
+    assert main([*command, "--output", str(tmp_path / "rows.jsonl")]) == 0
+    assert [row["provider"] for row in read(tmp_path / "rows.jsonl")[1]] == ["compile"]
+    assert "Not measured, 1 time(s): compile: torch.compile needs a C++ compiler" in capsys.readouterr().out
+
+
+def test_a_spent_time_limit_is_said(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--quick", "--routing", "mul", "--time-limit", "1e-9"]) == 0
+    assert "Not measured, 2 time(s): all: time limit" in capsys.readouterr().out
+
+
+def test_broken_kernel_shuts_the_gate(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kernel whose result is a little off, deep inside the library: no speed-up, and the exit status says so."""
+    right = eager_lora.DenseLoRA.forward
+
+    def off(*args):
+        results = right(*args)
+        results[0].mul_(1.001)
+        return results
+
+    monkeypatch.setattr(eager_lora.DenseLoRA, "forward", off)
+    output = tmp_path / "rows.jsonl"
+    assert main(["--quick", "--repeats", "1", "--routing", "mul", "--output", str(output)]) == 1
+    failed = [row for row in read(output)[0] if row["gate"] == "failed"]
+    assert [(row["case"], row["provider"]) for row in failed] == [("tiny_lora", "eager")]
+    assert failed[0]["gate_missed"][0].startswith("y relative RMS error")
+    printed = capsys.readouterr().out
+    assert "| tiny_lora |" not in printed
+    assert "GATE FAILED, not timed: tiny_lora mul float32: eager: y relative RMS error" in printed
+
+
+def test_ceilings_and_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(ceilings.SIZES, "cpu", (2**16, 32, 32, 32))
+    output = tmp_path / "ceilings.jsonl"
+    assert ceilings.main(["--device", "cpu", "--dtype", "float32", "--output", str(output)]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["ceiling"], row["tflop_s"] is None) for row in rows] == [
+        *(("copy", True), ("matmul", False), ("addmm", False)),
+    ]
+    assert all(row["gb_s"] > 0 and row["device"] for row in rows)
+    assert "GB/s" in capsys.readouterr().out
+    limits = ceilings.Limits([{**rows[0], "gb_s": 2.0}, {**rows[1], "tflop_s": 0.5}])
+    assert limits.seconds(10**12, 10**9, "float32") == (2.0, "matmul")
+    assert limits.seconds(10**12, 10**10, "float32") == (5.0, "copy")
+
+
 def test_shut_gate_prints_no_speed_up(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A layer whose gradient of b is 1 % off is caught, named, and not timed; the other case still is."""
-    good = cases.routed_lora_linear
+    good = providers_module.routed_lora_linear
 
     def wrong(x, v, weight, bias, a, b, **options):
         skewed = 1.01 * b - 0.01 * b.detach()  # the same value, another gradient
         return good(x, v, weight, bias, a, skewed, **options)
 
-    monkeypatch.setattr(cases, "routed_lora_linear", wrong)
+    monkeypatch.setattr(providers_module, "routed_lora_linear", wrong)
     output = tmp_path / "rows.jsonl"
     assert main(["--quick", "--repeats", "1", "--output", str(output), "--routing", "add"]) == 1
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    rows, _ = read(output)
     failed = [row for row in rows if row["gate"] == "failed"]
     assert [row["case"] for row in failed] == ["tiny_lora"]
     assert "ms_p50" not in failed[0]
     assert failed[0]["gate_missed"] == [failed[0]["gate_missed"][0]]
-    assert failed[0]["gate_missed"][0].startswith("eager: db relative RMS error 1.00e-02")
+    assert failed[0]["provider"] == "eager"
+    assert failed[0]["gate_missed"][0].startswith("db relative RMS error 1.00e-02")
     printed = capsys.readouterr().out
     assert "| tiny_lora |" not in printed
     assert "GATE FAILED, not timed: tiny_lora add float32: eager: db" in printed
@@ -132,13 +251,15 @@ def test_report_ratios_and_overhead() -> None:
         rows += [row(provider, mode, ms) for mode, ms in modes.items()]
     printed = report.summarise(rows)
     # 40 / 30, and above the base of 20: 20 / 10.
-    assert "| c | mul | float32 | 40.00 | 30.00 | 1.25x | 1.39x | 1.33x | 2.00x | 1.00, 1.00 |" in printed
-    assert "Measured on some CPU, 1 thread(s), torch 2.6, commit abc1234." in printed
+    assert "| c | mul | float32 | 40.00 | 30.00 | 1.25x | 1.39x | 1.33x | 2.00x | 1.00, 1.00 | - | - |" in printed
+    assert "Measured on some CPU, 1 thread(s), cpu time, torch 2.6, commit abc1234." in printed
     # A later measurement replaces an earlier one, and a shut gate withdraws it.
     later = report.summarise([*rows, row("eager", "fwdbwd", 80.0, dirty=True)])
     assert "| 0.50x | 0.33x |" in later
+    assert "- c mul float32, fwd+bwd: 0.50x" in later
+    assert "Slower than the published chain" not in printed
     assert "commit abc1234 (changed since)" in later
-    withdrawn = report.summarise([*rows, {**row("", "", 0.0), "gate": "failed", "gate_missed": ["eager: y bad"]}])
+    withdrawn = report.summarise([*rows, {**row("eager", "", 0.0), "gate": "failed", "gate_missed": ["y bad"]}])
     assert "| c | mul |" not in withdrawn
     assert "GATE FAILED" in withdrawn
 
@@ -159,5 +280,55 @@ def test_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_threads_are_put_back(tiny: None) -> None:
     before = torch.get_num_threads()
-    main(["--case", "tiny_adapter", "--routing", "none", "--repeats", "1", "--threads", str(before + 1)])
+    main(
+        [
+            "--case",
+            "tiny_adapter",
+            "--routing",
+            "none",
+            "--repeats",
+            "1",
+            "--provider",
+            "eager",
+            "--threads",
+            str(before + 1),
+        ]
+    )
     assert torch.get_num_threads() == before
+
+
+def test_one_failed_provider_leaves_the_others() -> None:
+    rows = [row(name, mode, 2.0) for name in ("reference", "eager", "peft") for mode in ("fwd", "bwd", "fwdbwd")]
+    printed = report.summarise([*rows, {**row("peft", "", 0.0), "gate": "failed", "gate_missed": ["y bad"]}])
+    assert "| c | mul | float32 |" in printed
+    assert "(peft)" not in printed.split("GATE FAILED")[0]
+
+
+def test_plots_of_the_committed_results(tmp_path: Path) -> None:
+    """Rows from before some fields were there draw too, without what they lack."""
+    rows = report.read_rows([Path(report.__file__).parent / "results" / "cpu_layers.jsonl"])
+    written = plots.draw(report.collect(rows), tmp_path / "new")
+    assert [file.name for file in written] == ["speed_up.png", "by_tokens.png", "overhead.png", "saved.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in written)
+
+
+def test_report_names_what_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{}\n")
+    with pytest.raises(SystemExit):
+        report.main([str(file)])
+    assert "line 1: not a row of this benchmark" in capsys.readouterr().err
+
+
+def test_gpu_suite_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert SUITES["gpu"].time_limit < 530
+    for command in (["--device", "cuda"], ["--suite", "gpu"]):
+        if not torch.cuda.is_available():
+            with pytest.raises(SystemExit):
+                main(command)
+            assert "no CUDA device" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--clock", "gpu"])
+    assert "--clock gpu needs a CUDA device" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        Timer(torch.device("cpu"), 1, "gpu")

@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from transformers.activations import NewGELUActivation
 
 from routingvl.benchmarks import published_models, training_speed
 from routingvl.benchmarks.process_memory import can_measure, process_peak
 from routingvl.layers import RoutedLoRALinear
+from routingvl.models.dropout import LaneDropout
 
 QUICK = ["--quick", "--rounds", "1", "--threads", "1"]
 
@@ -99,3 +102,23 @@ def test_peak_counts_what_is_freed_within_the_call_and_nothing_from_before():
     before = process_peak(lambda: None)
     assert 200 < process_peak(lambda: torch.ones(2**26)) - before < 300
     assert abs(process_peak(lambda: None) - before) < 50
+
+
+@pytest.mark.parametrize("task", ["vqa", "caption"])
+def test_the_published_side_has_none_of_our_parts(task):
+    model = training_speed.build_model(task, "tiny")
+    reference = published_models.published_model(model)
+    kinds = {type(module) for module in reference.language_model.modules()}
+    assert LaneDropout not in kinds
+    assert not reference.context.readers
+    assert task == "vqa" or (NewGELUActivation in kinds and nn.GELU not in kinds)
+
+
+def test_memory_of_a_step_counts_what_is_alive_at_once():
+    def step(indices):
+        first = torch.ones(2**18)  # 1 MiB
+        second = first + 1
+        del first
+        torch.cat([second, second])  # 2 MiB beside 1
+
+    assert training_speed.step_memory(step, [], torch.device("cpu")) == pytest.approx(3, abs=0.01)

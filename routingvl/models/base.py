@@ -13,6 +13,7 @@ from routingvl import checkpoint
 from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict
 from routingvl.context import VisualContext
 from routingvl.kernels import ROUTINGS
+from routingvl.models.dropout import lighten_dropout
 from routingvl.models.vision import VISION_FEATURES, vit_features
 from routingvl.surgery import TrainableReport, inject, trainable_report
 
@@ -64,6 +65,7 @@ class RoutedVLModel(nn.Module):
         self.vit = vision
         setattr(self, self.language_model_name, text)
         inject(text, routing, self.context, backend)
+        lighten_dropout(text)
         if vision is not None:
             vision.requires_grad_(False)
         self.visual_projection: nn.Linear | None = None

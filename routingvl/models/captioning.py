@@ -116,12 +116,16 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
                 text["input_ids"] = input_ids
             if not return_logits:
                 hidden = self.gpt.transformer(**text).last_hidden_state
-                return ModelOutput(self._lean_loss(hidden, self.next_tokens(labels)), None)
-            logits = self.gpt(**text).logits
+            else:
+                logits = self.gpt(**text).logits
+        if not return_logits:
+            return ModelOutput(self._lean_loss(hidden, labels), None)
         return ModelOutput(None if labels is None else _loss(logits, self.next_tokens(labels)), logits)
 
-    def _lean_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    @torch.compiler.disable  # how many positions count differs from batch to batch
+    def _lean_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The loss of hidden states [B, L + T, d], without logits at positions that do not count."""
+        targets = self.next_tokens(labels)
         hidden, targets = hidden[:, -targets.shape[1] :].flatten(0, 1), targets.flatten()
         # Chosen where the labels are: on the host, this waits for nothing.
         positions = (targets != IGNORED).nonzero()[:, 0]

@@ -1,0 +1,106 @@
+"""PNG plots of measured rows: speed-up, also by text tokens, overhead over the frozen projection, memory, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .report import Key, Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+
+
+def _label(key: Key) -> str:
+    case, routing, dtype, dropout, clock = key
+    return f"{case} {routing} {dtype}" + (f" p {dropout:g}" if dropout else "") + (" gpu" if clock == "gpu" else "")
+
+
+def _speed_ups(found: Results, axes: Axes) -> int:
+    """A bar a comparison, red where it is slower than the published chain."""
+    bars = [(f"{_label(key)}: {who}", found.ratio(key, who)) for key, who in found.compared()]
+    names, ratios = [name for name, _ in bars], [ratio for _, ratio in bars]
+    axes.barh(names, ratios, color=["tab:red" if ratio < 1 else "tab:blue" for ratio in ratios])
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel("speed-up over the published chain, forward + backward (red: slower)")
+    return len(bars)
+
+
+def _by_tokens(found: Results, axes: Axes) -> int:
+    """Speed-up by M = B T for each routing and op; a line joins the same layer at several sizes."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for key, who in found.compared():
+        row = found.measured[key][who, "fwdbwd"]
+        name = f"{row['op']} {key[1]} {key[2]} {who}" + (f" p {key[3]:g}" if key[3] else "")
+        lines.setdefault(name, []).append((row["B"] * row["T"], found.ratio(key, who)))
+    for number, (name, points) in enumerate(lines.items()):
+        xs, ys = zip(*sorted(points), strict=True)
+        axes.plot(xs, ys, "o-", label=name, color=COLOURS[number % len(COLOURS)], markersize=3)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="text tokens in the batch, M", ylabel="speed-up over the published chain")
+    axes.legend(fontsize=6)
+    return len(lines) // 2
+
+
+def _overhead(found: Results, axes: Axes) -> int:
+    """Time above the frozen projection alone, in percent of it."""
+    bars = []
+    for key, rows in found.measured.items():
+        if ("base", "fwdbwd") in rows:
+            base = rows["base", "fwdbwd"]["ms_p50"]
+            for who, mode in rows:
+                if mode == "fwdbwd" and who != "base":
+                    bars.append((f"{_label(key)}: {who}", 100 * (rows[who, mode]["ms_p50"] / base - 1)))
+    axes.barh([name for name, _ in bars], [value for _, value in bars], color="tab:orange")
+    axes.set_xlabel("time above the frozen projection, % of it, forward + backward")
+    return len(bars)
+
+
+def _bars_of(field: str, label: str) -> Callable[[Results, Axes], int]:
+    def draw_bars(found: Results, axes: Axes) -> int:
+        bars = []
+        for key, rows in found.measured.items():
+            for (who, mode), row in rows.items():
+                if mode == "fwdbwd" and who != "base" and row.get(field) is not None:
+                    bars.append((f"{_label(key)}: {who}", row[field]))
+        axes.barh([name for name, _ in bars], [value for _, value in bars], color="tab:green")
+        axes.set_xlabel(label)
+        return len(bars)
+
+    return draw_bars
+
+
+PLOTS: dict[str, Callable[[Results, Axes], int]] = {
+    "speed_up": _speed_ups,
+    "by_tokens": _by_tokens,
+    "overhead": _overhead,
+    "saved": _bars_of("saved_mib", "MiB kept for the backward pass beside the inputs"),
+    "peak": _bars_of("peak_mib", "peak MiB of a forward and backward pass"),
+    "limit": _bars_of("limit_percent", "% of the limit of the formula's operations or bytes"),
+}
+
+
+def draw(found: Results, folder: Path) -> list[Path]:
+    """Write a PNG file for every plot that has something to show; their paths."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    machines = "; ".join(found.machines)
+    for name, plot in PLOTS.items():
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        bars = plot(found, axes)
+        if not axes.has_data():
+            continue
+        axes.tick_params(axis="y", labelsize=7)
+        axes.set_title(machines, fontsize=6)
+        figure.set_figheight(max(4.0, 0.16 * bars + 1.5))
+        written.append(folder / f"{name}.png")
+        figure.savefig(written[-1], dpi=120)
+    return written

@@ -1,0 +1,137 @@
+"""Who computes a case's layer: the published chain, the same compiled, PEFT, and our two backends.
+
+A provider takes the tensors of benchmarks/cases.py by name and gives y [B, T, N]. One that cannot run says why.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from routingvl.kernels import routed_adapter, routed_lora, routed_lora_linear
+
+from .cases import Case, Layer, frozen_conv1d, frozen_linear
+from .published import published_adapter, published_lora, published_lora_linear, published_merged_linear
+
+PROVIDERS = ("base", "reference", "compile", "peft", "eager", "triton")
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def providers(
+    case: Case, routing: str, dropout: float, device: str, wanted: tuple[str, ...] = PROVIDERS
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The layers to compare, and for each of ``wanted`` that cannot run the reason.
+
+    "base" is the frozen projection alone (none for an adapter and at level "op"); "reference" comes always, because
+    every ratio is taken to it.
+    """
+    layers: dict[str, Layer] = {}
+    skipped: dict[str, str] = {}
+    if case.level == "layer" and case.op != "adapter":
+        layers["base"] = frozen_linear if case.op == "lora" else frozen_conv1d
+    layers["reference"] = _reference(case, routing, dropout)
+    obstacles: dict[str, Callable[[], str | None]] = {
+        "compile": _compile_obstacle,
+        "peft": partial(_peft_obstacle, case, routing),
+        "eager": lambda: None,
+        "triton": partial(_triton_obstacle, device),
+    }
+    makers: dict[str, Callable[[], Layer]] = {
+        "compile": lambda: torch.compile(layers["reference"], dynamic=False),
+        "peft": lambda: PeftLayer(case, dropout, device),
+        "eager": partial(_ours, case, routing, dropout, "eager"),
+        "triton": partial(_ours, case, routing, dropout, "triton"),
+    }
+    for name in PROVIDERS:
+        if name in wanted and name in makers:
+            reason = obstacles[name]()
+            if reason is None:
+                layers[name] = makers[name]()
+            else:
+                skipped[name] = reason
+    return layers, skipped
+
+
+def _reference(case: Case, routing: str, dropout: float) -> Layer:
+    if case.op == "adapter":
+        return partial(published_adapter, routing=routing, activation=case.activation, residual=case.residual)
+    options = {"routing": routing, "scaling": 1.0}
+    if case.level == "op":
+        return partial(published_lora, **options)
+    options["dropout"] = dropout
+    if case.op == "lora":
+        return partial(published_lora_linear, **options)
+    return partial(published_merged_linear, **options, groups=case.groups, columns=case.columns)
+
+
+def _ours(case: Case, routing: str, dropout: float, backend: str) -> Layer:
+    options = {"routing": routing, "backend": backend}
+    if case.op == "adapter":
+        return partial(routed_adapter, **options, activation=case.activation, residual=case.residual)
+    if case.level == "op":
+        return partial(routed_lora, **options)
+    layout = "nk" if case.op == "lora" else "kn"
+    options |= {"groups": case.groups, "columns": case.columns, "weight_layout": layout, "dropout": dropout}
+    return partial(routed_lora_linear, **options)
+
+
+def _compile_obstacle() -> str | None:
+    if any(shutil.which(name) for name in COMPILERS):
+        return None
+    return f"torch.compile needs a C++ compiler, and none of {', '.join(COMPILERS)} is on PATH"
+
+
+def _peft_obstacle(case: Case, routing: str) -> str | None:
+    if case.op != "lora" or case.level != "layer":
+        return "PEFT has no such layer: it is compared on nn.Linear with LoRA"
+    if routing != "none":
+        return "PEFT has no routing"
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        return "peft is not installed"
+    return None
+
+
+def _triton_obstacle(device: str) -> str | None:
+    if torch.device(device).type == "cpu":
+        return "Triton kernels need a GPU; on a CPU they run in an interpreter, whose time says nothing"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+    return None
+
+
+class PeftLayer:
+    """PEFT's LoRA on nn.Linear, as a function of the case's tensors: weight [N, K], bias [N], a [R, K], b [N, R].
+
+    The tensors take the place of the module's parameters, once for a set of tensors, so that PEFT's forward pass is
+    timed as it stands.
+    """
+
+    def __init__(self, case: Case, dropout: float, device: str) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        holder = nn.Sequential(nn.Linear(case.K, case.N, device=device))
+        config = LoraConfig(r=case.R, lora_alpha=case.R, lora_dropout=dropout, target_modules=["0"])
+        self.module = inject_adapter_in_model(config, holder)[0].train()
+        self.bound: tuple[Tensor, ...] = ()
+
+    def __call__(self, x: Tensor, v: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        given = (weight, bias, a, b)
+        if len(self.bound) != 4 or any(new is not old for new, old in zip(given, self.bound, strict=True)):
+            self._bind(given)
+        return self.module(x)
+
+    def _bind(self, given: tuple[Tensor, ...]) -> None:
+        base, down, up = self.module.base_layer, self.module.lora_A["default"], self.module.lora_B["default"]
+        places = ((base, "weight"), (base, "bias"), (down, "weight"), (up, "weight"))
+        for (owner, name), tensor in zip(places, given, strict=True):
+            owner._parameters.pop(name, None)  # a plain tensor may not replace a parameter
+            setattr(owner, name, tensor)
+        self.bound = given

@@ -1,0 +1,64 @@
+"""What is measured together, as data: a suite is one command's worth of cases, dtypes, clocks and providers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .providers import PROVIDERS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pass over the cases.
+
+    Attributes:
+        dtype: key of benchmarks.measure.DTYPES; half types run under autocast.
+        dropout: of the inputs of LoRA layers; cases that have none are left out of a pass with dropout.
+        clock: as in benchmarks.timing, None for the device's default.
+        compiled: whether the compiled reference takes part.
+    """
+
+    dtype: str = "float32"
+    dropout: float = 0.0
+    clock: str | None = None
+    compiled: bool = True
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A command's defaults.
+
+    Attributes:
+        device: torch device.
+        repeats: of every measurement.
+        plans: the passes, the most telling first.
+        time_limit: seconds after which nothing new is begun (None: no limit); nothing is compiled after half of them.
+        quick: the cases marked quick only.
+        providers: names of benchmarks.providers.PROVIDERS.
+    """
+
+    device: str
+    repeats: int
+    plans: tuple[Plan, ...]
+    time_limit: float | None = None
+    quick: bool = False
+    providers: tuple[str, ...] = PROVIDERS
+
+
+SUITES = {
+    "quick": Suite(
+        "cpu", 5, (Plan(),), time_limit=150, quick=True, providers=("base", "reference", "peft", "eager", "triton")
+    ),
+    "cpu": Suite("cpu", 20, (Plan(), Plan(dropout=0.1, compiled=False))),
+    "gpu": Suite(
+        "cuda",
+        30,
+        (
+            Plan("bfloat16", clock="gpu"),
+            Plan("bfloat16", clock="wall", compiled=False),
+            Plan("bfloat16", dropout=0.1, clock="gpu", compiled=False),
+            Plan("float32", clock="gpu", compiled=False),
+        ),
+        time_limit=450,
+    ),
+}

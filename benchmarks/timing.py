@@ -1,0 +1,63 @@
+"""Clocks, and the time of a call by each of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+CLOCKS = ("cpu", "wall", "gpu")
+COLD_BYTES = 256 * 2**20  # more than any GPU's cache
+
+
+def default_clock(device: torch.device, threads: int) -> str:
+    """CPU time for one thread of a CPU, wall time for several or for a GPU."""
+    return "cpu" if device.type == "cpu" and threads == 1 else "wall"
+
+
+class Timer:
+    """Seconds of a call.
+
+    The clock is "cpu" (CPU time of this thread, which other processes on the machine do not lengthen), "wall" (from an
+    idle device until it is idle again, so that launches count), or "gpu" (between two events on the device, which is
+    kept busy before the first so that launches are hidden where they can be). On a GPU its cache is overwritten first.
+    """
+
+    def __init__(self, device: torch.device, threads: int, clock: str | None = None) -> None:
+        self.device = device
+        self.clock = clock or default_clock(device, threads)
+        if self.clock == "gpu" and device.type != "cuda":
+            raise ValueError(f"--clock gpu needs a CUDA device, not {device}: use 'cpu' or 'wall'")
+        self._read = time.thread_time if self.clock == "cpu" else time.perf_counter
+        self._cold = torch.empty(COLD_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
+
+    def __call__(self, call: Callable[[], Tensor | None]) -> tuple[float, Tensor | None]:
+        if self._cold is not None:
+            self._cold.zero_()
+        if self.clock == "gpu":
+            return self._between_events(call)
+        self._synchronise()
+        start = self._read()
+        result = call()
+        self._synchronise()
+        return self._read() - start, result
+
+    def _between_events(self, call: Callable[[], Tensor | None]) -> tuple[float, Tensor | None]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = call()
+        end.record()
+        self._synchronise()
+        return start.elapsed_time(end) / 1e3, result
+
+    def _synchronise(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    """Milliseconds ms_p20, ms_p50 and ms_p80 of measured seconds."""
+    values = torch.tensor(seconds, dtype=torch.float64)
+    return {f"ms_p{part}": round(values.quantile(part / 100).item() * 1e3, 4) for part in (20, 50, 80)}

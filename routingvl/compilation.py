@@ -1,0 +1,58 @@
+"""Training through torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from routingvl.config import ConfigError
+from routingvl.models.base import RoutedVLModel
+
+BACKEND = "inductor"
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise :class:`ConfigError` when torch.compile lacks what it needs to make code for ``device``."""
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ConfigError(
+            "train.compile=true needs a C++ compiler on a CPU: install g++ or name one in the environment variable "
+            "CXX, or set train.compile=false"
+        ) from error
+
+
+@contextmanager
+def compiled(model: RoutedVLModel) -> Iterator[None]:
+    """Calls of ``model`` inside the block run through torch.compile; its parameters keep their names."""
+    with model.context.bind(None):
+        pass  # makes this thread's slot, whose appearance after the first call would be a reason to compile again
+    model.compile(backend=BACKEND)
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = None
+
+
+def compiled_inputs(model: RoutedVLModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """``inputs`` of a training step for a compiled ``model``.
+
+    The frozen ViT runs here, uncompiled. The length of the text [B, T] is marked as one that changes, so that the
+    batches of all lengths share one compilation.
+    """
+    inputs = dict(inputs)
+    if (images := inputs.pop("pixel_values", None)) is not None:
+        inputs["vision_features"] = model.encode_images(images)
+    for name in ("input_ids", "attention_mask", "labels"):
+        value = inputs.get(name)
+        if value is not None and value.shape == inputs["input_ids"].shape:  # the labels of VQA are [B, answers]
+            torch._dynamo.maybe_mark_dynamic(value, 1)
+    return inputs

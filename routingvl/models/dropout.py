@@ -1,0 +1,36 @@
+"""Dropout for the frozen backbones, cheap on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+LANES = 2**16  # values of the 16 random bits that decide about one component
+
+
+class LaneDropout(nn.Dropout):
+    """nn.Dropout that draws four components' fates from one 64-bit random number on a CPU.
+
+    torch draws a random number for each component there, in one thread, which took 9 to 14 % of a training step in
+    bfloat16. The probability is p to within 2^-17, and kept components are scaled by what it really is, so that the
+    expectation is exact. Numbers come from torch's generator. On other devices, while compiling, and for a p that 16
+    bits do not express to within 1 %, it is nn.Dropout.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of any shape and floating dtype -> the same shape."""
+        cut = round(self.p * LANES)
+        plain = not self.training or self.inplace or x.device.type != "cpu" or torch.compiler.is_compiling()
+        if plain or not 50 <= cut < LANES:
+            return super().forward(x)
+        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        lanes = words.view(torch.int16)[: x.numel()].view(x.shape)
+        return x * (lanes >= cut - LANES // 2).to(x.dtype).mul_(LANES / (LANES - cut))
+
+
+def lighten_dropout(model: nn.Module) -> None:
+    """Replace every nn.Dropout below ``model`` by :class:`LaneDropout` of the same probability."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Dropout:
+                setattr(parent, name, LaneDropout(child.p, child.inplace).train(child.training))
