@@ -17,6 +17,7 @@ import argparse
 import copy
 import json
 import math
+import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +39,7 @@ from routingvl.schedule import BatchOrder
 
 from .environment import describe_environment
 from .gate import relative_rms
+from .process_memory import can_measure, process_peak
 from .published_models import published_model, published_optimizer
 
 # width, layers, heads, vocabulary, image size, patch size, answers, rank
@@ -61,6 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda:0")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--peak-of",
+        choices=["published", *STEPS],
+        help="only print the peak memory of this process in MiB while it takes one side's captioning step",
+    )
     parser.add_argument("--output", type=Path, help="append the rows to this file (JSON lines)")
     return parser
 
@@ -200,6 +207,41 @@ def our_step(data: Data, model: RoutedVLModel, dtype: str, device: torch.device)
     return step
 
 
+def one_side(task: str, side: str, quick: bool, folder: Path) -> tuple[Data, Callable[[list[int]], None]]:
+    """Data and step of one side, "published" or a dtype of ours, on the CPU; of the other nothing is kept in memory."""
+    model, device = build_model(task, "tiny" if quick else "base"), torch.device("cpu")
+    if side == "published":
+        model = published_model(model).train()
+        if task == "caption":
+            model.caption_loss = "reference"
+        data = Data(task, model, folder)
+        return data, published_step(data, model, device)
+    model.vit = None
+    if side == "bfloat16":
+        lower_frozen_weights(model.language_model, torch.bfloat16, keep=False)
+    data = Data(task, model.train(), folder)
+    return data, our_step(data, model, side, device)
+
+
+def own_peak(side: str, quick: bool) -> float:
+    """MiB that this process occupies during a captioning step of one side, model, optimiser and libraries included."""
+    with tempfile.TemporaryDirectory() as folder:
+        data, step = one_side("caption", side, quick, Path(folder))
+        longest = long_batch(data)
+        for _ in range(2):  # the optimiser's state comes into being
+            step(longest)
+        return round(process_peak(lambda: step(longest)), 1)
+
+
+def peak_elsewhere(side: str, args: argparse.Namespace) -> float:
+    """:func:`own_peak` of a new process, because freed memory of the other side may stay with this one."""
+    command = [sys.executable, "-m", f"{__package__}.training_speed", "--peak-of", side, "--threads", str(args.threads)]
+    done = subprocess.run(command + ["--quick"] * args.quick, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed with status {done.returncode}:\n{done.stderr.strip()}")
+    return float(done.stdout)
+
+
 def step_memory(step: Callable[[list[int]], None], indices: list[int], device: torch.device) -> float:
     """MiB of tensors that a step holds at its peak beyond what is held before it."""
     if device.type == "cuda":
@@ -262,8 +304,10 @@ def measure(task: str, args: argparse.Namespace, folder: Path) -> dict:
         row[f"{name}_speedup"] = round(rates[name] / rates["published"], 3)
         each = np.array(spent["published"]) / np.array(spent[name])
         row[f"{name}_speedup_rounds"] = [round(float(value), 3) for value in np.sort(each)]
-        row[f"{name}_step_mib"] = round(step_memory(step, _typical(data), device), 1)
-    row["published_step_mib"] = round(step_memory(published, _typical(data), device), 1)
+        row[f"{name}_step_mib"] = round(step_memory(step, long_batch(data), device), 1)
+    row["published_step_mib"] = round(step_memory(published, long_batch(data), device), 1)
+    if task == "caption" and device.type == "cpu" and can_measure():
+        row |= {f"{name}_process_mib": peak_elsewhere(name, args) for name in spent}
     return {**row, "rounds": args.rounds, "clock": "wall", "gate": "passed", **environment}
 
 
@@ -276,7 +320,7 @@ def _without_vit(model: RoutedVLModel) -> RoutedVLModel:
         model.vit = vit
 
 
-def _typical(data: Data) -> list[int]:
+def long_batch(data: Data) -> list[int]:
     """The longest of the first ten batches, so that the memory is not that of a lucky one."""
     batches = [batch for batch, _ in zip(data.order(), range(10), strict=False)]
     return max(batches, key=lambda batch: data.lengths[batch].max())
@@ -295,6 +339,9 @@ def describe(row: dict) -> str:
         f"{row[f'{name}_step_mib']} MiB"
         for name in STEPS
     ]
+    if "published_process_mib" in row:
+        peaks = [f"{name} {row[f'{name}_process_mib']} MiB" for name in ("published", *STEPS)]
+        lines.append(f"  the whole process at its peak: {', '.join(peaks)}")
     return "\n".join(lines)
 
 
@@ -305,6 +352,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     rows = []
     try:
+        if args.peak_of:
+            print(own_peak(args.peak_of, args.quick))
+            return 0
         with tempfile.TemporaryDirectory() as folder:
             for task in args.task or TASKS:
                 rows.append(measure(task, args, Path(folder)))

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.activations import NewGELUActivation
 
 from routingvl.benchmarks import published_models, training_speed
+from routingvl.benchmarks.process_memory import can_measure, process_peak
 from routingvl.layers import RoutedLoRALinear
 from routingvl.models.dropout import LaneDropout
 
@@ -36,6 +37,8 @@ def test_rows_and_message(tmp_path, capsys):
             assert row[f"{dtype}_speedup"] == pytest.approx(ratio, rel=1e-2)
             assert f"= {row[f'{dtype}_speedup']}x" in printed
             assert 0 < row[f"{dtype}_error"] <= training_speed.TOLERANCES[dtype]
+    if can_measure():
+        assert all(rows[1][f"{side}_process_mib"] > 50 for side in ("published", "float32", "bfloat16"))
     # The published captioning step keeps all logits of 51 positions; ours holds those of the words.
     assert rows[1]["float32_step_mib"] < rows[1]["published_step_mib"] / 2
 
@@ -91,6 +94,14 @@ def test_batches_are_the_grouped_ones_and_published_texts_have_fixed_length(tmp_
     fixed = data.texts(steps[0], data.fixed, all_count=True)
     assert fixed["input_ids"].shape == fixed["labels"].shape == (8, 50)
     assert torch.equal(fixed["labels"], fixed["input_ids"])
+
+
+@pytest.mark.skipif(not can_measure(), reason="this system does not tell the peak of a process")
+def test_peak_counts_what_is_freed_within_the_call_and_nothing_from_before():
+    torch.ones(2**26)  # 256 MiB, freed at once
+    before = process_peak(lambda: None)
+    assert 200 < process_peak(lambda: torch.ones(2**26)) - before < 300
+    assert abs(process_peak(lambda: None) - before) < 50
 
 
 @pytest.mark.parametrize("task", ["vqa", "caption"])
