@@ -305,6 +305,7 @@ def measure(task: str, args: argparse.Namespace, folder: Path) -> dict:
         each = np.array(spent["published"]) / np.array(spent[name])
         row[f"{name}_speedup_rounds"] = [round(float(value), 3) for value in np.sort(each)]
         row[f"{name}_step_mib"] = round(step_memory(step, long_batch(data), device), 1)
+    reference.zero_grad()  # as ours, which are dropped at the end of a step
     row["published_step_mib"] = round(step_memory(published, long_batch(data), device), 1)
     if task == "caption" and device.type == "cpu" and can_measure():
         row |= {f"{name}_process_mib": peak_elsewhere(name, args) for name in spent}
