@@ -10,7 +10,6 @@ Rows (JSON lines) are "copy" (GB/s, bytes read plus bytes written), "matmul" (TF
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .environment import describe_environment
-from .timing import Timer, default_clock, quantiles
+from .timing import Timer, append_rows, cpu_threads, default_clock, quantiles
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # By type of device: bytes copied, side of the square product, rows and columns of the addmm.
@@ -82,21 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="append the rows to this file (JSON lines)")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
+    with cpu_threads(args.threads):
         clock = "gpu" if device.type == "cuda" else default_clock(device, args.threads)
         found = measure_ceilings(Timer(device, args.threads, clock), args.dtype or list(DTYPES))
         environment = describe_environment(device, args.threads)
-    finally:
-        torch.set_num_threads(before)
     for row in found:
         rate = "" if row["tflop_s"] is None else f", {row['tflop_s']:.4g} TFLOP/s"
         print(f"{row['ceiling']:<7} {row['dtype']:<9} {row['gb_s']:9.2f} GB/s{rate}")
     print(f"{environment['device']}, {args.threads} thread(s), torch {environment['torch']}, clock {clock}")
-    if args.output:
-        with args.output.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps({**row, **environment}) + "\n" for row in found))
+    append_rows(args.output, [{**row, **environment} for row in found])
     return 0
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from routingvl.models import ViTGPT2ForCaptioning
 from routingvl.surgery import remove
 
 from .environment import describe_environment
-from .timing import Timer
+from .timing import Timer, append_rows, cpu_threads
 
 SIZES = {
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257},
@@ -116,15 +115,9 @@ def measure(args: argparse.Namespace) -> dict:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 1 when the two sides write different captions, else 0."""
     args = build_parser().parse_args(argv)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
+    with cpu_threads(args.threads):
         row = measure(args)
-    finally:
-        torch.set_num_threads(threads)
-    if args.output:
-        with args.output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    append_rows(args.output, [row])
     if row["gate"] == "failed":
         print("the two sides write different captions: nothing was timed", file=sys.stderr)
         return 1

@@ -12,8 +12,6 @@ tolerance of benchmarks/gate.py is not timed and gets no speed-up; docs/benchmar
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +29,7 @@ from .measure import DTYPES, Checked, check, measure, memory, obstacle
 from .providers import PROVIDERS, providers
 from .report import summarise
 from .suites import SUITES, Plan, Suite
-from .timing import CLOCKS, Timer, quantiles
+from .timing import CLOCKS, Timer, append_rows, cpu_threads, quantiles
 
 
 def _levels(text: str) -> list[str]:
@@ -209,18 +207,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no CUDA device for {suite.device}: use --suite cpu, or --device cpu")
     if device.type != "cuda" and args.clock == "gpu":
         parser.error(f"--clock gpu needs a CUDA device, not {device}: use --clock cpu or wall")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
+    with cpu_threads(args.threads):
         rows = list(all_rows(suite, args))
-    finally:
-        torch.set_num_threads(threads)
-    if args.output:
-        # One write for each run: a run that is stopped leaves the file as it was.
-        with args.output.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
+    # One write for each run: a run that is stopped leaves the file as it was.
+    append_rows(args.output, rows)
     print(summarise(rows))
     return 1 if any(row["gate"] == "failed" for row in rows) else 0
 

@@ -10,7 +10,7 @@ ways must give the same loss and gradients, or the same tokens.
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from routingvl.models import ViTGPT2ForCaptioning, ViTRobertaForVQA
 
 from .environment import describe_environment
 from .gate import relative_rms
-from .timing import Timer
+from .timing import Timer, append_rows, cpu_threads
 
 WAYS = {"stacked": True, "per_layer": False}
 SIZES = {"base": (768, 12, 12, 50257), "tiny": (64, 2, 4, 500)}  # width, layers, heads, vocabulary
@@ -140,26 +140,18 @@ def measure(task: str, routing: str, args: argparse.Namespace) -> dict:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 1 when the two ways differ, else 0."""
     args = build_parser().parse_args(argv)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
     rows = []
-    try:
-        for task in args.task or TASKS:
-            for routing in args.routing or ["add", "vllora"]:
-                row = measure(task, routing, args)
-                rows.append(row)
-                if row["gate"] == "failed":
-                    print(f"{task} {routing}: the two ways differ by {row['worst_error']:.1e}: not timed")
-                else:
-                    print(
-                        f"{task} {routing}: {row['stacked_ms_p50']} ms stacked, {row['per_layer_ms_p50']} ms layer by "
-                        f"layer, {row['gain_p50']}x ({row['gain_p20']} to {row['gain_p80']})"
-                    )
-    finally:
-        torch.set_num_threads(threads)
-    if args.output:
-        with args.output.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    with cpu_threads(args.threads):
+        for task, routing in itertools.product(args.task or TASKS, args.routing or ["add", "vllora"]):
+            rows.append(row := measure(task, routing, args))
+            if row["gate"] == "failed":
+                print(f"{task} {routing}: the two ways differ by {row['worst_error']:.1e}: not timed")
+            else:
+                print(
+                    f"{task} {routing}: {row['stacked_ms_p50']} ms stacked, {row['per_layer_ms_p50']} ms layer by "
+                    f"layer, {row['gain_p50']}x ({row['gain_p20']} to {row['gain_p80']})"
+                )
+    append_rows(args.output, rows)
     return 1 if any(row["gate"] == "failed" for row in rows) else 0
 
 

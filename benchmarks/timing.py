@@ -1,9 +1,13 @@
-"""Clocks, and the time of a call by each of them."""
+"""Clocks, the time of a call by each of them, and the file that the rows of a run go to."""
 
 from __future__ import annotations
 
+import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -61,3 +65,24 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     """Milliseconds ms_p20, ms_p50 and ms_p80 of measured seconds."""
     values = torch.tensor(seconds, dtype=torch.float64)
     return {f"ms_p{part}": round(values.quantile(part / 100).item() * 1e3, 4) for part in (20, 50, 80)}
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """torch on ``count`` CPU threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def append_rows(path: Path | None, rows: Sequence[dict]) -> None:
+    """Append ``rows`` to a file of JSON lines, all in one write; None: nowhere."""
+    if path is None:
+        return
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import subprocess
 import sys
@@ -41,6 +40,7 @@ from .environment import describe_environment
 from .gate import relative_rms
 from .process_memory import can_measure, process_peak
 from .published_models import published_model, published_optimizer
+from .timing import append_rows, cpu_threads
 
 # width, layers, heads, vocabulary, image size, patch size, answers, rank
 SIZES = {"base": (768, 12, 12, 50257, 224, 16, 3129, 128), "tiny": (32, 2, 4, 200, 16, 8, 20, 4)}
@@ -349,10 +349,8 @@ def describe(row: dict) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 1 when a gate stayed shut, else 0."""
     args = build_parser().parse_args(argv)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
     rows = []
-    try:
+    with cpu_threads(args.threads):
         if args.peak_of:
             print(own_peak(args.peak_of, args.quick))
             return 0
@@ -360,11 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for task in args.task or TASKS:
                 rows.append(measure(task, args, Path(folder)))
                 print(describe(rows[-1]), flush=True)
-    finally:
-        torch.set_num_threads(threads)
-    if args.output:
-        with args.output.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    append_rows(args.output, rows)
     return 1 if any(row["gate"] == "failed" for row in rows) else 0
 
 
