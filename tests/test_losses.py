@@ -5,6 +5,7 @@ import torch
 from small_models import batch, captioner, randomise
 from torch.nn import functional as F
 
+from routingvl.models import losses
 from routingvl.models.losses import linear_cross_entropy
 
 ROWS, WIDTH, VOCABULARY = 23, 8, 31
@@ -142,3 +143,17 @@ def test_model_without_logits_has_the_same_loss_and_gradients(caption_loss, visu
 def test_model_without_logits_needs_labels():
     with pytest.raises(ValueError, match="pass labels="):
         captioner()(**batch(), return_logits=False)
+
+
+@pytest.mark.parametrize("rows", [losses.PADDED_ROWS - 1, losses.PADDED_ROWS, losses.PADDED_ROWS + 13])
+@pytest.mark.parametrize("chunk", [None, losses.PADDED_ROWS + 5])
+def test_padding_of_the_products_changes_nothing(rows, chunk):
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(rows, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (rows,), generator=generator)
+    want = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets)
+    found = losses.linear_cross_entropy(hidden, weight, targets, chunk)
+    torch.testing.assert_close(found, want)
+    for got, expected in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (found, want)), strict=True):
+        torch.testing.assert_close(got, expected)

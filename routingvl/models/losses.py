@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 IGNORED = -100  # label that does not count
 # Logits that exist at one time: 64 MiB in float32, which is 333 rows of GPT-2's vocabulary.
 CHUNK_ELEMENTS = 2**24
+PADDED_ROWS = 32
 CACHED_ROWS = 8  # rows of logits whose softmax is computed together on a CPU
 
 
@@ -62,18 +63,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if hidden_grad else None
         dweight = torch.zeros_like(weight, dtype=exact) if weight_grad else None
         for start in range(0, hidden.shape[0], chunk):
-            rows, labels = hidden[start : start + chunk], targets[start : start + chunk, None]
+            labels = targets[start : start + chunk, None]
+            rows = _padded(hidden[start : start + chunk])
             logits = torch.mm(rows, weight.t())
             gradient = logits if hidden_grad or weight_grad else None  # takes the place of what is no longer needed
             # A few rows at a time stay in a CPU's cache through all of it; a GPU would rather have them all.
             block = CACHED_ROWS if logits.device.type == "cpu" else chunk
-            for first in range(0, len(rows), block):
-                part = slice(first, first + block)
+            for first in range(0, len(labels), block):
+                part = slice(first, min(first + block, len(labels)))
                 total += _softmax_loss(
                     logits[part].to(exact), labels[part], None if gradient is None else gradient[part]
                 )
+            logits[len(labels) :] = 0  # the gradient of padding
             if hidden_grad:
-                torch.mm(gradient, weight, out=dhidden[start : start + chunk])
+                dhidden[start : start + chunk] = torch.mm(gradient, weight)[: len(labels)]
             if weight_grad:
                 dweight += torch.mm(gradient.t(), rows)
         return total, dhidden, dweight
@@ -96,6 +99,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
             ]
         return (*gradients, None, None, None, None)
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """``rows`` [m, d] with zero rows up to a multiple of ``PADDED_ROWS``, on a CPU and from that many rows on.
+
+    oneDNN makes code for every shape it meets, which for these products takes longer than the products; and the number
+    of positions that count is another one in almost every batch.
+    """
+    extra = -len(rows) % PADDED_ROWS
+    if not extra or len(rows) < PADDED_ROWS or rows.device.type != "cpu":
+        return rows
+    return torch.cat([rows, rows.new_zeros(extra, rows.shape[1])])
 
 
 def _softmax_loss(logits: Tensor, labels: Tensor, gradient: Tensor | None) -> Tensor:
