@@ -99,3 +99,22 @@ def test_readme_shows_the_speed_with_fresh_pages():
     assert [cell.strip() for cell in line.split("|")[2:-1]] == [
         f"{ms[routing, 'reference'] / ms[routing, 'eager']:.2f}" for routing in ROUTINGS
     ]
+
+
+def test_readme_shows_the_training_throughput_of_the_committed_measurement():
+    path = ROOT / "benchmarks" / "results" / "cpu_training.jsonl"
+    rows = {row["case"]: row for row in map(json.loads, path.read_text().splitlines())}
+    text = (ROOT / "README.md").read_text()
+    for case, name in (
+        ("vqa", "ViT-B/16 + RoBERTa-base, VQA, batch 32"),
+        ("caption", "ViT-B/16 + GPT-2, captions, batch 8"),
+    ):
+        row = rows[f"training_{case}"]
+        assert row["gate"] == "passed"
+        ours = [f"{row[f'{d}_examples_s']:.1f} ({row[f'{d}_speedup']:.1f}x)" for d in ("float32", "bfloat16")]
+        assert f"| {name} | {row['published_examples_s']:.1f} | {ours[0]} | {ours[1]} |" in text
+    steps = [round(row[f"{side}_step_mib"]) for side in ("published", "float32", "bfloat16")]
+    peaks = [round(row[f"{side}_process_mib"]) for side in ("published", "float32", "bfloat16")]
+    words = " ".join(text.split())
+    assert f"come to {steps[0]} MiB in the published step, {steps[1]} in ours ({steps[2]} in bfloat16)" in words
+    assert f"the whole process to {peaks[0]} MiB, {peaks[1]} and {peaks[2]}" in words
