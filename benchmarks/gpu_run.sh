@@ -70,7 +70,14 @@ phase_suite() { # ops and layers at the paper's shapes: published chain, eager a
 
 phase_training() { # steps and training throughput of both recipes
     have benchmarks/training_speed.py || return
-    program benchmarks.training_speed
+    local size dtype status=0
+    for size in base large; do
+        for dtype in float32 bfloat16; do # of the published step; ours runs in both
+            program benchmarks.training_speed --device cuda --size "$size" --published-dtype "$dtype" \
+                --output "$OUT/training.jsonl" || status=$?
+        done
+    done
+    return "$status"
 }
 
 phase_tune() { # sweep of tile configurations

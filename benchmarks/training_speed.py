@@ -43,7 +43,11 @@ from .published_models import published_model, published_optimizer
 from .timing import append_rows, cpu_threads
 
 # width, layers, heads, vocabulary, image size, patch size, answers, rank
-SIZES = {"base": (768, 12, 12, 50257, 224, 16, 3129, 128), "tiny": (32, 2, 4, 200, 16, 8, 20, 4)}
+SIZES = {
+    "base": (768, 12, 12, 50257, 224, 16, 3129, 128),
+    "large": (1024, 24, 16, 50257, 224, 16, 3129, 128),
+    "tiny": (32, 2, 4, 200, 16, 8, 20, 4),
+}
 # batch, mean and 99th percentile of the lengths, special tokens a text, fixed text length of the published recipe
 TASKS = {"vqa": (32, 8, 16, 2, 19), "caption": (8, 12, 25, 1, 50)}
 EXAMPLES = 4000
@@ -59,6 +63,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_speed", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny models, to try the script out")
+    parser.add_argument(
+        "--size", choices=["base", "large"], default="base", help="large: ViT-L/16, RoBERTa-large, GPT-2 medium"
+    )
+    parser.add_argument(
+        "--published-dtype", choices=list(STEPS), default="float32", help="precision of the published step, once gated"
+    )
     parser.add_argument("--task", action="append", choices=list(TASKS), help="only this (repeatable; default: both)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda:0")
@@ -175,7 +185,9 @@ def gate(data: Data, reference: RoutedVLModel, ours: RoutedVLModel, dtype: str, 
     return max(relative_rms(got, want) for got, want in zip(found[1], found[0], strict=True))
 
 
-def published_step(data: Data, model: RoutedVLModel, device: torch.device) -> Callable[[list[int]], None]:
+def published_step(
+    data: Data, model: RoutedVLModel, device: torch.device, dtype: str = "float32"
+) -> Callable[[list[int]], None]:
     """One step of the published recipe, of given examples."""
     optimizer = published_optimizer(model)
     images = data.images(data.batch)  # read and decoded beforehand, to its advantage
@@ -183,7 +195,9 @@ def published_step(data: Data, model: RoutedVLModel, device: torch.device) -> Ca
     def step(indices: list[int]) -> None:
         texts = {key: value.to(device) for key, value in data.texts(indices, data.fixed, all_count=True).items()}
         optimizer.zero_grad()
-        model(pixel_values=images.to(device), **texts).loss.backward()
+        with autocast(device, dtype):
+            loss = model(pixel_values=images.to(device), **texts).loss
+        loss.backward()
         optimizer.step()
 
     return step
@@ -207,15 +221,17 @@ def our_step(data: Data, model: RoutedVLModel, dtype: str, device: torch.device)
     return step
 
 
-def one_side(task: str, side: str, quick: bool, folder: Path) -> tuple[Data, Callable[[list[int]], None]]:
+def one_side(
+    task: str, side: str, size: str, published_dtype: str, folder: Path
+) -> tuple[Data, Callable[[list[int]], None]]:
     """Data and step of one side, "published" or a dtype of ours, on the CPU; of the other nothing is kept in memory."""
-    model, device = build_model(task, "tiny" if quick else "base"), torch.device("cpu")
+    model, device = build_model(task, size), torch.device("cpu")
     if side == "published":
         model = published_model(model).train()
         if task == "caption":
             model.caption_loss = "reference"
         data = Data(task, model, folder)
-        return data, published_step(data, model, device)
+        return data, published_step(data, model, device, published_dtype)
     model.vit = None
     if side == "bfloat16":
         lower_frozen_weights(model.language_model, torch.bfloat16, keep=False)
@@ -223,10 +239,10 @@ def one_side(task: str, side: str, quick: bool, folder: Path) -> tuple[Data, Cal
     return data, our_step(data, model, side, device)
 
 
-def own_peak(side: str, quick: bool) -> float:
+def own_peak(side: str, size: str, published_dtype: str) -> float:
     """MiB that this process occupies during a captioning step of one side, model, optimiser and libraries included."""
     with tempfile.TemporaryDirectory() as folder:
-        data, step = one_side("caption", side, quick, Path(folder))
+        data, step = one_side("caption", side, size, published_dtype, Path(folder))
         longest = long_batch(data)
         for _ in range(2):  # the optimiser's state comes into being
             step(longest)
@@ -236,6 +252,7 @@ def own_peak(side: str, quick: bool) -> float:
 def peak_elsewhere(side: str, args: argparse.Namespace) -> float:
     """:func:`own_peak` of a new process, because freed memory of the other side may stay with this one."""
     command = [sys.executable, "-m", f"{__package__}.training_speed", "--peak-of", side, "--threads", str(args.threads)]
+    command += ["--size", args.size, "--published-dtype", args.published_dtype]
     done = subprocess.run(command + ["--quick"] * args.quick, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed with status {done.returncode}:\n{done.stderr.strip()}")
@@ -268,12 +285,13 @@ def seconds(call: Callable[[], None], device: torch.device) -> float:
 def measure(task: str, args: argparse.Namespace, folder: Path) -> dict:
     """One row: examples a second of each side, ratios to the published step, memory."""
     device = torch.device(args.device)
-    model = build_model(task, "tiny" if args.quick else "base")
+    model = build_model(task, "tiny" if args.quick else args.size)
     if task == "caption":
         model.caption_loss = "reference"  # on both sides, so that the gate compares like with like
     reference = published_model(model).to(device)
     data, sides = Data(task, model, folder), {}
-    row = {"case": f"training_{task}", "routing": "add", "R": model.routing.rank, "B": data.batch}
+    row = {"case": f"training_{task}", "size": "tiny" if args.quick else args.size, "routing": "add"}
+    row |= {"R": model.routing.rank, "B": data.batch, "published_dtype": args.published_dtype}
     environment = describe_environment(device, args.threads)
     for dtype in STEPS:
         ours = _without_vit(model).to(device)
@@ -285,7 +303,7 @@ def measure(task: str, args: argparse.Namespace, folder: Path) -> dict:
         sides[dtype] = our_step(data, ours, dtype, device)
         if task == "caption":
             ours.caption_loss = "sound"  # what training uses by default
-    published = published_step(data, reference, device)
+    published = published_step(data, reference, device, args.published_dtype)
     for batch in batches_of_each_length(data):
         for step in sides.values():
             step(batch)
@@ -363,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     with cpu_threads(args.threads):
         if args.peak_of:
-            print(own_peak(args.peak_of, args.quick))
+            print(own_peak(args.peak_of, "tiny" if args.quick else args.size, args.published_dtype))
             return 0
         with tempfile.TemporaryDirectory() as folder:
             for task in args.task or TASKS:

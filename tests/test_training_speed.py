@@ -122,3 +122,16 @@ def test_memory_of_a_step_counts_what_is_alive_at_once():
         torch.cat([second, second])  # 2 MiB beside 1
 
     assert training_speed.step_memory(step, [], torch.device("cpu")) == pytest.approx(3, abs=0.01)
+
+
+def test_published_step_in_half_precision(tmp_path):
+    """The recipe's own bfloat16 form: gated in float32 like the other, and marked in its row."""
+    status, (row,) = run(tmp_path, "--task", "vqa", "--published-dtype", "bfloat16")
+    assert (status, row["gate"], row["published_dtype"], row["size"]) == (0, "passed", "bfloat16", "tiny")
+    model = training_speed.build_model("vqa", "tiny")
+    data = training_speed.Data("vqa", model, tmp_path)
+    seen = []
+    model.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    for dtype in ("float32", "bfloat16"):
+        training_speed.published_step(data, model, torch.device("cpu"), dtype)(next(data.order()))
+    assert seen == [torch.float32, torch.bfloat16]
