@@ -118,3 +118,15 @@ def test_readme_shows_the_training_throughput_of_the_committed_measurement():
     words = " ".join(text.split())
     assert f"come to {steps[0]} MiB in the published step, {steps[1]} in ours ({steps[2]} in bfloat16)" in words
     assert f"the whole process to {peaks[0]} MiB, {peaks[1]} and {peaks[2]}" in words
+
+
+def test_readme_shows_the_overhead_measured_on_a_second_cpu():
+    path = ROOT / "benchmarks" / "results" / "cpu_layers_xeon.jsonl"
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row.get("mode") == "fwdbwd"]
+    ms = {(row["routing"], row["provider"]): row["ms_p50"] for row in rows if row["case"] == "linear_lora_m2040"}
+    ratios = []
+    for routing in ("none", "add", "mul", "expand", "vllora"):
+        base, reference, ours = (ms[routing, provider] for provider in ("base", "reference", "eager"))
+        ratios.append(f"{(reference - base) / (ours - base):.2f}")
+    words = " ".join((ROOT / "README.md").read_text().split())
+    assert f"the last line of the table is {', '.join(ratios[:4])} and {ratios[4]}" in words
