@@ -30,9 +30,6 @@ program() {
     if [[ -z $DRY ]]; then "$PYTHON" -m "$module" "$@"; else "$PYTHON" -m "$module" --help >/dev/null; fi
 }
 
-# Whether a program of this checkout exists; if not, say what is skipped.
-have() { [[ -f $1 ]] || skip "$1 is not in this checkout"; }
-
 # Run a tool of the CUDA toolkit on each_kernel.
 tool() {
     local name=$1
@@ -69,7 +66,6 @@ phase_suite() { # ops and layers at the paper's shapes: published chain, eager a
 }
 
 phase_training() { # steps and training throughput of both recipes
-    have benchmarks/training_speed.py || return
     local size dtype status=0
     for size in base large; do
         for dtype in float32 bfloat16; do # of the published step; ours runs in both
@@ -81,7 +77,6 @@ phase_training() { # steps and training throughput of both recipes
 }
 
 phase_tune() { # sweep of tile configurations
-    have benchmarks/tune.py || return
     program benchmarks.tune --output "$OUT/tiles.json"
 }
 

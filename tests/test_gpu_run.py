@@ -26,6 +26,8 @@ def test_dry_run_finds_every_program() -> None:
     assert not {name for name in absent if (ROOT / name).exists()}
     for called in ("pytest -m gpu", "benchmarks.run", "compute-sanitizer --tool racecheck", "routingvl train"):
         assert called in done.stdout
+    assert "benchmarks.training_speed --device cuda --size large" in done.stdout
+    assert "benchmarks.tune --output" in done.stdout
 
 
 def test_a_program_that_does_not_start_fails_the_dry_run(tmp_path: Path) -> None:

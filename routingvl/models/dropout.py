@@ -11,10 +11,9 @@ LANES = 2**16  # values of the 16 random bits that decide about one component
 class LaneDropout(nn.Dropout):
     """nn.Dropout that draws four components' fates from one 64-bit random number on a CPU.
 
-    torch draws a random number for each component there, in one thread, which took 9 to 14 % of a training step in
-    bfloat16. The probability is p to within 2^-17, and kept components are scaled by what it really is, so that the
-    expectation is exact. Numbers come from torch's generator. On other devices, while compiling, and for a p that 16
-    bits do not express to within 1 %, it is nn.Dropout.
+    torch draws a random number for each component there, in one thread. The probability is p to within 2^-17, and kept
+    components are scaled by what it really is, so that the expectation is exact. Numbers come from torch's generator. On
+    other devices, while compiling, and for a p that 16 bits do not express to within 1 %, it is nn.Dropout.
     """
 
     def forward(self, x: Tensor) -> Tensor:
