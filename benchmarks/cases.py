@@ -86,6 +86,7 @@ class Case:
         return 2 * products, moved * itemsize
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GPU = ("cuda",)
 CASES = (
     Case("roberta_lora_m1280", "lora", B=64, T=20, L=1, K=768, N=768, R=128, quick=True),
@@ -152,17 +153,18 @@ def make_tensors(
     return tensors
 
 
-def definition(case: Case, routing: str) -> Layer:
+def definition(case: Case, routing: str, relu: bool = False) -> Layer:
     """The case's layer as kernels/reference.py defines it, the oracle of the gate."""
+    options = {"routing": routing, "relu": relu}
     if case.op == "adapter":
-        return partial(reference_adapter, routing=routing, activation=case.activation, residual=case.residual)
+        return partial(reference_adapter, **options, activation=case.activation, residual=case.residual)
     if case.level == "op":
-        return partial(reference_lora, routing=routing)
+        return partial(reference_lora, **options)
     frozen = frozen_linear if case.op == "lora" else frozen_conv1d
 
     def layer(x: Tensor, v: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
         base = frozen(x, v, weight, bias, a, b)
-        return reference_lora(x, v, a, b, routing=routing, base=base, groups=case.groups, columns=case.columns)
+        return reference_lora(x, v, a, b, **options, base=base, groups=case.groups, columns=case.columns)
 
     return layer
 

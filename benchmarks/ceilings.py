@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .cases import DTYPES
 from .environment import describe_environment
 from .timing import Timer, append_rows, cpu_threads, default_clock, quantiles
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # By type of device: bytes copied, side of the square product, rows and columns of the addmm.
 SIZES = {"cpu": (2**28, 1024, 1280, 768), "cuda": (2**30, 8192, 10240, 768)}
 INNER = 128

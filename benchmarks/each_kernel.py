@@ -15,18 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from routingvl.kernels import routed_adapter, routed_lora_linear
-from routingvl.kernels.reference import reference_adapter, reference_lora
-
-from .cases import Case, make_tensors
+from .cases import DTYPES, Case, Layer, definition, make_tensors
 from .gate import failures
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from .providers import ours
 
 
 @dataclass(frozen=True)
@@ -85,50 +81,38 @@ def case_of(call: Call, sizes: dict[str, int]) -> Case:
     return replace(case, B=40, T=1) if call.decoding else case
 
 
-def layer_of(call: Call, case: Case) -> Callable[..., Tensor]:
+def layer_of(call: Call, case: Case) -> Layer:
     """The layer on the Triton backend."""
-    options = {"routing": call.routing, "relu": call.relu, "backend": "triton"}
-    if call.op == "adapter":
-        return partial(routed_adapter, **options, activation=case.activation, residual=case.residual)
-    layout = "kn" if call.op == "merged_lora" else "nk"
-    options |= {"groups": case.groups, "columns": case.columns, "weight_layout": layout, "dropout": call.dropout}
-    return partial(routed_lora_linear, **options)
+    return ours(case, call.routing, call.dropout, "triton", call.relu)
 
 
-def plain_of(call: Call, case: Case) -> Callable[..., Tensor]:
-    """The layer by its definition, kernels/reference.py."""
-    if call.op == "adapter":
-        options = {"activation": case.activation, "residual": case.residual}
-        return partial(reference_adapter, routing=call.routing, relu=call.relu, **options)
+@contextmanager
+def launches_through(replacement: Callable[..., Any]) -> Iterator[None]:
+    """Kernels are launched by ``replacement(launch, kind, tiles, attempt)`` inside the block."""
+    from routingvl.kernels import triton_adapter_ops, triton_ops
 
-    def layer(x: Tensor, v: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        base = F.linear(x, weight.T if call.op == "merged_lora" else weight, bias)
-        options = {"relu": call.relu, "groups": case.groups, "columns": case.columns}
-        return reference_lora(x, v, a, b, routing=call.routing, base=base, **options)
-
-    return layer
+    modules = (triton_ops, triton_adapter_ops)
+    originals = [module.launch for module in modules]
+    for module, launch in zip(modules, originals, strict=True):
+        module.launch = partial(replacement, launch)
+    try:
+        yield
+    finally:
+        for module, launch in zip(modules, originals, strict=True):
+            module.launch = launch
 
 
 @contextmanager
 def launched_kernels() -> Iterator[list[str]]:
     """The kernels launched inside the block, by name, in order."""
-    from routingvl.kernels import triton_adapter_ops, triton_ops
-
     seen: list[str] = []
-    modules = (triton_ops, triton_adapter_ops)
-    originals = [module.launch for module in modules]
 
-    def counted(launch: Callable, kind: str, *rest):
+    def counted(launch: Callable[..., Any], kind: str, *rest: Any) -> Any:
         seen.append(kind)
         return launch(kind, *rest)
 
-    for module, launch in zip(modules, originals, strict=True):
-        module.launch = partial(counted, launch)
-    try:
+    with launches_through(counted):
         yield seen
-    finally:
-        for module, launch in zip(modules, originals, strict=True):
-            module.launch = launch
 
 
 def results(layer: Callable[..., Tensor], tensors: dict[str, Tensor], dtype: torch.dtype, backward: bool) -> dict:
@@ -158,7 +142,7 @@ def missed_by(call: Call, sizes: dict[str, int], dtype: torch.dtype, device: str
     missed = [f"{kernel} was not launched" for kernel in call.kernels if kernel not in launched]
     if call.dropout > 0:
         return missed + [f"{name} is not finite" for name, tensor in got.items() if not tensor.isfinite().all()]
-    plain = plain_of(call, case)
+    plain = definition(case, call.routing, call.relu)
     oracle, same = (results(plain, tensors, kind, not call.decoding) for kind in (torch.float64, dtype))
     return missed + [f"{name} {what}" for name, what in failures(got, same, oracle, dtype).items()]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .cases import Case, Layer, definition, make_tensors
 from .gate import failures, relative_rms
+from .memory import cuda_peak
 from .timing import Timer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("fwd", "bwd", "fwdbwd")
 WARM_UP = 2
 
@@ -148,9 +148,9 @@ def memory(case: Case, layer: Layer, dtype: torch.dtype, device: torch.device) -
 def _peak_mib(layer: Layer, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> float:
     for tensor in tensors.values():
         tensor.grad = None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    y = run_layer(layer, tensors, autocast_of(dtype))
-    y.backward(torch.ones_like(y))
-    return round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 3)
+
+    def forward_and_backward() -> None:
+        y = run_layer(layer, tensors, autocast_of(dtype))
+        y.backward(torch.ones_like(y))
+
+    return round(cuda_peak(forward_and_backward, device), 3)

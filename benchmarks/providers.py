@@ -43,8 +43,8 @@ def providers(
     makers: dict[str, Callable[[], Layer]] = {
         "compile": lambda: torch.compile(_compilable(case, layers["reference"]), dynamic=False),
         "peft": lambda: PeftLayer(case, dropout, device),
-        "eager": partial(_ours, case, routing, dropout, "eager"),
-        "triton": partial(_ours, case, routing, dropout, "triton"),
+        "eager": partial(ours, case, routing, dropout, "eager"),
+        "triton": partial(ours, case, routing, dropout, "triton"),
     }
     for name in PROVIDERS:
         if name in wanted and name in makers:
@@ -73,8 +73,9 @@ def _compilable(case: Case, reference: Layer) -> Layer:
     return partial(reference, mask=False) if case.op == "merged_lora" else reference
 
 
-def _ours(case: Case, routing: str, dropout: float, backend: str) -> Layer:
-    options = {"routing": routing, "backend": backend}
+def ours(case: Case, routing: str, dropout: float, backend: str, relu: bool = False) -> Layer:
+    """The case's layer by this library, on one of its backends."""
+    options = {"routing": routing, "relu": relu, "backend": backend}
     if case.op == "adapter":
         return partial(routed_adapter, **options, activation=case.activation, residual=case.residual)
     if case.level == "op":

@@ -22,10 +22,10 @@ import torch
 
 from routingvl.kernels import ROUTINGS
 
-from .cases import CASES, LEVELS, Case
+from .cases import CASES, DTYPES, LEVELS, Case
 from .ceilings import Limits, measure_ceilings
 from .environment import describe_environment
-from .measure import DTYPES, Checked, check, measure, memory, obstacle
+from .measure import Checked, check, measure, memory, obstacle
 from .providers import PROVIDERS, providers
 from .report import summarise
 from .suites import SUITES, Plan, Suite

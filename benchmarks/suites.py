@@ -12,7 +12,7 @@ class Plan:
     """One pass over the cases.
 
     Attributes:
-        dtype: key of benchmarks.measure.DTYPES; half types run under autocast.
+        dtype: key of benchmarks.cases.DTYPES; half types run under autocast.
         dropout: of the inputs of LoRA layers; cases that have none are left out of a pass with dropout.
         clock: as in benchmarks.timing, None for the device's default.
         compiled: whether the compiled reference takes part.

@@ -38,7 +38,7 @@ from routingvl.schedule import BatchOrder
 
 from .environment import describe_environment
 from .gate import relative_rms
-from .process_memory import can_measure, process_peak
+from .memory import can_measure, cuda_peak, process_peak
 from .published_models import published_model, published_optimizer
 from .timing import append_rows, cpu_threads
 
@@ -262,10 +262,7 @@ def peak_elsewhere(side: str, args: argparse.Namespace) -> float:
 def step_memory(step: Callable[[list[int]], None], indices: list[int], device: torch.device) -> float:
     """MiB of tensors that a step holds at its peak beyond what is held before it."""
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step(indices)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return cuda_peak(lambda: step(indices), device)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step(indices)
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -39,7 +39,7 @@ from routingvl.kernels.tiles import (
 from routingvl.kernels.tuned import tuned_key
 
 from .cases import make_tensors
-from .each_kernel import CALLS, SIZES, Call, case_of, layer_of, missed_by
+from .each_kernel import CALLS, SIZES, Call, case_of, launches_through, layer_of, missed_by
 
 DTYPES = {"half": torch.bfloat16, "ieee": torch.float32}
 CHECKED = {"B": 16, "T": 20, "K": 768, "N": 768}  # sizes of the check of the results
@@ -77,24 +77,15 @@ def call_of(kind: str, decode: bool) -> Call:
 @contextmanager
 def forced(kind: str, tile: Tile) -> Iterator[None]:
     """Kernels of this kind are launched with ``tile``; a RuntimeError, and no eager result, where it does not fit."""
-    from routingvl.kernels import triton_adapter_ops, triton_ops
 
-    modules = (triton_ops, triton_adapter_ops)
-    originals = [module.launch for module in modules]
-
-    def launch_with(name: str, tiles: tuple[Tile, ...], attempt: Callable[[Tile], Any]) -> Any:
+    def launch_with(launch: Callable[..., Any], name: str, tiles: tuple[Tile, ...], attempt: Callable[..., Any]) -> Any:
         try:
-            return originals[0](name, (tile,) if name == kind else tiles, attempt)
+            return launch(name, (tile,) if name == kind else tiles, attempt)
         except NoTileFitsError as error:
             raise RuntimeError(str(error)) from error
 
-    for module in modules:
-        module.launch = launch_with
-    try:
+    with launches_through(launch_with):
         yield
-    finally:
-        for module, original in zip(modules, originals, strict=True):
-            module.launch = original
 
 
 def milliseconds(run: Callable[[], Any], device: str, repeats: int = 20) -> float:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.activations import NewGELUActivation
 
 from routingvl.benchmarks import published_models, training_speed
-from routingvl.benchmarks.process_memory import can_measure, process_peak
+from routingvl.benchmarks.memory import can_measure, process_peak
 from routingvl.layers import RoutedLoRALinear
 from routingvl.models.dropout import LaneDropout
 

@@ -12,8 +12,8 @@ class LaneDropout(nn.Dropout):
     """nn.Dropout that draws four components' fates from one 64-bit random number on a CPU.
 
     torch draws a random number for each component there, in one thread. The probability is p to within 2^-17, and kept
-    components are scaled by what it really is, so that the expectation is exact. Numbers come from torch's generator. On
-    other devices, while compiling, and for a p that 16 bits do not express to within 1 %, it is nn.Dropout.
+    components are scaled by what it really is, so that the expectation is exact. Numbers come from torch's generator.
+    On other devices, while compiling, and for a p that 16 bits do not express to within 1 %, it is nn.Dropout.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Peak memory of the running process: its resident size, libraries and all (Linux, where /proc can reset the peak)."""
+"""Peak memory: of the running process, libraries and all (Linux, where /proc can reset it), and of a GPU's tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 PROC = Path("/proc/self")
 
@@ -32,6 +34,15 @@ def process_peak(call: Callable[[], object]) -> float:
     _reset_peak()
     call()
     return _peak_mib()
+
+
+def cuda_peak(call: Callable[[], object], device: torch.device) -> float:
+    """MiB of tensors on a CUDA device at the peak of ``call``, beyond those that were there before."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def _reset_peak() -> None:
