@@ -25,12 +25,8 @@ from routingvl.models import ViTGPT2ForCaptioning
 from routingvl.surgery import remove
 
 from .environment import describe_environment
-from .timing import Timer, append_rows, cpu_threads
-
-SIZES = {
-    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257},
-    "tiny": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 500},
-}
+from .models import SIZES, build_model
+from .timing import Timer, append_rows, cpu_threads, quantiles
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,11 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def build_models(size: str, routing: str, rank: int) -> dict[str, ViTGPT2ForCaptioning]:
     """ "routed" and "bare": one GPT-2 of random weights, and its copy without bottlenecks."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    text = GPT2LMHeadModel(GPT2Config(**SIZES[size], bos_token_id=0, eos_token_id=0))
-    routed = ViTGPT2ForCaptioning.from_backbones(None, text, RoutingConfig(routing=routing, rank=rank, alpha=rank))
+    routed = build_model("caption", size, RoutingConfig(routing=routing, rank=rank, alpha=rank))
     bare = copy.deepcopy(routed)
     remove(bare.language_model)
     return {"routed": routed.eval(), "bare": bare.eval()}
@@ -73,14 +65,14 @@ def write(model: ViTGPT2ForCaptioning, features: Tensor, args: argparse.Namespac
 
 def measure(args: argparse.Namespace) -> dict:
     """The row of one run: seconds a caption of both sides, and the bound."""
-    size = "tiny" if args.quick else "gpt2"
+    size = "tiny" if args.quick else "base"
     models = build_models(size, args.routing, args.rank)
-    features = torch.randn(args.batch, 1, SIZES[size]["n_embd"], generator=torch.Generator().manual_seed(1))
+    features = torch.randn(args.batch, 1, SIZES[size].width, generator=torch.Generator().manual_seed(1))
     timer = Timer(torch.device("cpu"), args.threads)
     # Also the warm-up.
     written = {name: write(model, features, args) for name, model in models.items()}
     row = {
-        "case": f"{size}_decode",
+        "case": "tiny_decode" if args.quick else "gpt2_decode",
         "routing": args.routing,
         "R": args.rank,
         "B": args.batch,
@@ -97,14 +89,11 @@ def measure(args: argparse.Namespace) -> dict:
             seconds[name].append(timer(lambda name=name: write(models[name], features, args))[0])
     ratios = [routed / bare for routed, bare in zip(seconds["routed"], seconds["bare"], strict=True)]
     speed = {name: args.batch / torch.tensor(values).median().item() for name, values in seconds.items()}
-    low, middle, high = (torch.tensor(ratios).quantile(q).item() for q in (0.2, 0.5, 0.8))
     return {
         **row,
         "routed_captions_s": round(speed["routed"], 3),
         "bare_captions_s": round(speed["bare"], 3),
-        "bound_p20": round(low, 4),
-        "bound_p50": round(middle, 4),
-        "bound_p80": round(high, 4),
+        **quantiles(ratios, "bound", 1.0),
         "repeats": args.repeats,
         "clock": timer.clock,
         "gate": "passed",

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from routingvl.config import RoutingConfig
 from routingvl.kernels import ROUTINGS
-from routingvl.models import ViTGPT2ForCaptioning, ViTRobertaForVQA
+from routingvl.models.base import RoutedVLModel
 
 from .environment import describe_environment
 from .gate import relative_rms
-from .timing import Timer, append_rows, cpu_threads
+from .models import build_model
+from .timing import Timer, append_rows, cpu_threads, quantiles
 
 WAYS = {"stacked": True, "per_layer": False}
-SIZES = {"base": (768, 12, 12, 50257), "tiny": (64, 2, 4, 500)}  # width, layers, heads, vocabulary
 TASKS = {"vqa": (32, 10), "caption": (8, 13), "generate": (8, 15)}  # batch, tokens
 # Largest relative RMS difference of a gradient: the two ways sum in another order, in float32.
 TOLERANCE = 1e-4
@@ -47,20 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_model(task: str, size: str, routing: RoutingConfig) -> nn.Module:
-    """The model of a task with random weights, bottlenecks included, and without its ViT."""
-    from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
-
-    torch.manual_seed(0)
-    width, layers, heads, vocabulary = SIZES[size]
-    if task == "vqa":
-        shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-        text = RobertaModel(RobertaConfig(vocab_size=vocabulary, intermediate_size=4 * width, **shape))
-        model = ViTRobertaForVQA.from_backbones(None, text, routing, num_labels=3129 if size == "base" else 50)
-    else:
-        shape = {"n_embd": width, "n_layer": layers, "n_head": heads, "vocab_size": vocabulary}
-        text = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **shape))
-        model = ViTGPT2ForCaptioning.from_backbones(None, text, routing)
+def trained_model(task: str, size: str, routing: RoutingConfig) -> RoutedVLModel:
+    """The model of a task without its ViT, its trained weights drawn at random too."""
+    model = build_model(task, size, routing)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -108,7 +97,7 @@ def differences(model: nn.Module, call: Callable[[], Tensor]) -> float:
 def measure(task: str, routing: str, args: argparse.Namespace) -> dict:
     """One row: seconds a step or a caption search each way, and the gain."""
     config = RoutingConfig(method=args.method, routing=routing, rank=args.rank)
-    model = build_model(task, "tiny" if args.quick else "base", config)
+    model = trained_model(task, "tiny" if args.quick else "base", config)
     call = make_call(task, model)
     timer = Timer(torch.device("cpu"), args.threads)
     batch, tokens = TASKS[task]
@@ -122,14 +111,11 @@ def measure(task: str, routing: str, args: argparse.Namespace) -> dict:
         for way in list(WAYS)[:: 1 if repeat % 2 else -1]:
             model.context.stacked = WAYS[way]
             seconds[way].append(timer(call)[0])
-    gains = torch.tensor(seconds["per_layer"]) / torch.tensor(seconds["stacked"])
-    low, middle, high = (round(gains.quantile(q).item(), 4) for q in (0.2, 0.5, 0.8))
+    gains = [alone / together for alone, together in zip(seconds["per_layer"], seconds["stacked"], strict=True)]
     return {
         **row,
         **{f"{way}_ms_p50": round(torch.tensor(values).median().item() * 1e3, 3) for way, values in seconds.items()},
-        "gain_p20": low,
-        "gain_p50": middle,
-        "gain_p80": high,
+        **quantiles(gains, "gain", 1.0),
         "repeats": args.repeats,
         "clock": timer.clock,
         "gate": "passed",

@@ -61,10 +61,10 @@ class Timer:
             torch.accelerator.synchronize(self.device)
 
 
-def quantiles(seconds: list[float]) -> dict[str, float]:
-    """Milliseconds ms_p20, ms_p50 and ms_p80 of measured seconds."""
-    values = torch.tensor(seconds, dtype=torch.float64)
-    return {f"ms_p{part}": round(values.quantile(part / 100).item() * 1e3, 4) for part in (20, 50, 80)}
+def quantiles(values: Sequence[float], name: str = "ms", scale: float = 1e3) -> dict[str, float]:
+    """``name``_p20, _p50 and _p80 of measured values, times ``scale``: by default milliseconds of seconds."""
+    measured = torch.tensor(values, dtype=torch.float64)
+    return {f"{name}_p{part}": round(measured.quantile(part / 100).item() * scale, 4) for part in (20, 50, 80)}
 
 
 @contextmanager

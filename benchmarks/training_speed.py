@@ -19,7 +19,6 @@ import math
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,7 +30,6 @@ from torch.profiler import ProfilerActivity, profile
 from routingvl.config import RoutingConfig
 from routingvl.data.collate import IGNORED
 from routingvl.execution import lower_frozen_weights
-from routingvl.models import ViTGPT2ForCaptioning, ViTRobertaForVQA
 from routingvl.models.base import RoutedVLModel
 from routingvl.run_config import TrainConfig
 from routingvl.schedule import BatchOrder
@@ -39,15 +37,10 @@ from routingvl.schedule import BatchOrder
 from .environment import describe_environment
 from .gate import relative_rms
 from .memory import can_measure, cuda_peak, process_peak
+from .models import build_model
 from .published_models import published_model, published_optimizer
-from .timing import append_rows, cpu_threads
+from .timing import Timer, append_rows, cpu_threads
 
-# width, layers, heads, vocabulary, image size, patch size, answers, rank
-SIZES = {
-    "base": (768, 12, 12, 50257, 224, 16, 3129, 128),
-    "large": (1024, 24, 16, 50257, 224, 16, 3129, 128),
-    "tiny": (32, 2, 4, 200, 16, 8, 20, 4),
-}
 # batch, mean and 99th percentile of the lengths, special tokens a text, fixed text length of the published recipe
 TASKS = {"vqa": (32, 8, 16, 2, 19), "caption": (8, 12, 25, 1, 50)}
 EXAMPLES = 4000
@@ -82,22 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_model(task: str, size: str) -> RoutedVLModel:
-    """The model of a task with random weights, the bottlenecks' too."""
-    from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel, ViTConfig, ViTModel
-
-    torch.manual_seed(0)
-    width, layers, heads, vocabulary, image, patch, answers, rank = SIZES[size]
-    shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-    vit = ViTModel(ViTConfig(**shape, intermediate_size=4 * width, image_size=image, patch_size=patch))
-    routing = RoutingConfig(routing="add", rank=rank, alpha=rank)
-    if task == "vqa":
-        text = RobertaModel(RobertaConfig(**shape, intermediate_size=4 * width, vocab_size=vocabulary))
-        model = ViTRobertaForVQA.from_backbones(vit, text, routing, num_labels=answers)
-    else:
-        shape = {"n_embd": width, "n_layer": layers, "n_head": heads, "vocab_size": vocabulary}
-        text = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=vocabulary - 1, eos_token_id=vocabulary - 1))
-        model = ViTGPT2ForCaptioning.from_backbones(vit, text, routing)
+def routed_model(task: str, size: str) -> RoutedVLModel:
+    """The model of a task whose bottlenecks' updates are not zero."""
+    rank = 4 if size == "tiny" else 128
+    model = build_model(task, size, RoutingConfig(routing="add", rank=rank, alpha=rank), vision=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -221,20 +202,26 @@ def our_step(data: Data, model: RoutedVLModel, dtype: str, device: torch.device)
     return step
 
 
+def make_ours(model: RoutedVLModel, dtype: str) -> RoutedVLModel:
+    """``model`` itself as it trains with cached features: without ViT, frozen weights as mixed precision has them."""
+    model.vit = None
+    if dtype == "bfloat16":
+        lower_frozen_weights(model.language_model, torch.bfloat16, keep=False)
+    return model
+
+
 def one_side(
     task: str, side: str, size: str, published_dtype: str, folder: Path
 ) -> tuple[Data, Callable[[list[int]], None]]:
     """Data and step of one side, "published" or a dtype of ours, on the CPU; of the other nothing is kept in memory."""
-    model, device = build_model(task, size), torch.device("cpu")
+    model, device = routed_model(task, size), torch.device("cpu")
     if side == "published":
         model = published_model(model).train()
         if task == "caption":
             model.caption_loss = "reference"
         data = Data(task, model, folder)
         return data, published_step(data, model, device, published_dtype)
-    model.vit = None
-    if side == "bfloat16":
-        lower_frozen_weights(model.language_model, torch.bfloat16, keep=False)
+    make_ours(model, side)
     data = Data(task, model.train(), folder)
     return data, our_step(data, model, side, device)
 
@@ -270,19 +257,10 @@ def step_memory(step: Callable[[list[int]], None], indices: list[int], device: t
     return max(np.cumsum([event.nbytes() for event in events]).max(), 0) / 2**20
 
 
-def seconds(call: Callable[[], None], device: torch.device) -> float:
-    """Wall time of a call."""
-    start = time.perf_counter()
-    call()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - start
-
-
 def measure(task: str, args: argparse.Namespace, folder: Path) -> dict:
     """One row: examples a second of each side, ratios to the published step, memory."""
     device = torch.device(args.device)
-    model = build_model(task, "tiny" if args.quick else args.size)
+    model = routed_model(task, "tiny" if args.quick else args.size)
     if task == "caption":
         model.caption_loss = "reference"  # on both sides, so that the gate compares like with like
     reference = published_model(model).to(device)
@@ -291,9 +269,7 @@ def measure(task: str, args: argparse.Namespace, folder: Path) -> dict:
     row |= {"R": model.routing.rank, "B": data.batch, "published_dtype": args.published_dtype}
     environment = describe_environment(device, args.threads)
     for dtype in STEPS:
-        ours = _without_vit(model).to(device)
-        if dtype == "bfloat16":
-            lower_frozen_weights(ours.language_model, torch.bfloat16, keep=False)
+        ours = make_ours(copy.deepcopy(model).to(device), dtype)
         row[f"{dtype}_error"] = gate(data, reference, ours, dtype, device)
         if not row[f"{dtype}_error"] <= TOLERANCES[dtype]:
             return {**row, "gate": "failed", **environment}
@@ -304,15 +280,14 @@ def measure(task: str, args: argparse.Namespace, folder: Path) -> dict:
     for batch in batches_of_each_length(data):
         for step in sides.values():
             step(batch)
-    order = data.order()
+    timer, order = Timer(device, args.threads, "wall"), data.order()
     spent: dict[str, list[float]] = {name: [] for name in ("published", *sides)}
     for turn in range(-1, args.rounds):  # a round to warm up
-        round_of = {"published": seconds(lambda: published(next(order)), device)}
+        round_of = {"published": timer(lambda: published(next(order)))[0]}
         for name, step in sides.items():
             batches = [next(order) for _ in range(STEPS[name])]
-            round_of[name] = seconds(lambda step=step, batches=batches: [step(b) for b in batches], device) / len(
-                batches
-            )
+            spent_on_all, _ = timer(lambda step=step, batches=batches: [step(batch) for batch in batches])
+            round_of[name] = spent_on_all / len(batches)
         if turn >= 0:
             for name, value in round_of.items():
                 spent[name].append(value)
@@ -327,16 +302,7 @@ def measure(task: str, args: argparse.Namespace, folder: Path) -> dict:
     row["published_step_mib"] = round(step_memory(published, long_batch(data), device), 1)
     if task == "caption" and device.type == "cpu" and can_measure():
         row |= {f"{name}_process_mib": peak_elsewhere(name, args) for name in spent}
-    return {**row, "rounds": args.rounds, "clock": "wall", "gate": "passed", **environment}
-
-
-def _without_vit(model: RoutedVLModel) -> RoutedVLModel:
-    """A copy that keeps no ViT, which nothing needs once features are cached."""
-    vit, model.vit = model.vit, None
-    try:
-        return copy.deepcopy(model)
-    finally:
-        model.vit = vit
+    return {**row, "rounds": args.rounds, "clock": timer.clock, "gate": "passed", **environment}
 
 
 def long_batch(data: Data) -> list[int]:

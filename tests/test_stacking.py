@@ -39,7 +39,7 @@ def test_a_wrong_projection_shuts_the_gate(tmp_path, capsys, monkeypatch, task):
 
 def test_both_ways_really_differ():
     """Stacked, nothing is projected inside the layers; layer by layer, everything is."""
-    model = stacking.build_model("vqa", "tiny", stacking.RoutingConfig(routing="add", rank=4))
+    model = stacking.trained_model("vqa", "tiny", stacking.RoutingConfig(routing="add", rank=4))
     features = torch.randn(2, 1, model.vision_width)
     for stacked in (True, False):
         model.context.stacked = stacked

@@ -56,7 +56,7 @@ def test_a_wrong_layer_shuts_the_gate(task, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("task", ["vqa", "caption"])
 def test_published_model_computes_the_same_with_none_of_our_layers(task):
-    ours = training_speed.build_model(task, "tiny").eval()
+    ours = training_speed.routed_model(task, "tiny").eval()
     theirs = published_models.published_model(ours)
     assert not any(isinstance(module, RoutedLoRALinear) for module in theirs.modules())
     replaced = [module for module in theirs.modules() if isinstance(module, published_models.PublishedLoRALinear)]
@@ -85,7 +85,7 @@ def test_lengths_have_the_stated_distribution():
 
 
 def test_batches_are_the_grouped_ones_and_published_texts_have_fixed_length(tmp_path):
-    data = training_speed.Data("caption", training_speed.build_model("caption", "tiny"), tmp_path)
+    data = training_speed.Data("caption", training_speed.routed_model("caption", "tiny"), tmp_path)
     order = data.order()
     steps = [next(order) for _ in range(200)]
     assert len({index for step in steps for index in step}) == 200 * data.batch  # no example twice in an epoch
@@ -106,7 +106,7 @@ def test_peak_counts_what_is_freed_within_the_call_and_nothing_from_before():
 
 @pytest.mark.parametrize("task", ["vqa", "caption"])
 def test_the_published_side_has_none_of_our_parts(task):
-    model = training_speed.build_model(task, "tiny")
+    model = training_speed.routed_model(task, "tiny")
     reference = published_models.published_model(model)
     kinds = {type(module) for module in reference.language_model.modules()}
     assert LaneDropout not in kinds
@@ -128,7 +128,7 @@ def test_published_step_in_half_precision(tmp_path):
     """The recipe's own bfloat16 form: gated in float32 like the other, and marked in its row."""
     status, (row,) = run(tmp_path, "--task", "vqa", "--published-dtype", "bfloat16")
     assert (status, row["gate"], row["published_dtype"], row["size"]) == (0, "passed", "bfloat16", "tiny")
-    model = training_speed.build_model("vqa", "tiny")
+    model = training_speed.routed_model("vqa", "tiny")
     data = training_speed.Data("vqa", model, tmp_path)
     seen = []
     model.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
