@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from routingvl.config import ConfigError, nearest
-from routingvl.run_config import RunConfig, config_to_dict, known_keys, run_config_from_dict
+from routingvl.run_config import RunConfig, config_to_dict, known_keys, override, run_config_from_dict
 
 
 class _Parser(ArgumentParser):
@@ -87,11 +88,26 @@ def config_parser(prog: str = "routingvl", description: str = "", **kwargs: Any)
     return parser
 
 
+def command_parser(command: str, description: str, example: str) -> ArgumentParser:
+    """:func:`config_parser` of a sub-command, with the flags that those which read images for training share."""
+    parser = config_parser(
+        prog=f"routingvl {command}",
+        description=description,
+        epilog=f"example: {example}",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--feature-cache", metavar="FOLDER", help="Short for --data.feature_cache FOLDER.")
+    parser.add_argument("--quiet", action="store_true", help="Print nothing but errors and the result.")
+    return parser
+
+
 def config_from_namespace(namespace: Any) -> RunConfig:
-    """The :class:`RunConfig` in what :func:`config_parser` parsed; other arguments in it are left alone."""
+    """The :class:`RunConfig` in what :func:`config_parser` parsed; --feature-cache counts, the rest is left alone."""
     names = {f.name for f in dataclasses.fields(RunConfig)}
     values = {key: value for key, value in namespace.as_dict().items() if key in names}
-    return run_config_from_dict(values)
+    config = run_config_from_dict(values)
+    folder = namespace.get("feature_cache")
+    return config if folder is None else override(config, feature_cache=folder)
 
 
 def parse_config(args: Sequence[str]) -> RunConfig:

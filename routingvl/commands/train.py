@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from routingvl.commands import say
 from routingvl.config import ConfigError
-from routingvl.config_file import config_from_namespace, config_parser
-from routingvl.run_config import override
+from routingvl.config_file import command_parser, config_from_namespace
 
 EXAMPLE = "routingvl train --config configs/vqa-lora.yaml --train.lr 3e-4 --routing.rank 64 --output_dir runs/rank64"
 
 
 def run(args: Sequence[str]) -> int:
     """Parse, train, and say where the results are."""
-    parser = config_parser(
-        prog="routingvl train",
-        description="Train routed bottlenecks. Settings come from --config, then from flags, which win.",
-        epilog=f"example: {EXAMPLE}",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = command_parser(
+        "train", "Train routed bottlenecks. Settings come from --config, then from flags, which win.", EXAMPLE
     )
     parser.add_argument("--resume", metavar="RUN", help="Continue this run folder from its last state, exactly.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the run folder when it is not empty.")
-    parser.add_argument("--quiet", action="store_true", help="Print nothing but errors and the result.")
-    parser.add_argument("--feature-cache", metavar="FOLDER", help="Short for --data.feature_cache FOLDER.")
     namespace = parser.parse_args(with_config_of_resumed_run(list(args)))
     config = config_from_namespace(namespace)
-    if namespace.feature_cache is not None:
-        config = override(config, feature_cache=namespace.feature_cache)
 
     from routingvl.train import train
 

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from routingvl.atomic import write_json
+from routingvl.atomic import replacing, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -309,14 +309,12 @@ class FileDigests:
         if not settled:
             return
         self._known |= settled
-        self.directory.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps([path, list(stat), digest.hex()]) + "\n" for path, (stat, digest) in settled.items()]
         # A file of its own for each call, written whole: many writers never meet.
-        temporary = self.directory / f".{uuid.uuid4().hex}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
+        target = self.directory / f"{uuid.uuid4().hex}.jsonl"
+        with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(lines)
             _sync(file)
-        os.replace(temporary, temporary.with_name(f"{temporary.name[1:-4]}.jsonl"))
 
 
 def _parse_file_line(line: str) -> Iterator[tuple[str, tuple[Stat, bytes]]]:
