@@ -15,6 +15,7 @@ from transformers.activations import NewGELUActivation
 from routingvl.layers import RoutedLoRALinear
 from routingvl.models.base import RoutedVLModel
 from routingvl.models.dropout import LaneDropout
+from routingvl.surgery import replace_modules
 
 from .published import published_lora_linear, published_merged_linear
 
@@ -41,15 +42,16 @@ class PublishedLoRALinear(nn.Module):
 def published_model(model: RoutedVLModel) -> RoutedVLModel:
     """A copy of ``model`` (LoRA) with the published layers, and with the activation and dropout that came with it."""
     model = copy.deepcopy(model)
-    for parent in list(model.language_model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, RoutedLoRALinear):
-                model.context.forget(child)
-                setattr(parent, name, PublishedLoRALinear(child))
-            elif isinstance(child, nn.GELU) and child.approximate == "tanh":
-                setattr(parent, name, NewGELUActivation())
-            elif isinstance(child, LaneDropout):
-                setattr(parent, name, nn.Dropout(child.p).train(child.training))
+
+    def published(part: nn.Module) -> nn.Module | None:
+        if isinstance(part, RoutedLoRALinear):
+            model.context.forget(part)
+            return PublishedLoRALinear(part)
+        if isinstance(part, nn.GELU) and part.approximate == "tanh":
+            return NewGELUActivation()
+        return nn.Dropout(part.p).train(part.training) if isinstance(part, LaneDropout) else None
+
+    replace_modules(model.language_model, published)
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -324,3 +324,11 @@ def _unfreeze(model: nn.Module, family: Family | None, config: RoutingConfig) ->
             within = name.startswith(inside) if inside is not None else _layer_index(name) is not None
             if isinstance(module, nn.LayerNorm) and within:
                 module.requires_grad_(True)
+
+
+def replace_modules(root: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Put ``replacement(module)`` in the place of every module below ``root`` for which it is not None."""
+    for parent in list(root.modules()):
+        for name, child in list(parent.named_children()):
+            if (new := replacement(child)) is not None:
+                setattr(parent, name, new)

@@ -39,9 +39,9 @@ def drawn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float32).requires_grad_()
 
 
-def gradients(output: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+def gradients(output: torch.Tensor, leaves: list[torch.Tensor], retain_graph: bool = False) -> list[torch.Tensor]:
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-    return [output.detach(), *torch.autograd.grad((output * weights).sum(), leaves)]
+    return [output.detach(), *torch.autograd.grad((output * weights).sum(), leaves, retain_graph=retain_graph)]
 
 
 def assert_alike(got: list[torch.Tensor], want: list[torch.Tensor], limit: float = 3e-6) -> None:
@@ -66,9 +66,7 @@ def test_lora_with_images_of_several_layers(name, relu, tokens, beams, backend):
             return routed_lora_linear(x, v, weight, bias, a, b, columns=(0, 16), **form, **more)  # noqa: B023
 
         # retained: the three layers share one product
-        weights = torch.linspace(-1, 1, x.shape[0] * 5 * 24).view(-1, 5, 24)
-        y = layer(image=image)
-        found = [y.detach(), *torch.autograd.grad((y * weights).sum(), leaves, retain_graph=True)]
+        found = gradients(layer(image=image), leaves, retain_graph=True)
         assert_alike(found, gradients(layer(), leaves))
 
 

@@ -12,6 +12,7 @@ from transformers.activations import NewGELUActivation
 from routingvl.config import RoutingConfig, check_choice
 from routingvl.models.base import ModelOutput, RoutedVLModel
 from routingvl.models.losses import IGNORED, linear_cross_entropy
+from routingvl.surgery import replace_modules
 
 CAPTION_LOSSES = ("sound", "reference")
 
@@ -195,10 +196,7 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
 
 def _fuse_activation(text: nn.Module) -> None:
     """Give GPT-2 torch's GELU with tanh, one pass over memory, for transformers' eight operations of that formula."""
-    for module in list(text.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
+    replace_modules(text, lambda part: nn.GELU(approximate="tanh") if isinstance(part, NewGELUActivation) else None)
 
 
 def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from routingvl.surgery import replace_modules
+
 LANES = 2**16  # values of the 16 random bits that decide about one component
 
 
@@ -29,7 +31,8 @@ class LaneDropout(nn.Dropout):
 
 def lighten_dropout(model: nn.Module) -> None:
     """Replace every nn.Dropout below ``model`` by :class:`LaneDropout` of the same probability."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Dropout:
-                setattr(parent, name, LaneDropout(child.p, child.inplace).train(child.training))
+
+    def replacement(module: nn.Module) -> nn.Module | None:
+        return LaneDropout(module.p, module.inplace).train(module.training) if type(module) is nn.Dropout else None
+
+    replace_modules(model, replacement)
