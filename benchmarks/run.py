@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +21,15 @@ import torch
 
 from routingvl.kernels import ROUTINGS
 
+from .bench import TIME_LIMIT, Bench
 from .cases import CASES, DTYPES, LEVELS, Case
-from .ceilings import Limits, measure_ceilings
-from .environment import describe_environment
-from .measure import Checked, check, measure, memory, obstacle
-from .providers import PROVIDERS, providers
-from .report import summarise
+from .providers import PROVIDERS
+from .report import read_rows, summarise
 from .suites import SUITES, Plan, Suite
-from .timing import CLOCKS, Timer, append_rows, cpu_threads, quantiles
+from .timing import CLOCKS, append_rows, cpu_threads
+
+# What has to be the same for a row to be a measurement of the same thing.
+IDENTITY = ("case", "routing", "dtype", "dropout", "clock", "device", "threads", "commit")
 
 
 def _levels(text: str) -> list[str]:
@@ -69,7 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", help="torch device, such as cpu or cuda:0 (default: the suite's)")
     add("--threads", type=int, default=1, help="CPU threads (default 1, whose CPU time is measured)")
     add("--time-limit", type=float, metavar="S", help="begin nothing new after S seconds (default: the suite's)")
-    add("--output", type=Path, help="append the rows to this file (JSON lines)")
+    add("--output", type=Path, help="append the rows to this file (JSON lines), those of a case once it is measured")
+    add("--resume", action="store_true", help="leave out what the file of --output has of this device and commit")
     return parser
 
 
@@ -98,94 +99,9 @@ def cases_of(suite: Suite, args: argparse.Namespace) -> list[Case]:
     return sorted(chosen, key=lambda case: len(case.devices))
 
 
-class Bench:
-    """One run of a suite: its device, clocks, ceilings and what time is left."""
-
-    def __init__(self, suite: Suite, threads: int) -> None:
-        self.suite, self.device = suite, torch.device(suite.device)
-        self.begun = time.monotonic()
-        self.timers = {plan.clock: Timer(self.device, threads, plan.clock) for plan in suite.plans}
-        self.environment = describe_environment(self.device, threads)
-        # Events rather than wall time on a GPU: a limit is of the device, not of launching.
-        timer = Timer(self.device, threads, "gpu") if self.device.type == "cuda" else self.timers[suite.plans[0].clock]
-        self.limits = Limits(measure_ceilings(timer, list(dict.fromkeys(plan.dtype for plan in suite.plans))))
-
-    def is_late(self, share: float = 1.0) -> bool:
-        """Whether this share of the time limit is spent."""
-        return self.suite.time_limit is not None and time.monotonic() - self.begun > share * self.suite.time_limit
-
-    def rows(self, case: Case, routing: str, plan: Plan) -> Iterator[dict]:
-        """Gate and measure one case: a row for each provider and mode, one for each provider left out."""
-        timer = self.timers[plan.clock]
-        shared = {"case": case.name, "op": case.op, "level": case.level, "routing": routing, "dtype": plan.dtype}
-        shared |= {**case.sizes(), "dropout": plan.dropout, "clock": timer.clock}
-        if self.is_late():
-            yield {**shared, "provider": "all", "gate": "skipped", "skipped": "time limit", **self.environment}
-            return
-        layers, skipped, gate = self._gated(case, routing, plan)
-        missed = {name: found.missed for name, found in gate.items() if found.missed}
-        for name, what in missed.items():
-            yield {**shared, "provider": name, "gate": "failed", "gate_missed": what, **self.environment}
-        for name, why in skipped.items():
-            yield {**shared, "provider": name, "gate": "skipped", "skipped": why, **self.environment}
-        if "reference" in missed:
-            return  # nothing to compare with
-        layers = {name: layer for name, layer in layers.items() if name not in missed}
-        seconds = measure(case, layers, DTYPES[plan.dtype], timer, self.suite.repeats)
-        for provider, modes in seconds.items():
-            kept = memory(case, layers[provider], DTYPES[plan.dtype], self.device)
-            for mode, values in modes.items():
-                fields = {**shared, "provider": provider, "mode": mode, **quantiles(values), **kept}
-                fields |= self._work(case, provider, mode, plan.dtype, fields["ms_p50"] / 1e3)
-                yield {**fields, "repeats": self.suite.repeats, **_passed(gate.get(provider)), **self.environment}
-
-    def _gated(self, case: Case, routing: str, plan: Plan) -> tuple[dict, dict[str, str], dict[str, Checked]]:
-        """The layers to time, why others are left out, and what the gate found; it looks at them without dropout."""
-        wanted, skipped = self.suite.providers, {}
-        if "compile" in wanted and (not plan.compiled or self.is_late(0.5)):
-            skipped["compile"] = "not compiled in this pass of the suite" if not plan.compiled else "time limit"
-            wanted = tuple(name for name in wanted if name != "compile")
-        torch.compiler.reset()  # else the compiler gives up after some cases that share their code
-        layers, unable = providers(case, routing, plan.dropout, self.suite.device, wanted)
-        judged = providers(case, routing, 0.0, self.suite.device, wanted)[0] if plan.dropout else layers
-        judged = {name: layer for name, layer in judged.items() if name != "base"}
-        gate = check(case, routing, judged, DTYPES[plan.dtype], self.device)
-        if "compile" in gate and gate["compile"].raised:  # the compiler's failure is none of the layer
-            skipped["compile"] = gate.pop("compile").missed[0]
-            del layers["compile"]
-        if plan.dropout:
-            for name in gate:
-                what = obstacle(case, layers[name], DTYPES[plan.dtype], self.device)
-                gate[name].missed += [what] if what else []
-        return layers, skipped | unable, gate
-
-    def _work(self, case: Case, provider: str, mode: str, dtype: str, seconds: float) -> dict:
-        flops, moved = case.work(mode, DTYPES[dtype].itemsize, bottleneck=provider != "base")
-        least, bound = self.limits.seconds(flops, moved, dtype)
-        return {
-            "flops": flops,
-            "tflop_s": round(flops / seconds / 1e12, 4),
-            "bytes_moved": moved,
-            "gb_s": round(moved / seconds / 1e9, 3),
-            "limit": bound,
-            "limit_ms": round(least * 1e3, 5),
-            "limit_percent": round(100 * least / seconds, 2),
-        }
-
-
-def _passed(found: Checked | None) -> dict:
-    """The gate's fields of a provider that is timed; the frozen projection alone has no gate."""
-    return {
-        "gate": "passed",
-        "gate_worst_error": found.worst_error if found else None,
-        "first_call_s": found.first_call_s if found else None,
-    }
-
-
-def all_rows(suite: Suite, args: argparse.Namespace) -> Iterator[dict]:
-    """Every row of a run, in the order measured."""
+def work_of(suite: Suite, args: argparse.Namespace) -> Iterator[tuple[Case, str, Plan]]:
+    """Every case, routing and pass of a run, in the order measured."""
     chosen = cases_of(suite, args)
-    bench = Bench(suite, args.threads)
     for plan in suite.plans:
         for case in chosen:
             if plan.dropout and not case.takes_dropout and suite.plans[0] is not plan:
@@ -193,8 +109,29 @@ def all_rows(suite: Suite, args: argparse.Namespace) -> Iterator[dict]:
             of_case = plan if case.takes_dropout else replace(plan, dropout=0.0)
             for routing in case.routings:
                 if not args.routing or routing in args.routing:
-                    print(f"{case.name} {routing} {plan.dtype} dropout {of_case.dropout:g} ...", file=sys.stderr)
-                    yield from bench.rows(case, routing, of_case)
+                    yield case, routing, of_case
+
+
+def identity(row: dict) -> tuple:
+    """What a row measures, and where."""
+    return tuple(row.get(name) for name in IDENTITY)
+
+
+def measured_before(rows: Sequence[dict]) -> dict[tuple, list[dict]]:
+    """Rows that need not be measured again, by :func:`identity`.
+
+    A commit does not tell what a changed file was, so rows of a changed checkout do not count; nor does a case of which
+    a gate was not passed, or that the time limit left unfinished.
+    """
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if not row["dirty"]:
+            found.setdefault(identity(row), []).append(row)
+    return {key: group for key, group in found.items() if all(map(_is_final, group))}
+
+
+def _is_final(row: dict) -> bool:
+    return row["gate"] != "failed" and row.get("skipped") != TIME_LIMIT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,10 +144,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no CUDA device for {suite.device}: use --suite cpu, or --device cpu")
     if device.type != "cuda" and args.clock == "gpu":
         parser.error(f"--clock gpu needs a CUDA device, not {device}: use --clock cpu or wall")
+    if args.resume and args.output is None:
+        parser.error("--resume needs --output, the file to go on with")
+    try:
+        before = measured_before(read_rows([args.output]) if args.resume and args.output.exists() else [])
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    rows = []
     with cpu_threads(args.threads):
-        rows = list(all_rows(suite, args))
-    # One write for each run: a run that is stopped leaves the file as it was.
-    append_rows(args.output, rows)
+        bench = Bench(suite, args.threads)
+        for case, routing, plan in work_of(suite, args):
+            group = before.get(identity(bench.fields(case, routing, plan)))
+            if group is None:
+                print(f"{case.name} {routing} {plan.dtype} dropout {plan.dropout:g} ...", file=sys.stderr)
+                group = list(bench.rows(case, routing, plan))
+                # One write, and only of a whole case: a run that is stopped leaves what it has measured until then.
+                append_rows(args.output, group)
+            rows += group
     print(summarise(rows))
     return 1 if any(row["gate"] == "failed" for row in rows) else 0
 
