@@ -2,51 +2,75 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import torch
 
-from .cases import DTYPES, Case
+from .cases import Case
 from .ceilings import Limits, measure_ceilings
 from .environment import describe_environment
-from .measure import Checked, check, measure, memory, obstacle
-from .providers import providers
+from .layer_level import LayerLevel
+from .level import TIME_LIMIT, Level, Setting
+from .measure import Checked
+from .model_cases import ModelCase
 from .suites import Plan, Suite
 from .timing import Timer, quantiles
 
-TIME_LIMIT = "time limit"  # why something was left out
+
+def level_of(case: Case | ModelCase) -> type[Level]:
+    """Who measures a case."""
+    if isinstance(case, Case):
+        return LayerLevel
+    from .model_levels import MODEL_LEVELS  # here, because it needs transformers
+
+    return MODEL_LEVELS[case.level]
 
 
 class Bench:
     """One run of a suite: its device, clocks, ceilings and what time is left."""
 
     def __init__(self, suite: Suite, threads: int) -> None:
-        self.suite, self.device = suite, torch.device(suite.device)
+        self.suite, self.device, self.threads = suite, torch.device(suite.device), threads
         self.begun = time.monotonic()
         self.timers = {plan.clock: Timer(self.device, threads, plan.clock) for plan in suite.plans}
         self.environment = describe_environment(self.device, threads)
+
+    @functools.cached_property
+    def limits(self) -> Limits:
+        """What the device can do at most, measured when first asked for."""
         # Events rather than wall time on a GPU: a limit is of the device, not of launching.
-        timer = Timer(self.device, threads, "gpu") if self.device.type == "cuda" else self.timers[suite.plans[0].clock]
-        self.limits = Limits(measure_ceilings(timer, list(dict.fromkeys(plan.dtype for plan in suite.plans))))
+        cuda, plans = self.device.type == "cuda", self.suite.plans
+        timer = Timer(self.device, self.threads, "gpu") if cuda else self.timers[plans[0].clock]
+        return Limits(measure_ceilings(timer, list(dict.fromkeys(plan.dtype for plan in plans))))
 
     def is_late(self, share: float = 1.0) -> bool:
         """Whether this share of the time limit is spent."""
         return self.suite.time_limit is not None and time.monotonic() - self.begun > share * self.suite.time_limit
 
-    def fields(self, case: Case, routing: str, plan: Plan) -> dict:
+    def fields(self, case: Case | ModelCase, routing: str, plan: Plan) -> dict:
         """What all rows of one case say: what is measured, then where."""
-        what = {"case": case.name, "op": case.op, "level": case.level, "routing": routing, "dtype": plan.dtype}
-        what |= {**case.sizes(), "dropout": plan.dropout, "clock": self.timers[plan.clock].clock}
-        return what | self.environment
+        what = {**case.labels(), "routing": routing, "dtype": plan.dtype, **case.sizes()}
+        return {**what, "dropout": plan.dropout, "clock": self.timers[plan.clock].clock, **self.environment}
 
-    def rows(self, case: Case, routing: str, plan: Plan) -> Iterator[dict]:
+    def rows(self, case: Case | ModelCase, routing: str, plan: Plan) -> Iterator[dict]:
         """Gate and measure one case: a row for each provider and mode, one for each provider left out."""
-        shared, timer = self.fields(case, routing, plan), self.timers[plan.clock]
-        if self.is_late():
-            yield {**shared, "provider": "all", "gate": "skipped", "skipped": TIME_LIMIT}
+        shared, kind = self.fields(case, routing, plan), level_of(case)
+        if why := TIME_LIMIT if self.is_late() else kind.obstacle(plan.dtype):
+            yield {**shared, "provider": "all", "gate": "skipped", "skipped": why}
             return
-        layers, skipped, gate = self._gated(case, routing, plan)
+        torch.compiler.reset()  # else the compiler gives up after some cases that share their code
+        setting = Setting(plan, self.device, self.suite.providers, self.is_late, lambda: self.limits)
+        with closing(kind(case, routing, setting)) as level:
+            yield from self._rows_of(level, shared)
+
+    def _rows_of(self, level: Level, shared: dict) -> Iterator[dict]:
+        skipped, gate = level.gated()
+        if "compile" in gate and gate["compile"].raised:  # the compiler's failure is none of the layer
+            skipped["compile"] = gate.pop("compile").missed[0]
+            del level.sides["compile"]
         missed = {name: found.missed for name, found in gate.items() if found.missed}
         for name, what in missed.items():
             yield {**shared, "provider": name, "gate": "failed", "gate_missed": what}
@@ -54,47 +78,15 @@ class Bench:
             yield {**shared, "provider": name, "gate": "skipped", "skipped": why}
         if "reference" in missed:
             return  # nothing to compare with
-        layers = {name: layer for name, layer in layers.items() if name not in missed}
-        seconds = measure(case, layers, DTYPES[plan.dtype], timer, self.suite.repeats)
+        timer = self.timers[level.setting.plan.clock]
+        repeats = self.suite.repeats if isinstance(level, LayerLevel) else self.suite.model_repeats
+        seconds = level.seconds([name for name in level.sides if name not in missed], timer, repeats)
         for provider, modes in seconds.items():
-            kept = memory(case, layers[provider], DTYPES[plan.dtype], self.device)
+            kept = level.memory(provider)
             for mode, values in modes.items():
                 fields = {**shared, "provider": provider, "mode": mode, **quantiles(values), **kept}
-                fields |= self._work(case, provider, mode, plan.dtype, fields["ms_p50"] / 1e3)
-                yield {**fields, "repeats": self.suite.repeats, **_passed(gate.get(provider))}
-
-    def _gated(self, case: Case, routing: str, plan: Plan) -> tuple[dict, dict[str, str], dict[str, Checked]]:
-        """The layers to time, why others are left out, and what the gate found; it looks at them without dropout."""
-        wanted, skipped = self.suite.providers, {}
-        if "compile" in wanted and (not plan.compiled or self.is_late(0.5)):
-            skipped["compile"] = "not compiled in this pass of the suite" if not plan.compiled else TIME_LIMIT
-            wanted = tuple(name for name in wanted if name != "compile")
-        torch.compiler.reset()  # else the compiler gives up after some cases that share their code
-        layers, unable = providers(case, routing, plan.dropout, self.suite.device, wanted)
-        judged = providers(case, routing, 0.0, self.suite.device, wanted)[0] if plan.dropout else layers
-        judged = {name: layer for name, layer in judged.items() if name != "base"}
-        gate = check(case, routing, judged, DTYPES[plan.dtype], self.device)
-        if "compile" in gate and gate["compile"].raised:  # the compiler's failure is none of the layer
-            skipped["compile"] = gate.pop("compile").missed[0]
-            del layers["compile"]
-        if plan.dropout:
-            for name in gate:
-                what = obstacle(case, layers[name], DTYPES[plan.dtype], self.device)
-                gate[name].missed += [what] if what else []
-        return layers, skipped | unable, gate
-
-    def _work(self, case: Case, provider: str, mode: str, dtype: str, seconds: float) -> dict:
-        flops, moved = case.work(mode, DTYPES[dtype].itemsize, bottleneck=provider != "base")
-        least, bound = self.limits.seconds(flops, moved, dtype)
-        return {
-            "flops": flops,
-            "tflop_s": round(flops / seconds / 1e12, 4),
-            "bytes_moved": moved,
-            "gb_s": round(moved / seconds / 1e9, 3),
-            "limit": bound,
-            "limit_ms": round(least * 1e3, 5),
-            "limit_percent": round(100 * least / seconds, 2),
-        }
+                fields |= level.rates(provider, mode, fields["ms_p50"] / 1e3)
+                yield {**fields, "repeats": repeats, **_passed(gate.get(provider))}
 
 
 def _passed(found: Checked | None) -> dict:

@@ -58,6 +58,10 @@ class Case:
         """Columns of query and value in GPT-2's joined projection."""
         return (0, 2 * self.N // 3) if self.op == "merged_lora" else None
 
+    def labels(self) -> dict[str, str]:
+        """What the case is called."""
+        return {"case": self.name, "op": self.op, "level": self.level}
+
     def sizes(self) -> dict[str, int]:
         """The sizes by their letters."""
         return {letter: getattr(self, letter) for letter in "BTLKNR"}
@@ -107,7 +111,7 @@ CASES = (
         "roberta_lora_m10240_l197", "lora", B=512, T=20, L=197, K=768, N=768, R=128, routings=("vllora",), devices=GPU
     ),
 )
-LEVELS = ("op", "layer")
+LEVELS = ("op", "layer", "step", "train", "generate")  # the last three are those of benchmarks/model_cases.py
 
 Layer = Callable[..., Tensor]
 

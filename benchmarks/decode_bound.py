@@ -25,7 +25,7 @@ from routingvl.models import ViTGPT2ForCaptioning
 from routingvl.surgery import remove
 
 from .environment import describe_environment
-from .models import SIZES, build_model
+from .models import SIZES, build_model, write_captions
 from .timing import Timer, append_rows, cpu_threads, quantiles
 
 
@@ -54,13 +54,8 @@ def build_models(size: str, routing: str, rank: int) -> dict[str, ViTGPT2ForCapt
 
 
 def write(model: ViTGPT2ForCaptioning, features: Tensor, args: argparse.Namespace) -> Tensor:
-    """Token ids [batch, tokens] of one beam search of full length."""
-    with (
-        torch.inference_mode(),
-        torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"),
-    ):
-        length = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens}
-        return model.generate(vision_features=features, num_beams=args.beams, **length)
+    """Token ids [batch, tokens] of the search that the command line asks for."""
+    return write_captions(model, features, beams=args.beams, tokens=args.tokens, dtype=args.dtype)
 
 
 def measure(args: argparse.Namespace) -> dict:

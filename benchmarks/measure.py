@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +18,8 @@ from .timing import Timer
 
 MODES = ("fwd", "bwd", "fwdbwd")
 WARM_UP = 2
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -67,19 +72,25 @@ def check(
     plain = values_and_gradients(plain_layer, tensors, dy, autocast_of(dtype))
     found = {}
     for name, layer in layers.items():
-        start = time.perf_counter()
-        try:
-            got = values_and_gradients(layer, tensors, dy, autocast_of(dtype))
-        except Exception as error:  # whatever a compiler or a launch raises: the others are still measured
-            found[name] = Checked(missed=[_in_words(error)], raised=True)
-            continue
+        got, found[name] = attempt(
+            lambda layer=layer: values_and_gradients(layer, tensors, dy, autocast_of(dtype)), device
+        )
+        if got is not None:
+            found[name].worst_error = max(relative_rms(got[key], oracle[key]) for key in oracle)
+            found[name].missed = [f"{key} {what}" for key, what in failures(got, plain, oracle, dtype).items()]
+    return found
+
+
+def attempt(run: Callable[[], Result], device: torch.device) -> tuple[Result | None, Checked]:
+    """What ``run`` gives, None where it raises, and how long that took or what was raised."""
+    start = time.perf_counter()
+    try:
+        result = run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - start
-        worst = max(relative_rms(got[key], oracle[key]) for key in oracle)
-        missed = [f"{key} {what}" for key, what in failures(got, plain, oracle, dtype).items()]
-        found[name] = Checked(worst, missed, round(seconds, 3))
-    return found
+    except Exception as error:  # whatever a compiler or a launch raises: the others are still measured
+        return None, Checked(missed=[in_words(error)], raised=True)
+    return result, Checked(first_call_s=round(time.perf_counter() - start, 3))
 
 
 def obstacle(case: Case, layer: Layer, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -92,35 +103,63 @@ def obstacle(case: Case, layer: Layer, dtype: torch.dtype, device: torch.device)
     try:
         got = values_and_gradients(layer, tensors, dy, autocast_of(dtype))
     except Exception as error:
-        return f"with dropout: {_in_words(error)}"
+        return f"with dropout: {in_words(error)}"
     wrong = [name for name, tensor in got.items() if not tensor.isfinite().all()]
     return f"with dropout: {', '.join(wrong)} not finite" if wrong else None
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
+    """Kind and first line of an error."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+
+
+def turns(names: Iterable[str], repeats: int, warm_up: int = WARM_UP) -> Iterator[tuple[str, bool]]:
+    """Whose turn it is, and whether it counts: each repetition has all names and starts with another one."""
+    order = list(names)
+    for repeat in range(-warm_up, repeats):
+        first = repeat % len(order)
+        for name in order[first:] + order[:first]:
+            yield name, repeat >= 0
 
 
 def measure(
     case: Case, layers: dict[str, Layer], dtype: torch.dtype, timer: Timer, repeats: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every repetition, by provider and mode; each repetition starts with another provider."""
+    """Seconds of every repetition, by provider and mode."""
     tensors = make_tensors(case, seed=0, dtype=torch.float32, device=str(timer.device))
     dy = torch.randn(case.B, case.T, case.N, device=timer.device)
-    seconds = {name: {mode: [] for mode in MODES} for name in layers}
-    order = list(layers)
-    for repeat in range(-WARM_UP, repeats):
-        turn = repeat % len(order)
-        for name in order[turn:] + order[:turn]:
-            for tensor in tensors.values():
-                tensor.grad = None
-            forward, y = timer(lambda name=name: run_layer(layers[name], tensors, autocast_of(dtype)))
-            grad = dy.to(y.dtype)
-            backward, _ = timer(lambda y=y, grad=grad: y.backward(grad))
-            if repeat >= 0:
-                for mode, value in zip(MODES, (forward, backward, forward + backward), strict=True):
-                    seconds[name][mode].append(value)
+    forwards = {name: partial(run_layer, layer, tensors, autocast_of(dtype)) for name, layer in layers.items()}
+    leaves = {name: list(tensors.values()) for name in layers}
+    return measure_passes(forwards, leaves, dy, timer, turns(layers, repeats))
+
+
+def measure_passes(
+    forwards: Mapping[str, Callable[[], Tensor]],
+    leaves: Mapping[str, Sequence[Tensor]],
+    dy: Tensor,
+    timer: Timer,
+    order: Iterable[tuple[str, bool]],
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of a forward pass, its backward pass from ``dy``, and their sum, by name and mode.
+
+    ``leaves`` holds the tensors that each one's backward pass gives gradients, ``order`` what :func:`turns` gives.
+    """
+    seconds = {name: {mode: [] for mode in MODES} for name in forwards}
+    for name, counts in order:
+        clear_gradients(leaves[name])
+        forward, y = timer(forwards[name])
+        grad = dy.to(y.dtype)
+        backward, _ = timer(lambda y=y, grad=grad: y.backward(grad))
+        if counts:
+            for mode, value in zip(MODES, (forward, backward, forward + backward), strict=True):
+                seconds[name][mode].append(value)
     return seconds
+
+
+def clear_gradients(leaves: Iterable[Tensor]) -> None:
+    """Drop what a backward pass left, so that the next one makes it anew."""
+    for tensor in leaves:
+        tensor.grad = None
 
 
 def memory(case: Case, layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, float | None]:
@@ -128,7 +167,20 @@ def memory(case: Case, layer: Layer, dtype: torch.dtype, device: torch.device) -
     a forward and backward pass above what was there before it (peak_mib).
     """
     tensors = make_tensors(case, seed=0, dtype=torch.float32, device=str(device))
-    inputs = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+    forward = partial(run_layer, layer, tensors, autocast_of(dtype))
+
+    def forward_and_backward() -> None:
+        y = forward()
+        y.backward(torch.ones_like(y))
+
+    saved = saved_mib(forward, tensors.values())
+    peak = round(cuda_peak(forward_and_backward, device), 3) if device.type == "cuda" else None
+    return {"saved_mib": saved, "peak_mib": peak}
+
+
+def saved_mib(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> float:
+    """MiB that autograd keeps for the backward pass of ``forward`` beyond the tensors ``given``."""
+    inputs = {tensor.untyped_storage().data_ptr() for tensor in given}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -138,19 +190,6 @@ def memory(case: Case, layer: Layer, dtype: torch.dtype, device: torch.device) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = run_layer(layer, tensors, autocast_of(dtype))
-    y.backward(torch.ones_like(y))
-    del y
-    peak = _peak_mib(layer, tensors, dtype, device) if device.type == "cuda" else None
-    return {"saved_mib": round(sum(kept.values()) / 2**20, 3), "peak_mib": peak}
-
-
-def _peak_mib(layer: Layer, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> float:
-    for tensor in tensors.values():
-        tensor.grad = None
-
-    def forward_and_backward() -> None:
-        y = run_layer(layer, tensors, autocast_of(dtype))
-        y.backward(torch.ones_like(y))
-
-    return round(cuda_peak(forward_and_backward, device), 3)
+        result = forward()
+    del result  # until here everything kept was alive, so that no two tensors had one address
+    return round(sum(kept.values()) / 2**20, 3)

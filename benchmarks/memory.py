@@ -1,4 +1,4 @@
-"""Peak memory: of the running process, libraries and all (Linux, where /proc can reset it), and of a GPU's tensors."""
+"""Peak memory: of the running process, libraries and all (Linux, where /proc can reset it), and of tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 PROC = Path("/proc/self")
 
@@ -43,6 +45,17 @@ def cuda_peak(call: Callable[[], object], device: torch.device) -> float:
     torch.cuda.reset_peak_memory_stats(device)
     call()
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def tensor_peak(call: Callable[[], object], device: torch.device) -> float:
+    """MiB of tensors at the peak of ``call``, beyond those that were there before; on a CPU as the profiler counts."""
+    if device.type == "cuda":
+        return cuda_peak(call, device)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(np.cumsum([event.nbytes() for event in events]).max(initial=0), 0) / 2**20
 
 
 def _reset_peak() -> None:

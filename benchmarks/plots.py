@@ -1,8 +1,8 @@
-"""PNG plots of measured rows: speed-up, also by text tokens, overhead over the frozen projection, memory, limits."""
+"""PNG plots of measured rows: speed-up, also by size, overhead over the frozen projection, memory, limits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,16 @@ if TYPE_CHECKING:
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
+# What a speed-up is drawn against: the sizes of a row that are not it, how to read it off the row, its name.
+AXES: dict[str, tuple[str, Callable[[Mapping], int], str]] = {
+    "by_tokens": ("KNRL", lambda row: row["B"] * row["T"], "text tokens in the batch, M"),
+    "by_rank": ("BTKNL", lambda row: row["R"], "rank of the bottleneck, R"),
+    "by_visual_tokens": ("BTKNR", lambda row: row["L"], "visual tokens of an image, L"),
+}
+
+
 def _label(key: Key) -> str:
-    case, routing, dtype, dropout, clock = key
-    return (
-        f"{case} {routing} {dtype}" + (f" p {dropout:g}" if dropout else "") + (f" {clock}" if clock != "cpu" else "")
-    )
+    return " ".join([*key[:3], *key.notes()])
 
 
 def _speed_ups(found: Results, axes: Axes) -> int:
@@ -27,28 +32,35 @@ def _speed_ups(found: Results, axes: Axes) -> int:
     names, ratios = [name for name, _ in bars], [ratio for _, ratio in bars]
     axes.barh(names, ratios, color=["tab:red" if ratio < 1 else "tab:blue" for ratio in ratios])
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("speed-up over the published chain, forward + backward (red: slower)")
+    axes.set_xlabel("speed-up over the published chain (red: slower)")
     return len(bars)
 
 
-def _by_tokens(found: Results, axes: Axes) -> int:
-    """Speed-up by M = B T for each routing; a line joins the same layer at several sizes, of which it takes two."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for key, who in found.compared():
-        row = found.measured[key][who, "fwdbwd"]
-        sizes = " ".join(f"{letter}{row[letter]}" for letter in "KNRL")
-        name = " ".join([row.get("level", "layer"), row["op"], sizes, *_label(key).split()[1:], who])
-        lines.setdefault(name, []).append((row["B"] * row["T"], found.ratio(key, who)))
-    lines = {name: points for name, points in lines.items() if len({tokens for tokens, _ in points}) > 1}
-    for number, (name, points) in enumerate(lines.items()):
-        xs, ys = zip(*sorted(points), strict=True)
-        axes.plot(xs, ys, "o-", label=name, color=COLOURS[number % len(COLOURS)], markersize=3)
-    if not lines:
-        return 0
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="text tokens in the batch, M", ylabel="speed-up over the published chain")
-    axes.legend(fontsize=5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return len(lines) // 4
+def _by_size(name: str) -> Callable[[Results, Axes], int]:
+    """Speed-up of layers by one of AXES; a line joins the same layer at several sizes, of which it takes two."""
+    others, size, label = AXES[name]
+
+    def draw_lines(found: Results, axes: Axes) -> int:
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for key, who in found.compared():
+            row = found.whole(key, who)
+            if "op" not in row:
+                continue  # a whole model
+            sizes = " ".join(f"{letter}{row[letter]}" for letter in others)
+            line = " ".join([row.get("level", "layer"), row["op"], sizes, *_label(key).split()[1:], who])
+            lines.setdefault(line, []).append((size(row), found.ratio(key, who)))
+        lines = {line: points for line, points in lines.items() if len({at for at, _ in points}) > 1}
+        for number, (line, points) in enumerate(lines.items()):
+            xs, ys = zip(*sorted(points), strict=True)
+            axes.plot(xs, ys, "o-", label=line, color=COLOURS[number % len(COLOURS)], markersize=3)
+        if not lines:
+            return 0
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set(xscale="log", xlabel=label, ylabel="speed-up over the published chain")
+        axes.legend(fontsize=5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        return len(lines) // 4
+
+    return draw_lines
 
 
 def _overhead(found: Results, axes: Axes) -> int:
@@ -69,8 +81,9 @@ def _bars_of(field: str, label: str) -> Callable[[Results, Axes], int]:
     def draw_bars(found: Results, axes: Axes) -> int:
         bars = []
         for key, rows in found.measured.items():
-            for (who, mode), row in rows.items():
-                if mode == "fwdbwd" and who != "base" and row.get(field) is not None:
+            for who in dict.fromkeys(who for who, _ in rows if who != "base"):
+                row = found.whole(key, who)
+                if row is not None and row.get(field) is not None:
                     bars.append((f"{_label(key)}: {who}", row[field]))
         axes.barh([name for name, _ in bars], [value for _, value in bars], color="tab:green")
         axes.set_xlabel(label)
@@ -81,11 +94,13 @@ def _bars_of(field: str, label: str) -> Callable[[Results, Axes], int]:
 
 PLOTS: dict[str, Callable[[Results, Axes], int]] = {
     "speed_up": _speed_ups,
-    "by_tokens": _by_tokens,
+    **{name: _by_size(name) for name in AXES},
     "overhead": _overhead,
     "saved": _bars_of("saved_mib", "MiB kept for the backward pass beside the inputs"),
-    "peak": _bars_of("peak_mib", "peak MiB of a forward and backward pass"),
+    "peak": _bars_of("peak_mib", "peak MiB of a pass"),
     "limit": _bars_of("limit_percent", "% of the limit of the formula's operations or bytes"),
+    "examples": _bars_of("examples_s", "examples a second"),
+    "captions": _bars_of("captions_s", "captions a second"),
 }
 
 

@@ -35,10 +35,10 @@ def providers(
         layers["base"] = frozen_linear if case.op == "lora" else frozen_conv1d
     layers["reference"] = _reference(case, routing, dropout)
     obstacles: dict[str, Callable[[], str | None]] = {
-        "compile": _compile_obstacle,
-        "peft": partial(_peft_obstacle, case, routing),
+        "compile": compile_obstacle,
+        "peft": partial(peft_obstacle, case.op == "lora" and case.level == "layer", routing),
         "eager": lambda: None,
-        "triton": partial(_triton_obstacle, device),
+        "triton": partial(triton_obstacle, device),
     }
     makers: dict[str, Callable[[], Layer]] = {
         "compile": lambda: torch.compile(_compilable(case, layers["reference"]), dynamic=False),
@@ -85,14 +85,16 @@ def ours(case: Case, routing: str, dropout: float, backend: str, relu: bool = Fa
     return partial(routed_lora_linear, **options)
 
 
-def _compile_obstacle() -> str | None:
+def compile_obstacle() -> str | None:
+    """Why nothing can be compiled here, or None when it can."""
     if any(shutil.which(name) for name in COMPILERS):
         return None
     return f"torch.compile needs a C++ compiler, and none of {', '.join(COMPILERS)} is on PATH"
 
 
-def _peft_obstacle(case: Case, routing: str) -> str | None:
-    if case.op != "lora" or case.level != "layer":
+def peft_obstacle(has_layer: bool, routing: str) -> str | None:
+    """Why PEFT cannot compute a case, which ``has_layer`` or not, or None when it can."""
+    if not has_layer:
         return "PEFT has no such layer: it is compared on nn.Linear with LoRA"
     if routing != "none":
         return "PEFT has no routing"
@@ -103,7 +105,8 @@ def _peft_obstacle(case: Case, routing: str) -> str | None:
     return None
 
 
-def _triton_obstacle(device: str) -> str | None:
+def triton_obstacle(device: str) -> str | None:
+    """Why our kernels cannot be timed on a device, or None when they can."""
     if torch.device(device).type == "cpu":
         return "Triton kernels need a GPU; on a CPU they run in an interpreter, whose time says nothing"
     try:

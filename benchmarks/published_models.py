@@ -7,11 +7,13 @@ published chain of operations (see ``published.py``), so that both sides can be 
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
+from routingvl.context import VisualContext
 from routingvl.layers import RoutedLoRALinear
 from routingvl.models.base import RoutedVLModel
 from routingvl.models.dropout import LaneDropout
@@ -20,14 +22,23 @@ from routingvl.surgery import replace_modules
 from .published import published_lora_linear, published_merged_linear
 
 
+class RepeatingContext(VisualContext):
+    """Features as the published layers take them: one entry a row of text, so in beam search repeated for the beams."""
+
+    def bind(self, features: Tensor | None, *, beams: int = 1, decoding: bool = False) -> AbstractContextManager[None]:
+        """See :meth:`VisualContext.bind`."""
+        repeated = features if features is None or beams == 1 else features.repeat_interleave(beams, 0)
+        return super().bind(repeated)
+
+
 class PublishedLoRALinear(nn.Module):
     """A routed LoRA layer computed by the published chain, with the parameters (names too) of the layer given."""
 
-    def __init__(self, layer: RoutedLoRALinear) -> None:
+    def __init__(self, layer: RoutedLoRALinear, context: VisualContext) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.lora_A, self.lora_B = layer.lora_A, layer.lora_B
-        self.context = layer.context
+        self.context = context
         self.options = {"routing": layer.routing, "scaling": layer.scaling}
         self.columns, self.groups = layer.columns, layer.groups
 
@@ -42,11 +53,11 @@ class PublishedLoRALinear(nn.Module):
 def published_model(model: RoutedVLModel) -> RoutedVLModel:
     """A copy of ``model`` (LoRA) with the published layers, and with the activation and dropout that came with it."""
     model = copy.deepcopy(model)
+    model.context = RepeatingContext()
 
     def published(part: nn.Module) -> nn.Module | None:
         if isinstance(part, RoutedLoRALinear):
-            model.context.forget(part)
-            return PublishedLoRALinear(part)
+            return PublishedLoRALinear(part, model.context)
         if isinstance(part, nn.GELU) and part.approximate == "tanh":
             return NewGELUActivation()
         return nn.Dropout(part.p).train(part.training) if isinstance(part, LaneDropout) else None

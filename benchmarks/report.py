@@ -9,13 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 COLUMNS = (
     *("case", "routing", "dtype", "reference ms", "ours ms", "fwd", "bwd", "fwd+bwd", "overhead", "saved MiB"),
     *("peak MiB", "% of limit"),
+)
+MODEL_COLUMNS = (
+    *("case", "routing", "provider", "dtype", "published ms", "ours ms", "fwd", "bwd", "whole", "published a second"),
+    *("ours a second", "saved MiB", "peak MiB"),
 )
 NOTE = """\
 reference: the published chain of operations; ours: the eager backend unless a provider is named. Times are medians of
@@ -23,9 +28,31 @@ forward + backward; fwd, bwd and fwd+bwd are reference / ours, above 1 when ours
 the time above the frozen projection alone. Saved is what autograd keeps beside the inputs, peak the most that a pass
 takes (GPU only), reference and ours. % of limit is the time that the formula's operations or bytes would take at the
 device's measured rates, of the time measured, reference and ours; above 100 the formula is not computed as written."""
+MODEL_NOTE = """\
+Whole models: published is the same model with the published layers, at level train the published recipe's step in
+float32. Times are medians of forward + backward (level step), a training step (train), a beam search (generate), and
+"whole" is their ratio, above 1 when ours is faster. A second: examples, of generation captions. Saved is what autograd
+keeps beside weights and inputs, peak the most that it takes, published and ours."""
 
-MODES = {"fwd": "fwd", "bwd": "bwd", "fwdbwd": "fwd+bwd"}
-Key = tuple[str, str, str, float, str]  # case, routing, dtype, dropout, clock
+MODES = {"fwd": "fwd", "bwd": "bwd", "fwdbwd": "fwd+bwd", "step": "whole step", "generate": "beam search"}
+WHOLE = ("fwdbwd", "step", "generate")  # of the modes of a case, the one that it is about
+
+
+class Key(NamedTuple):
+    """What is measured; ``graphs``: replayed from a CUDA graph."""
+
+    case: str
+    routing: str
+    dtype: str
+    dropout: float
+    clock: str
+    graphs: bool = False
+
+    def notes(self) -> list[str]:
+        """What distinguishes this from the usual measurement, in words."""
+        notes = [f"dropout {self.dropout:g}"] if self.dropout else []
+        notes += [f"{self.clock} time"] if self.clock != "cpu" else []
+        return notes + (["CUDA graph"] if self.graphs else [])
 
 
 @dataclass
@@ -44,9 +71,21 @@ class Results:
     skipped: dict[tuple[str, str], int] = field(default_factory=dict)
     machines: dict[str, None] = field(default_factory=dict)
 
-    def ratio(self, key: Key, provider: str, mode: str = "fwdbwd") -> float | None:
-        """Time of the reference over the provider's; None where one of them was not measured."""
+    def whole(self, key: Key, provider: str) -> Mapping | None:
+        """A provider's row of the mode that a case is about; None where it was not measured."""
+        found = (self.measured[key].get((provider, mode)) for mode in WHOLE)
+        return next((row for row in found if row is not None), None)
+
+    def ratio(self, key: Key, provider: str, mode: str | None = None) -> float | None:
+        """Time of the reference over the provider's in a mode, by default the one that the case is about; None where
+        one of them was not measured.
+        """
         rows = self.measured[key]
+        if mode is None:
+            row = self.whole(key, provider)
+            if row is None:
+                return None
+            mode = row["mode"]
         if ("reference", mode) not in rows or (provider, mode) not in rows:
             return None
         return rows["reference", mode]["ms_p50"] / rows[provider, mode]["ms_p50"]
@@ -57,7 +96,7 @@ class Results:
             (key, provider)
             for key, rows in self.measured.items()
             for provider in dict.fromkeys(name for name, _ in rows if name not in ("reference", "base"))
-            if ("reference", "fwdbwd") in rows
+            if self.ratio(key, provider) is not None
         ]
 
 
@@ -66,7 +105,7 @@ def collect(rows: Iterable[Mapping]) -> Results:
     found = Results()
     for row in rows:
         clock = row.get("clock", "cpu")
-        key = (row["case"], row["routing"], row["dtype"], row.get("dropout", 0.0), clock)
+        key = Key(row["case"], row["routing"], row["dtype"], row.get("dropout", 0.0), clock, row.get("graphs", False))
         provider = row.get("provider", "reference")
         machine = f"{row['device']}, {row['threads']} thread(s), {clock} time, torch {row['torch']}"
         machine += f", commit {row['commit']}" + (" (changed since)" if row["dirty"] else "")
@@ -89,31 +128,46 @@ def _ratio(top: float, bottom: float) -> str:
     return f"{top / bottom:.2f}x" if bottom > 0 else "-"
 
 
-def _pair(rows: Mapping[tuple[str, str], Mapping], ours: str, name: str, digits: int) -> str:
-    values = [rows[provider, "fwdbwd"].get(name) for provider in ("reference", ours)]
+def _pair(found: Results, key: Key, ours: str, name: str, digits: int) -> str:
+    values = [found.whole(key, provider).get(name) for provider in ("reference", ours)]
     return "-" if None in values else ", ".join(f"{value:.{digits}f}" for value in values)
 
 
 def _label(key: Key, provider: str) -> str:
-    _, routing, _, dropout, clock = key
-    notes = ([] if provider == "eager" else [provider]) + ([f"dropout {dropout:g}"] if dropout else [])
-    notes += [f"{clock} time"] if clock != "cpu" else []
-    return f"{routing} ({', '.join(notes)})" if notes else routing
+    notes = ([] if provider == "eager" else [provider]) + key.notes()
+    return f"{key.routing} ({', '.join(notes)})" if notes else key.routing
 
 
-def _line(rows: Mapping[tuple[str, str], Mapping], key: Key, ours: str) -> str:
-    def ms(provider: str, mode: str) -> float:
-        return rows[provider, mode]["ms_p50"]
+def _ratios(found: Results, key: Key, ours: str) -> list[str]:
+    ratios = [found.ratio(key, ours, mode) for mode in ("fwd", "bwd", None)]
+    return ["-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
 
-    ratios = [_ratio(ms("reference", mode), ms(ours, mode)) for mode in ("fwd", "bwd", "fwdbwd")]
+
+def _cells(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _line(found: Results, key: Key, ours: str) -> str:
+    """The line of a layer."""
+    rows, times = found.measured[key], [found.whole(key, provider)["ms_p50"] for provider in ("reference", ours)]
     overhead = "-"
     if ("base", "fwdbwd") in rows:
-        base = ms("base", "fwdbwd")
-        overhead = _ratio(ms("reference", "fwdbwd") - base, ms(ours, "fwdbwd") - base)
-    pairs = [_pair(rows, ours, name, digits) for name, digits in (("saved_mib", 2), ("peak_mib", 1))]
-    limit = _pair(rows, ours, "limit_percent", 0)
-    times = [f"{ms(name, 'fwdbwd'):.2f}" for name in ("reference", ours)]
-    return "| " + " | ".join([key[0], _label(key, ours), key[2], *times, *ratios, overhead, *pairs, limit]) + " |"
+        base = rows["base", "fwdbwd"]["ms_p50"]
+        overhead = _ratio(times[0] - base, times[1] - base)
+    pairs = [_pair(found, key, ours, *field) for field in (("saved_mib", 2), ("peak_mib", 1), ("limit_percent", 0))]
+    milliseconds = [f"{value:.2f}" for value in times]
+    return _cells(key.case, _label(key, ours), key.dtype, *milliseconds, *_ratios(found, key, ours), overhead, *pairs)
+
+
+def _model_line(found: Results, key: Key, ours: str) -> str:
+    """The line of a whole model."""
+    both = [found.whole(key, provider) for provider in ("reference", ours)]
+    milliseconds = [f"{row['ms_p50']:.1f}" for row in both]
+    rates = [f"{row['captions_s' if row['level'] == 'generate' else 'examples_s']:.2f}" for row in both]
+    pairs = [_pair(found, key, ours, name, 1) for name in ("saved_mib", "peak_mib")]
+    provider = ", ".join([ours, *key.notes()])
+    ratios = _ratios(found, key, ours)
+    return _cells(key.case, key.routing, provider, key.dtype, *milliseconds, *ratios, *rates, *pairs)
 
 
 def _slower(found: Results) -> list[str]:
@@ -123,24 +177,34 @@ def _slower(found: Results) -> list[str]:
         for mode in MODES:
             ratio = found.ratio(key, provider, mode)
             if ratio is not None and ratio < 1:
-                slower.append((ratio, f"{key[0]} {_label(key, provider)} {key[2]}, {MODES[mode]}: {ratio:.2f}x"))
+                slower.append((ratio, f"{key.case} {_label(key, provider)} {key.dtype}, {MODES[mode]}: {ratio:.2f}x"))
     return [line for _, line in sorted(slower)]
 
 
+def _tables(found: Results) -> Iterator[str]:
+    """The lines of the table of layers and of that of whole models, each where it has something to show."""
+    layers, models = [], []
+    for key, provider in found.compared():
+        whole = "task" in found.whole(key, provider)
+        (models if whole else layers).append((_model_line if whole else _line)(found, key, provider))
+    for columns, lines, note in ((COLUMNS, layers, NOTE), (MODEL_COLUMNS, models, MODEL_NOTE)):
+        if lines:
+            yield from (_cells(*columns), "|---" * len(columns) + "|", *lines, "", note, "")
+
+
 def summarise(rows: Iterable[Mapping]) -> str:
-    """A Markdown table of speed-ups over the published chain, then what was slower than it, and a line for every
-    provider that missed the gate or was left out.
+    """Markdown tables of speed-ups over the published chain, of layers and of whole models, then what was slower than
+    it, a line for every provider that missed the gate or was left out, and the machines.
     """
     found = collect(rows)
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += [_line(found.measured[key], key, provider) for key, provider in found.compared()]
+    lines = list(_tables(found))
     if slower := _slower(found):
-        lines += ["", "Slower than the published chain:", *(f"- {line}" for line in slower)]
+        lines += ["Slower than the published chain:", *(f"- {line}" for line in slower), ""]
     for (key, provider), what in found.failed.items():
-        lines.append(f"\nGATE FAILED, not timed: {' '.join(key[:3])}: {provider}: {what}")
+        lines += [f"GATE FAILED, not timed: {' '.join(key[:3])}: {provider}: {what}", ""]
     for (provider, why), count in found.skipped.items():
-        lines.append(f"\nNot measured, {count} time(s): {provider}: {why}")
-    return "\n".join([*lines, "", NOTE, *(f"Measured on {machine}." for machine in found.machines)])
+        lines += [f"Not measured, {count} time(s): {provider}: {why}", ""]
+    return "\n".join([*lines, *(f"Measured on {machine}." for machine in found.machines)])
 
 
 def read_rows(files: Iterable[Path]) -> list[dict]:

@@ -1,5 +1,5 @@
-"""Measure the routed layers: first the correctness gate, then time, with every provider's turn taken in each
-repetition.
+"""Measure the routed layers and models: first the correctness gate, then time, with every provider's turn taken in
+each repetition.
 
     python -m benchmarks.run --suite quick
     python -m benchmarks.run --suite gpu --output results.jsonl
@@ -21,13 +21,17 @@ import torch
 
 from routingvl.kernels import ROUTINGS
 
-from .bench import TIME_LIMIT, Bench
-from .cases import CASES, DTYPES, LEVELS, Case
+from .bench import Bench
+from .cases import CASES as LAYER_CASES
+from .cases import DTYPES, LEVELS, Case
+from .level import TIME_LIMIT
+from .model_cases import MODEL_CASES, ModelCase
 from .providers import PROVIDERS
 from .report import read_rows, summarise
 from .suites import SUITES, Plan, Suite
 from .timing import CLOCKS, append_rows, cpu_threads
 
+CASES = (*LAYER_CASES, *MODEL_CASES)
 # What has to be the same for a row to be a measurement of the same thing.
 IDENTITY = ("case", "routing", "dtype", "dropout", "clock", "device", "threads", "commit")
 
@@ -51,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
     parser = argparse.ArgumentParser(
         prog="routingvl benchmark",
-        description="Compare the routed layers with the published chain of operations: correctness first, then time.",
+        description="Compare routed layers and models with the published chain of operations: correctness first, then "
+        "time.",
         epilog="example: routingvl benchmark --quick --routing mul",
     )
     names = [case.name for case in CASES]
@@ -85,30 +90,41 @@ def suite_of(args: argparse.Namespace) -> Suite:
         changed = replace(plan, **given)
         plans.setdefault((changed.dtype, changed.dropout, changed.clock), changed)
     changes = {name: getattr(args, name) for name in ("repeats", "device", "time_limit") if getattr(args, name)}
+    changes |= {"model_repeats": args.repeats} if args.repeats else {}
     chosen = {"providers": tuple(args.provider)} if args.provider else {}
     return replace(suite, plans=tuple(plans.values()), **changes, **chosen)
 
 
-def cases_of(suite: Suite, args: argparse.Namespace) -> list[Case]:
-    """The cases named on the command line, or else the suite's; those made for a GPU first, as time may run out."""
+def cases_of(suite: Suite, args: argparse.Namespace) -> list[Case | ModelCase]:
+    """The cases named on the command line, or else the suite's: layers before models, as time may run out, and of the
+    layers first those made for a GPU.
+    """
     kind = torch.device(suite.device).type
     chosen = [case for case in CASES if args.levels is None or case.level in args.levels]
     if args.case:
-        return [case for case in chosen if case.name in args.case]
-    chosen = [case for case in chosen if kind in case.devices and (case.quick or not suite.quick)]
-    return sorted(chosen, key=lambda case: len(case.devices))
+        chosen = [case for case in chosen if case.name in args.case]
+    else:
+        chosen = [case for case in chosen if kind in case.devices and (case.quick or not suite.quick)]
+    layers = sorted((case for case in chosen if isinstance(case, Case)), key=lambda case: len(case.devices))
+    return layers + [case for case in chosen if isinstance(case, ModelCase)]
 
 
-def work_of(suite: Suite, args: argparse.Namespace) -> Iterator[tuple[Case, str, Plan]]:
+def routings_of(case: Case | ModelCase, suite: Suite, args: argparse.Namespace) -> list[str]:
+    """The routing functions to measure a case with."""
+    few = suite.quick and isinstance(case, ModelCase) and not args.case
+    return [name for name in (case.quick if few else case.routings) if not args.routing or name in args.routing]
+
+
+def work_of(suite: Suite, args: argparse.Namespace) -> Iterator[tuple[Case | ModelCase, str, Plan]]:
     """Every case, routing and pass of a run, in the order measured."""
     chosen = cases_of(suite, args)
-    for plan in suite.plans:
-        for case in chosen:
-            if plan.dropout and not case.takes_dropout and suite.plans[0] is not plan:
-                continue  # measured in the pass without
-            of_case = plan if case.takes_dropout else replace(plan, dropout=0.0)
-            for routing in case.routings:
-                if not args.routing or routing in args.routing:
+    for kind in (Case, ModelCase):
+        for plan in suite.plans:
+            for case in (case for case in chosen if isinstance(case, kind)):
+                if plan.dropout and not case.takes_dropout and suite.plans[0] is not plan:
+                    continue  # measured in the pass without
+                of_case = plan if case.takes_dropout else replace(plan, dropout=0.0)
+                for routing in routings_of(case, suite, args):
                     yield case, routing, of_case
 
 

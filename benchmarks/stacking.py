@@ -24,7 +24,7 @@ from routingvl.models.base import RoutedVLModel
 
 from .environment import describe_environment
 from .gate import relative_rms
-from .models import build_model
+from .models import build_model, step_inputs, write_captions
 from .timing import Timer, append_rows, cpu_threads, quantiles
 
 WAYS = {"stacked": True, "per_layer": False}
@@ -60,17 +60,12 @@ def trained_model(task: str, size: str, routing: RoutingConfig) -> RoutedVLModel
 def make_call(task: str, model: nn.Module) -> Callable[[], Tensor]:
     """What is timed: a training step that returns its loss, or a beam search that returns its tokens."""
     batch, tokens = TASKS[task]
-    random = torch.Generator().manual_seed(1)
-    text = model.language_model
-    features = torch.randn(batch, 1, model.vision_width, generator=random)
+    inputs = step_inputs(task, model, batch, tokens)
     if task == "generate":
-        length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "num_beams": 5}
-        return torch.no_grad()(lambda: model.generate(vision_features=features, **length))
-    ids = torch.randint(3, text.config.vocab_size, (batch, tokens), generator=random)
-    inputs = {"vision_features": features, "input_ids": ids, "labels": ids, "return_logits": False}
-    if task == "vqa":
-        labels = torch.rand(batch, model.num_labels, generator=random)
-        inputs = {"vision_features": features, "input_ids": ids, "labels": labels}
+        features = inputs["vision_features"]
+        return lambda: write_captions(model, features, beams=5, tokens=tokens, dtype="float32")
+    if task == "caption":
+        inputs["return_logits"] = False
 
     def step() -> Tensor:
         model.zero_grad()

@@ -30,8 +30,9 @@ class Suite:
 
     Attributes:
         device: torch device.
-        repeats: of every measurement.
-        plans: the passes, the most telling first.
+        repeats: of every measurement of a layer.
+        model_repeats: likewise of a whole model, which takes longer.
+        plans: the passes, the most telling first; all cases of layers are before those of models.
         time_limit: seconds after which nothing new is begun (None: no limit); nothing is compiled after half of them.
         quick: the cases marked quick only.
         providers: names of benchmarks.providers.PROVIDERS.
@@ -39,6 +40,7 @@ class Suite:
 
     device: str
     repeats: int
+    model_repeats: int
     plans: tuple[Plan, ...]
     time_limit: float | None = None
     quick: bool = False
@@ -47,12 +49,13 @@ class Suite:
 
 SUITES = {
     "quick": Suite(
-        "cpu", 5, (Plan(),), time_limit=150, quick=True, providers=("base", "reference", "peft", "eager", "triton")
+        "cpu", 5, 3, (Plan(),), time_limit=150, quick=True, providers=("base", "reference", "peft", "eager", "triton")
     ),
-    "cpu": Suite("cpu", 20, (Plan(), Plan(dropout=0.1, compiled=False))),
+    "cpu": Suite("cpu", 20, 7, (Plan(), Plan(dropout=0.1, compiled=False))),
     "gpu": Suite(
         "cuda",
         30,
+        15,
         (
             Plan("bfloat16", clock="gpu"),
             Plan("bfloat16", clock="wall", compiled=False),

@@ -14,42 +14,34 @@ First the gate: on one batch both sides must give the same loss and gradients. A
 from __future__ import annotations
 
 import argparse
-import copy
-import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-
-from routingvl.config import RoutingConfig
-from routingvl.data.collate import IGNORED
-from routingvl.execution import lower_frozen_weights
-from routingvl.models.base import RoutedVLModel
-from routingvl.run_config import TrainConfig
-from routingvl.schedule import BatchOrder
 
 from .environment import describe_environment
-from .gate import relative_rms
-from .memory import can_measure, cuda_peak, process_peak
-from .models import build_model
-from .published_models import published_model, published_optimizer
+from .memory import can_measure, process_peak, tensor_peak
+from .models import routed_model
+from .published_models import published_model
 from .timing import Timer, append_rows, cpu_threads
-
-# batch, mean and 99th percentile of the lengths, special tokens a text, fixed text length of the published recipe
-TASKS = {"vqa": (32, 8, 16, 2, 19), "caption": (8, 12, 25, 1, 50)}
-EXAMPLES = 4000
-# Largest relative RMS error of the loss and of all gradients together, against the published step in float32.
-TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
-# Steps of ours a round; the published side takes one.
-STEPS = {"float32": 3, "bfloat16": 6}
-
-Inputs = dict[str, Tensor]
+from .training import (
+    STEPS,
+    TASKS,
+    TOLERANCES,
+    Data,
+    Step,
+    batches_of_each_length,
+    long_batch,
+    make_ours,
+    our_side,
+    our_step,
+    published_step,
+    seconds_a_step,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,144 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def routed_model(task: str, size: str) -> RoutedVLModel:
-    """The model of a task whose bottlenecks' updates are not zero."""
-    rank = 4 if size == "tiny" else 128
-    model = build_model(task, size, RoutingConfig(routing="add", rank=rank, alpha=rank), vision=True)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
-    return model
-
-
-def text_lengths(task: str, examples: int = EXAMPLES) -> np.ndarray:
-    """Tokens of each text without special tokens: log-normal, at least 3, at most what the recipe leaves room for."""
-    _, mean, high, special, fixed = TASKS[task]
-    # mean = exp(m + s^2 / 2) and the 99th percentile = exp(m + 2.326 s), solved for s.
-    spread = 2.326 - math.sqrt(2.326**2 - 2 * math.log(high / mean))
-    drawn = np.random.default_rng(0).lognormal(math.log(mean) - spread**2 / 2, spread, examples)
-    return drawn.round().astype(int).clip(3, fixed - special)
-
-
-class Data:
-    """Made-up texts, and features of their images in a memory-mapped file."""
-
-    def __init__(self, task: str, model: RoutedVLModel, folder: Path) -> None:
-        self.task, self.model = task, model
-        self.batch, _, _, self.special, self.fixed = TASKS[task]
-        self.lengths = text_lengths(task) + self.special
-        self.random = torch.Generator().manual_seed(0)
-        vocabulary = model.language_model.config.vocab_size
-        # Token ids from 3 up: 0 is no target of the published loss, 1 pads RoBERTa's texts.
-        self.ids = [torch.randint(3, vocabulary - 1, (n,), generator=self.random) for n in self.lengths.tolist()]
-        width, file = model.vision_width, folder / f"{task}.f32"
-        np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(EXAMPLES, 1, width))[:] = torch.randn(
-            EXAMPLES, 1, width, generator=self.random
-        ).numpy()
-        self.features = np.load(file, mmap_mode="r")
-
-    def order(self) -> Iterator[list[int]]:
-        """Index lists of steps from the second epoch on."""
-        config, first = TrainConfig(batch_size=self.batch), EXAMPLES // self.batch + 1
-        return iter(BatchOrder(EXAMPLES, config, first, first + 10**6, lengths=self.lengths))
-
-    def texts(self, indices: Sequence[int], length: int | None = None, all_count: bool = False) -> Inputs:
-        """Padded texts and labels; ``length`` None pads to the longest. ``all_count``: labels for padding too."""
-        rows = [self.ids[index] for index in indices]
-        length = length or max(map(len, rows))
-        ids = torch.ones(len(rows), length, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for line, ones, row in zip(ids, mask, rows, strict=True):
-            line[: len(row)], ones[: len(row)] = row, 1
-        if self.task == "vqa":
-            labels = torch.zeros(len(rows), self.model.num_labels)
-            labels[torch.arange(len(rows)), torch.tensor(indices) % self.model.num_labels] = 1.0
-        else:
-            labels = ids if all_count else ids.masked_fill(mask == 0, IGNORED)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-    def images(self, count: int) -> Tensor:
-        """Images as they come out of the preprocessing: [count, 3, H, W]."""
-        size = self.model.vit.config.image_size
-        return torch.randn(count, 3, size, size, generator=self.random)
-
-
-def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """The precision of a side."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def gate(data: Data, reference: RoutedVLModel, ours: RoutedVLModel, dtype: str, device: torch.device) -> float:
-    """Largest relative RMS error of our loss, and of our gradients together, on one batch without dropout."""
-    indices = next(data.order())
-    texts = {key: value.to(device) for key, value in data.texts(indices).items()}
-    images = data.images(len(indices)).to(device)
-    found = []
-    for model, precision in ((reference, "float32"), (ours, dtype)):
-        model.eval()
-        inputs = (
-            {"pixel_values": images} if model is reference else {"vision_features": reference.encode_images(images)}
-        )
-        if model is ours and data.task == "caption":
-            inputs["return_logits"] = False
-        with autocast(device, precision):
-            loss = model(**inputs, **texts).loss
-        loss.backward()
-        gradients = [p.grad.flatten().float() for _, p in sorted(model.named_parameters()) if p.grad is not None]
-        found.append((loss.detach().float(), torch.cat(gradients)))
-        model.zero_grad()
-        model.train()
-    return max(relative_rms(got, want) for got, want in zip(found[1], found[0], strict=True))
-
-
-def published_step(
-    data: Data, model: RoutedVLModel, device: torch.device, dtype: str = "float32"
-) -> Callable[[list[int]], None]:
-    """One step of the published recipe, of given examples."""
-    optimizer = published_optimizer(model)
-    images = data.images(data.batch)  # read and decoded beforehand, to its advantage
-
-    def step(indices: list[int]) -> None:
-        texts = {key: value.to(device) for key, value in data.texts(indices, data.fixed, all_count=True).items()}
-        optimizer.zero_grad()
-        with autocast(device, dtype):
-            loss = model(pixel_values=images.to(device), **texts).loss
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def our_step(data: Data, model: RoutedVLModel, dtype: str, device: torch.device) -> Callable[[list[int]], None]:
-    """One step as ``routingvl train`` takes it when features are cached."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=3e-5, eps=1e-6, weight_decay=0.0, fused=device.type == "cpu" or None)
-    lean = {"return_logits": False} if data.task == "caption" else {}
-
-    def step(indices: list[int]) -> None:
-        features = torch.from_numpy(data.features[np.asarray(indices)]).to(device)
-        texts = {key: value.to(device) for key, value in data.texts(indices).items()}
-        with autocast(device, dtype):
-            loss = model(vision_features=features, **texts, **lean).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def make_ours(model: RoutedVLModel, dtype: str) -> RoutedVLModel:
-    """``model`` itself as it trains with cached features: without ViT, frozen weights as mixed precision has them."""
-    model.vit = None
-    if dtype == "bfloat16":
-        lower_frozen_weights(model.language_model, torch.bfloat16, keep=False)
-    return model
-
-
-def one_side(
-    task: str, side: str, size: str, published_dtype: str, folder: Path
-) -> tuple[Data, Callable[[list[int]], None]]:
+def one_side(task: str, side: str, size: str, published_dtype: str, folder: Path) -> tuple[Data, Step]:
     """Data and step of one side, "published" or a dtype of ours, on the CPU; of the other nothing is kept in memory."""
     model, device = routed_model(task, size), torch.device("cpu")
     if side == "published":
@@ -246,17 +101,6 @@ def peak_elsewhere(side: str, args: argparse.Namespace) -> float:
     return float(done.stdout)
 
 
-def step_memory(step: Callable[[list[int]], None], indices: list[int], device: torch.device) -> float:
-    """MiB of tensors that a step holds at its peak beyond what is held before it."""
-    if device.type == "cuda":
-        return cuda_peak(lambda: step(indices), device)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step(indices)
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(np.cumsum([event.nbytes() for event in events]).max(), 0) / 2**20
-
-
 def measure(task: str, args: argparse.Namespace, folder: Path) -> dict:
     """One row: examples a second of each side, ratios to the published step, memory."""
     device = torch.device(args.device)
@@ -269,54 +113,29 @@ def measure(task: str, args: argparse.Namespace, folder: Path) -> dict:
     row |= {"R": model.routing.rank, "B": data.batch, "published_dtype": args.published_dtype}
     environment = describe_environment(device, args.threads)
     for dtype in STEPS:
-        ours = make_ours(copy.deepcopy(model).to(device), dtype)
-        row[f"{dtype}_error"] = gate(data, reference, ours, dtype, device)
+        row[f"{dtype}_error"], sides[dtype] = our_side(data, model, reference, dtype, device)
         if not row[f"{dtype}_error"] <= TOLERANCES[dtype]:
             return {**row, "gate": "failed", **environment}
-        sides[dtype] = our_step(data, ours, dtype, device)
-        if task == "caption":
-            ours.caption_loss = "sound"  # what training uses by default
-    published = published_step(data, reference, device, args.published_dtype)
     for batch in batches_of_each_length(data):
         for step in sides.values():
             step(batch)
-    timer, order = Timer(device, args.threads, "wall"), data.order()
-    spent: dict[str, list[float]] = {name: [] for name in ("published", *sides)}
-    for turn in range(-1, args.rounds):  # a round to warm up
-        round_of = {"published": timer(lambda: published(next(order)))[0]}
-        for name, step in sides.items():
-            batches = [next(order) for _ in range(STEPS[name])]
-            spent_on_all, _ = timer(lambda step=step, batches=batches: [step(batch) for batch in batches])
-            round_of[name] = spent_on_all / len(batches)
-        if turn >= 0:
-            for name, value in round_of.items():
-                spent[name].append(value)
+    published = published_step(data, reference, device, args.published_dtype)
+    timer = Timer(device, args.threads, "wall")
+    in_turns = {"published": (published, 1), **{name: (step, STEPS[name]) for name, step in sides.items()}}
+    spent = seconds_a_step(data, in_turns, timer, args.rounds)
     rates = {name: data.batch * len(values) / sum(values) for name, values in spent.items()}
     row |= {f"{name}_examples_s": round(rate, 3) for name, rate in rates.items()}
+    longest = long_batch(data)
     for name, step in sides.items():
         row[f"{name}_speedup"] = round(rates[name] / rates["published"], 3)
         each = np.array(spent["published"]) / np.array(spent[name])
         row[f"{name}_speedup_rounds"] = [round(float(value), 3) for value in np.sort(each)]
-        row[f"{name}_step_mib"] = round(step_memory(step, long_batch(data), device), 1)
+        row[f"{name}_step_mib"] = round(tensor_peak(lambda step=step: step(longest), device), 1)
     reference.zero_grad()  # as ours, which are dropped at the end of a step
-    row["published_step_mib"] = round(step_memory(published, long_batch(data), device), 1)
+    row["published_step_mib"] = round(tensor_peak(lambda: published(longest), device), 1)
     if task == "caption" and device.type == "cpu" and can_measure():
         row |= {f"{name}_process_mib": peak_elsewhere(name, args) for name in spent}
     return {**row, "rounds": args.rounds, "clock": timer.clock, "gate": "passed", **environment}
-
-
-def long_batch(data: Data) -> list[int]:
-    """The longest of the first ten batches, so that the memory is not that of a lucky one."""
-    batches = [batch for batch, _ in zip(data.order(), range(10), strict=False)]
-    return max(batches, key=lambda batch: data.lengths[batch].max())
-
-
-def batches_of_each_length(data: Data) -> list[list[int]]:
-    """A batch of each padded length of an epoch: what later epochs find made for a shape, ours has to have met."""
-    found: dict[int, list[int]] = {}
-    for batch, _ in zip(data.order(), range(EXAMPLES // data.batch), strict=False):
-        found.setdefault(int(data.lengths[batch].max()), batch)
-    return list(found.values())
 
 
 def describe(row: dict) -> str:

@@ -134,7 +134,7 @@ class VisualContext:
 
     def __reduce__(self):
         # A copied model must not share its original's binding; its layers register with its own context.
-        return VisualContext, (self.stacked,)
+        return type(self), (self.stacked,)
 
 
 class _Binding:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from routingvl.benchmarks import bench, ceilings, main, run
+from routingvl.benchmarks import bench, ceilings, layer_level, main, run
 from routingvl.benchmarks.cases import Case
 
 CASES = (
@@ -34,19 +34,19 @@ def test_an_interrupted_run_leaves_whole_cases_and_is_resumed(
     clean: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "rows.jsonl"
-    measure = bench.measure
+    measure = layer_level.measure
 
     def interrupted(case, *args):
         if case.name == "second":
             raise KeyboardInterrupt
         return measure(case, *args)
 
-    monkeypatch.setattr(bench, "measure", interrupted)
+    monkeypatch.setattr(layer_level, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main([*COMMAND, "--output", str(output)])
     first = [("first", routing) for routing in ("add", "mul") for _ in range(9)]  # three providers in three modes
     assert groups(output) == first
-    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(layer_level, "measure", measure)
     assert main([*COMMAND, "--output", str(output), "--resume"]) == 0
     assert groups(output) == first + [("second", "add")] * 6
     printed = capsys.readouterr()
@@ -76,18 +76,18 @@ def test_what_failed_or_came_too_late_is_measured_again(
     output = tmp_path / "rows.jsonl"
     command = [*COMMAND, "--case", "second", "--output", str(output), "--resume"]
     assert main([*command, "--time-limit", "1e-9"]) == 0
-    right = bench.check
+    right = layer_level.check
 
     def shut(*args):
         found = right(*args)
         found["eager"].missed.append("y bad")
         return found
 
-    monkeypatch.setattr(bench, "check", shut)
+    monkeypatch.setattr(layer_level, "check", shut)
     assert main(command) == 1
     gates = [json.loads(line)["gate"] for line in output.read_text().splitlines()]
     assert gates == ["skipped", "failed", "passed", "passed", "passed"]
-    monkeypatch.setattr(bench, "check", right)
+    monkeypatch.setattr(layer_level, "check", right)
     assert main(command) == 0
     assert len(groups(output)) == 11
 

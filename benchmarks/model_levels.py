@@ -1,0 +1,273 @@
+"""The levels of whole models: a step of one, training of one against the published recipe's, beam search."""
+
+from __future__ import annotations
+
+import tempfile
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gate import relative_rms
+from .level import Level, Setting
+from .measure import Checked, attempt, clear_gradients, measure_passes, saved_mib, turns
+from .memory import tensor_peak
+from .model_cases import ModelCase
+from .model_providers import Side, make_side, use_backend
+from .models import autocast, errors_of, loss_and_gradients, routed_model, step_inputs, write_captions
+from .providers import PROVIDERS, compile_obstacle, peft_obstacle, triton_obstacle
+from .published_models import published_model
+from .timing import Timer
+from .training import (
+    STEPS,
+    TOLERANCES,
+    Data,
+    batches_of_each_length,
+    long_batch,
+    our_side,
+    published_step,
+    seconds_a_step,
+)
+
+WARM_UP = 1  # after the gate's own pass
+
+
+class ModelLevel(Level):
+    """What the levels of models share: which sides there are, and that the gate is the published model in float32."""
+
+    case: ModelCase
+
+    def __init__(self, case: ModelCase, routing: str, setting: Setting) -> None:
+        super().__init__(case, routing, setting)
+        self.device, self.dtype = setting.device, setting.plan.dtype
+
+    @staticmethod
+    def obstacle(dtype: str) -> str | None:
+        """float16 would need the scaling of a loss."""
+        return None if dtype in TOLERANCES else f"models are measured in {' and '.join(TOLERANCES)}"
+
+    def obstacle_of(self, provider: str) -> str | None:
+        """Why a provider cannot be measured here, or None when it can."""
+        if provider == "compile":
+            return compile_obstacle()
+        if provider == "triton":
+            return triton_obstacle(str(self.device))
+        return peft_obstacle(self.case.task == "vqa", self.routing) if provider == "peft" else None
+
+    def gated(self) -> tuple[dict[str, str], dict[str, Checked]]:
+        """Every side against the published model in float32, without dropout."""
+        _, prepared = attempt(self.prepare, self.device)
+        if prepared.raised:
+            return {}, {"reference": prepared}
+        skipped, gate = {}, {}
+        for name in PROVIDERS:
+            if name == "base" or name not in ("reference", *self.setting.providers):
+                continue
+            why = None if name == "reference" else self.setting.left_out(name) or self.obstacle_of(name)
+            if why is not None:
+                skipped[name] = why
+                continue
+            errors, gate[name] = attempt(lambda name=name: self.errors_of(name), self.device)
+            if errors is not None:
+                gate[name].worst_error = max(errors.values(), default=None)
+                gate[name].missed = [missed for pair in errors.items() if (missed := self.miss(*pair)) is not None]
+        return skipped, gate
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make the model, its inputs and what the gate compares with."""
+
+    @abstractmethod
+    def errors_of(self, name: str) -> dict[str, float]:
+        """Make a side; its relative RMS errors by what they are of."""
+
+    def miss(self, what: str, error: float) -> str | None:
+        """An error that is too large, in words; None when it is not."""
+        limit = TOLERANCES[self.dtype]
+        return None if error <= limit else f"{what} relative RMS error {error:.2e} is above {limit:.2e}"
+
+
+class StepLevel(ModelLevel):
+    """Forward and backward pass of the whole model, features given: the same inputs, weights and loss on every side."""
+
+    sides: dict[str, Side]
+
+    def prepare(self) -> None:
+        """One batch; the ViT apart, as it is no part of the step."""
+        case = self.case
+        timed_vit = case.vit and self.routing == case.routings[0]
+        model = routed_model(case.task, case.size, self.routing, case.R, vision=timed_vit).to(self.device).eval()
+        self.vit, model.vit = model.vit, None
+        self.model = model
+        inputs = step_inputs(case.task, model, case.B, case.T)
+        self.inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        self.sides["reference"] = make_side("reference", model)
+        self.want = loss_and_gradients(self.sides["reference"].model, self.inputs, autocast(self.device, "float32"))
+
+    def errors_of(self, name: str) -> dict[str, float]:
+        """Of the loss, and of all gradients together."""
+        if name not in self.sides:
+            self.sides[name] = make_side(name, self.model)
+        side = self.sides[name]
+        got = loss_and_gradients(side.model, self.inputs, autocast(self.device, self.dtype), side.call)
+        return errors_of(got, self.want)
+
+    def seconds(self, names: Sequence[str], timer: Timer, repeats: int) -> dict[str, dict[str, list[float]]]:
+        """By "fwd", "bwd" and "fwdbwd"; of the ViT, which is the provider "base", by "vit"."""
+        forwards = {name: lambda name=name: self._loss(name) for name in names}
+        leaves = {name: list(self.sides[name].model.parameters()) for name in names}
+        dy = torch.ones((), device=self.device)
+        found = measure_passes(forwards, leaves, dy, timer, turns(names, repeats, WARM_UP))
+        if self.vit is not None:
+            size = self.vit.config.image_size
+            images = torch.randn(self.case.B, 3, size, size).to(self.device)
+            with torch.no_grad():
+                encode = [timer(lambda: self.vit(images).pooler_output)[0] for _ in range(WARM_UP + repeats)]
+            found["base"] = {"vit": encode[WARM_UP:]}
+        return found
+
+    def _loss(self, name: str) -> Tensor:
+        return self.sides[name].loss(self.inputs, self.dtype)
+
+    def memory(self, provider: str) -> dict[str, float | None]:
+        """Beside weights and inputs."""
+        if provider == "base":
+            return {"saved_mib": None, "peak_mib": None}
+        model = self.sides[provider].model
+        given = [*model.parameters(), *model.buffers(), *self.inputs.values()]
+        saved = saved_mib(lambda: self._loss(provider), given)
+        clear_gradients(model.parameters())
+        peak = tensor_peak(lambda: self._loss(provider).backward(), self.device)
+        clear_gradients(model.parameters())
+        return {"saved_mib": saved, "peak_mib": round(peak, 3)}
+
+    def rates(self, provider: str, mode: str, seconds: float) -> dict[str, Any]:
+        """Examples (images of the ViT) a second, of a whole step."""
+        return {"examples_s": round(self.case.B / seconds, 3) if mode in ("fwdbwd", "vit") else None}
+
+
+class TrainLevel(ModelLevel):
+    """A training step with cached features against the published recipe's, see benchmarks/training.py."""
+
+    def __init__(self, case: ModelCase, routing: str, setting: Setting) -> None:
+        super().__init__(case, routing, setting)
+        self.folder = tempfile.TemporaryDirectory()
+
+    def prepare(self) -> None:
+        """The published recipe's step, in float32 whatever the pass's dtype, and the texts of both sides."""
+        case = self.case
+        self.model = routed_model(case.task, case.size, self.routing, case.R)
+        if case.task == "caption":
+            self.model.caption_loss = "reference"  # on both sides, so that the gate compares like with like
+        self.reference = published_model(self.model).to(self.device)
+        self.data = Data(case.task, self.model, Path(self.folder.name), case.B, case.T)
+
+    def close(self) -> None:
+        """Remove the file of features."""
+        self.folder.cleanup()
+
+    def obstacle_of(self, provider: str) -> str | None:
+        """The recipe is compared with ours."""
+        if provider in ("compile", "peft"):
+            return "at level train the published recipe's step is compared with ours alone"
+        return super().obstacle_of(provider)
+
+    def errors_of(self, name: str) -> dict[str, float]:
+        """The larger of our loss's and our gradients'; the published step is what they are compared with."""
+        if name == "reference":
+            self.sides[name] = published_step(self.data, self.reference, self.device)
+            return {}
+        model = use_backend(self.model, name)
+        error, self.sides[name] = our_side(self.data, model, self.reference, self.dtype, self.device)
+        return {"loss or gradients": error}
+
+    def seconds(self, names: Sequence[str], timer: Timer, repeats: int) -> dict[str, dict[str, list[float]]]:
+        """By "step": reading, forward and backward pass, optimiser."""
+        for batch in batches_of_each_length(self.data):
+            for name in names:
+                if name != "reference":  # its texts have one length
+                    self.sides[name](batch)
+        sides = {name: (self.sides[name], 1 if name == "reference" else STEPS[self.dtype]) for name in names}
+        spent = seconds_a_step(self.data, sides, timer, repeats)
+        return {name: {"step": values} for name, values in spent.items()}
+
+    def memory(self, provider: str) -> dict[str, float | None]:
+        """Of a step with the longest texts."""
+        self.reference.zero_grad()  # as ours, which are dropped at the end of a step
+        longest = long_batch(self.data)
+        peak = tensor_peak(lambda: self.sides[provider](longest), self.device)
+        return {"saved_mib": None, "peak_mib": round(peak, 3)}
+
+    def rates(self, provider: str, mode: str, seconds: float) -> dict[str, Any]:
+        """Examples a second."""
+        return {"examples_s": round(self.case.B / seconds, 3), "published_dtype": "float32"}
+
+
+class GenerateLevel(ModelLevel):
+    """Beam search to captions of one length, features given."""
+
+    sides: dict[str, Side]
+
+    def prepare(self) -> None:
+        """The captions that the published model writes in float32."""
+        case = self.case
+        self.model = routed_model(case.task, case.size, self.routing, case.R, vision=False).to(self.device).eval()
+        self.sides["reference"] = reference = make_side("reference", self.model)
+        self.features = step_inputs(case.task, self.model, case.B, case.tokens)["vision_features"].to(self.device)
+        self.tokens = self._write(reference, "float32")
+        self.want = self._logits(reference, "float32")
+
+    def obstacle_of(self, provider: str) -> str | None:
+        """Every step of a search is called from transformers, which nobody compiles here."""
+        if provider == "compile":
+            return "generation is not compiled"
+        return super().obstacle_of(provider)
+
+    def errors_of(self, name: str) -> dict[str, float]:
+        """Of the logits of the published model's captions; in float32 each side has to write them itself, too."""
+        if name not in self.sides:
+            self.sides[name] = make_side(name, self.model)
+        side = self.sides[name]
+        errors = {"logits": relative_rms(self._logits(side, self.dtype), self.want)}
+        written = self._write(side, self.dtype)
+        if self.dtype == "float32":
+            errors["tokens"] = (written != self.tokens).double().mean().item()
+        return errors
+
+    def miss(self, what: str, error: float) -> str | None:
+        """Of the tokens none may be another."""
+        if what == "tokens":
+            return f"{error:.1%} of the tokens are others" if error else None
+        return super().miss(what, error)
+
+    def _write(self, side: Side, dtype: str) -> Tensor:
+        case = self.case
+        return write_captions(side.model, self.features, beams=case.beams, tokens=case.tokens, dtype=dtype)
+
+    def _logits(self, side: Side, dtype: str) -> Tensor:
+        with torch.no_grad(), autocast(self.device, dtype):
+            return side.call(vision_features=self.features, input_ids=self.tokens).logits
+
+    def seconds(self, names: Sequence[str], timer: Timer, repeats: int) -> dict[str, dict[str, list[float]]]:
+        """By "generate"."""
+        found: dict[str, dict[str, list[float]]] = {name: {"generate": []} for name in names}
+        for name, counts in turns(names, repeats, WARM_UP):
+            seconds, _ = timer(lambda name=name: self._write(self.sides[name], self.dtype))
+            if counts:
+                found[name]["generate"].append(seconds)
+        return found
+
+    def memory(self, provider: str) -> dict[str, float | None]:
+        """Of a search."""
+        peak = tensor_peak(lambda: self._write(self.sides[provider], self.dtype), self.device)
+        return {"saved_mib": None, "peak_mib": round(peak, 3)}
+
+    def rates(self, provider: str, mode: str, seconds: float) -> dict[str, Any]:
+        """Captions a second."""
+        return {"captions_s": round(self.case.B / seconds, 3)}
+
+
+MODEL_LEVELS: dict[str, type[ModelLevel]] = {"step": StepLevel, "train": TrainLevel, "generate": GenerateLevel}
