@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -92,17 +92,23 @@ class Case:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GPU = ("cuda",)
+BASE = Case("roberta_lora_m1280", "lora", B=64, T=20, L=1, K=768, N=768, R=128, quick=True)
+FEW = replace(BASE, quick=False, B=16)  # M = 320
 CASES = (
-    Case("roberta_lora_m1280", "lora", B=64, T=20, L=1, K=768, N=768, R=128, quick=True),
+    BASE,
     Case("linear_lora_m2040", "lora", B=40, T=51, L=1, K=768, N=768, R=128),
     Case("gpt2_lora_m2040", "merged_lora", B=40, T=51, L=1, K=768, N=2304, R=128),
     Case("roberta_large_lora_m1280", "lora", B=64, T=20, L=1, K=1024, N=1024, R=128),
-    Case("roberta_lora_m320_l197", "lora", B=16, T=20, L=197, K=768, N=768, R=128, routings=("vllora",)),
     Case("gpt2_adapter_m2040", "adapter", B=40, T=51, L=1, K=768, N=768, R=128, activation="gelu_new"),
     Case("roberta_adapter_m1280", "adapter", B=64, T=20, L=1, K=768, N=768, R=64, residual=False, quick=True),
     Case("gpt2_lora_decode_m40", "merged_lora", B=40, T=1, L=1, K=768, N=2304, R=128),
     Case("lora_op_m1280", "lora", B=64, T=20, L=1, K=768, N=768, R=128, quick=True, level="op"),
     Case("adapter_op_m1280", "adapter", B=64, T=20, L=1, K=768, N=768, R=64, residual=False, level="op"),
+    # The same layer with more and fewer ranks, visual tokens and text tokens, as series through the first case.
+    *(replace(BASE, name=f"{BASE.name}_r{r}", R=r, routings=("add", "mul"), quick=False) for r in (16, 64, 256)),
+    *(replace(FEW, name=f"roberta_lora_m320_l{tokens}", L=tokens, routings=("vllora",)) for tokens in (16, 64, 197)),
+    replace(FEW, name="roberta_lora_m320", routings=("mul", "vllora")),
+    replace(BASE, name="roberta_lora_m5120", B=256, routings=("mul",), quick=False),
     # The sizes of the targets on a GPU; a training step there has no trouble with 512 questions.
     Case("roberta_lora_m10240", "lora", B=512, T=20, L=1, K=768, N=768, R=128, devices=GPU),
     Case("adapter_m10240", "adapter", B=512, T=20, L=1, K=768, N=768, R=128, devices=GPU),

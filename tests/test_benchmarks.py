@@ -8,7 +8,7 @@ import pytest
 import torch
 from tolerances import assert_as_good_as
 
-from routingvl.benchmarks import ceilings, gate, main, plots, report, run
+from routingvl.benchmarks import ceilings, gate, main, report, run
 from routingvl.benchmarks import providers as providers_module
 from routingvl.benchmarks.cases import CASES, Case, definition, make_tensors
 from routingvl.benchmarks.providers import providers
@@ -322,14 +322,6 @@ def test_one_failed_provider_leaves_the_others() -> None:
     printed = report.summarise([*rows, {**row("peft", "", 0.0), "gate": "failed", "gate_missed": ["y bad"]}])
     assert "| c | mul | float32 |" in printed
     assert "(peft)" not in printed.split("GATE FAILED")[0]
-
-
-def test_plots_of_the_committed_results(tmp_path: Path) -> None:
-    """Rows from before some fields were there draw too, without what they lack."""
-    rows = report.read_rows([Path(report.__file__).parent / "results" / "cpu_layers.jsonl"])
-    written = plots.draw(report.collect(rows), tmp_path / "new")
-    assert [file.name for file in written] == ["speed_up.png", "by_tokens.png", "overhead.png", "saved.png"]
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in written)
 
 
 def test_report_names_what_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
