@@ -9,9 +9,10 @@ from contextlib import closing
 
 import torch
 
-from .cases import Case
+from .cases import DTYPES, Case
 from .ceilings import Limits, measure_ceilings
 from .environment import describe_environment
+from .graphs import gated_graph, measure_replays
 from .layer_level import LayerLevel
 from .level import TIME_LIMIT, Level, Setting
 from .measure import Checked
@@ -80,13 +81,38 @@ class Bench:
             return  # nothing to compare with
         timer = self.timers[level.setting.plan.clock]
         repeats = self.suite.repeats if isinstance(level, LayerLevel) else self.suite.model_repeats
-        seconds = level.seconds([name for name in level.sides if name not in missed], timer, repeats)
+        names = [name for name in level.sides if name not in missed]
+        seconds = level.seconds(names, timer, repeats)
         for provider, modes in seconds.items():
             kept = level.memory(provider)
             for mode, values in modes.items():
                 fields = {**shared, "provider": provider, "mode": mode, **quantiles(values), **kept}
                 fields |= level.rates(provider, mode, fields["ms_p50"] / 1e3)
                 yield {**fields, "repeats": repeats, **_passed(gate.get(provider))}
+        if self.suite.graphs:
+            yield from self._graph_rows(level, names, {**shared, "graphs": True}, repeats)
+
+    def _graph_rows(self, level: Level, names: list[str], shared: dict, repeats: int) -> Iterator[dict]:
+        """Forward and backward pass of the sides named, replayed from a CUDA graph."""
+        plan, replays, gate = level.setting.plan, {}, {}
+        for name in names:
+            whole = level.pass_of(name)
+            if whole is None or self.is_late():
+                why = TIME_LIMIT if whole else "this level has no pass to capture in a CUDA graph"
+                yield {**shared, "provider": name, "gate": "skipped", "skipped": why}
+                continue
+            replay, found = gated_graph(whole, DTYPES[plan.dtype], plan.dropout > 0, self.device)
+            if found.raised:
+                why = f"not captured in a CUDA graph: {found.missed[0]}"
+                yield {**shared, "provider": name, "gate": "skipped", "skipped": why}
+            elif found.missed:
+                yield {**shared, "provider": name, "gate": "failed", "gate_missed": found.missed}
+            else:
+                replays[name], gate[name] = replay, found
+        for provider, values in measure_replays(replays, self.timers[plan.clock], repeats).items():
+            fields = {**shared, "provider": provider, "mode": "fwdbwd", **quantiles(values)}
+            fields |= level.rates(provider, "fwdbwd", fields["ms_p50"] / 1e3)
+            yield {**fields, "repeats": repeats, **_passed(gate[provider])}
 
 
 def _passed(found: Checked | None) -> dict:

@@ -15,7 +15,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZER
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results/gpu}
 LIMIT=${LIMIT:-530}
-PHASES=(ceilings tests golden sanitizer suite training tune ncu demo)
+PHASES=(ceilings tests golden sanitizer suite models graphs training tune ncu demo)
 DRY=
 
 SKIPPED=77 # a phase's status when something it needs is not there: no failure, and not done either
@@ -46,7 +46,7 @@ phase_ceilings() { # measured limits: copy, matrix products, addmm with beta = 1
 
 phase_tests() { # the tests marked gpu
     program pytest -m gpu -q -p no:cacheprovider tests/test_gpu.py tests/test_triton_lora.py \
-        tests/test_triton_adapter.py tests/test_triton_suite.py -k "not golden"
+        tests/test_triton_adapter.py tests/test_triton_suite.py tests/test_benchmark_graphs.py -k "not golden"
 }
 
 phase_golden() { # the published code's numbers in fp32, tf32, bf16 and fp16
@@ -62,7 +62,17 @@ phase_sanitizer() { # memcheck and racecheck over one run of every kernel
 }
 
 phase_suite() { # ops and layers at the paper's shapes: published chain, eager and compiled, PEFT, both backends
-    program benchmarks.run --suite gpu --output "$OUT/suite.jsonl"
+    program benchmarks.run --suite gpu --levels op,layer --resume --output "$OUT/suite.jsonl"
+}
+
+phase_models() { # steps, generation and training of whole models
+    program benchmarks.run --suite gpu --levels step,generate,train --resume --output "$OUT/models.jsonl"
+}
+
+phase_graphs() { # layers and steps replayed from CUDA graphs, beside the same by wall time
+    program benchmarks.run --suite gpu --case roberta_lora_m10240 --case gpt2_lora_m2040 --case gpt2_lora_decode_m40 \
+        --case gpt2_step_b8 --routing mul --routing vllora --dtype bfloat16 --dropout 0 --clock wall \
+        --provider eager --provider triton --cuda-graphs --resume --output "$OUT/graphs.jsonl"
 }
 
 phase_training() { # steps and training throughput of both recipes

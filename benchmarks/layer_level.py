@@ -7,7 +7,7 @@ from typing import Any
 
 from .cases import DTYPES, Case
 from .level import Level
-from .measure import Checked, check, measure, memory, obstacle
+from .measure import Checked, Pass, check, measure, memory, obstacle, pass_of
 from .providers import providers
 from .timing import Timer
 
@@ -38,6 +38,10 @@ class LayerLevel(Level):
         """By "fwd", "bwd" and "fwdbwd"."""
         layers = {name: self.sides[name] for name in names}
         return measure(self.case, layers, DTYPES[self.setting.plan.dtype], timer, repeats)
+
+    def pass_of(self, provider: str) -> Pass:
+        """Through random tensors."""
+        return pass_of(self.case, self.sides[provider], DTYPES[self.setting.plan.dtype], self.setting.device)
 
     def memory(self, provider: str) -> dict[str, float | None]:
         """See :func:`benchmarks.measure.memory`."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .ceilings import Limits
-from .measure import Checked
+from .measure import Checked, Pass
 from .suites import Plan
 from .timing import Timer
 
@@ -73,6 +73,10 @@ class Level(ABC):
     @abstractmethod
     def rates(self, provider: str, mode: str, seconds: float) -> dict[str, Any]:
         """Fields of a row that follow from its time."""
+
+    def pass_of(self, provider: str) -> Pass | None:
+        """A forward and backward pass on inputs that stay; None where the level has none to replay from a graph."""
+        return None
 
     def close(self) -> None:  # noqa: B027 - most have nothing to clean up
         """Remove what was made outside of memory."""

@@ -39,6 +39,28 @@ class Checked:
     raised: bool = False
 
 
+@dataclass
+class Pass:
+    """A forward pass, and the tensors to which a backward pass from its result gives gradients."""
+
+    forward: Callable[[], Tensor]
+    leaves: Sequence[Tensor]
+
+    def run(self) -> None:
+        """Forward pass, and backward pass from ones."""
+        y = self.forward()
+        y.backward(torch.ones_like(y))
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients that are there."""
+        return [leaf.grad for leaf in self.leaves if leaf.grad is not None]
+
+    def clear(self) -> None:
+        """Drop the gradients, so that the next backward pass makes them anew."""
+        for leaf in self.leaves:
+            leaf.grad = None
+
+
 def autocast_of(dtype: torch.dtype) -> torch.dtype | None:
     """Half types run under autocast, as in training; float32 does not."""
     return None if dtype == torch.float32 else dtype
@@ -117,9 +139,15 @@ def turns(names: Iterable[str], repeats: int, warm_up: int = WARM_UP) -> Iterato
     """Whose turn it is, and whether it counts: each repetition has all names and starts with another one."""
     order = list(names)
     for repeat in range(-warm_up, repeats):
-        first = repeat % len(order)
+        first = repeat % max(len(order), 1)
         for name in order[first:] + order[:first]:
             yield name, repeat >= 0
+
+
+def pass_of(case: Case, layer: Layer, dtype: torch.dtype, device: torch.device) -> Pass:
+    """A pass of a layer through random tensors, all of which are its leaves."""
+    tensors = make_tensors(case, seed=0, dtype=torch.float32, device=str(device))
+    return Pass(partial(run_layer, layer, tensors, autocast_of(dtype)), list(tensors.values()))
 
 
 def measure(
@@ -128,26 +156,22 @@ def measure(
     """Seconds of every repetition, by provider and mode."""
     tensors = make_tensors(case, seed=0, dtype=torch.float32, device=str(timer.device))
     dy = torch.randn(case.B, case.T, case.N, device=timer.device)
-    forwards = {name: partial(run_layer, layer, tensors, autocast_of(dtype)) for name, layer in layers.items()}
-    leaves = {name: list(tensors.values()) for name in layers}
-    return measure_passes(forwards, leaves, dy, timer, turns(layers, repeats))
+    leaves, autocast = list(tensors.values()), autocast_of(dtype)
+    passes = {name: Pass(partial(run_layer, layer, tensors, autocast), leaves) for name, layer in layers.items()}
+    return measure_passes(passes, dy, timer, turns(layers, repeats))
 
 
 def measure_passes(
-    forwards: Mapping[str, Callable[[], Tensor]],
-    leaves: Mapping[str, Sequence[Tensor]],
-    dy: Tensor,
-    timer: Timer,
-    order: Iterable[tuple[str, bool]],
+    passes: Mapping[str, Pass], dy: Tensor, timer: Timer, order: Iterable[tuple[str, bool]]
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of a forward pass, its backward pass from ``dy``, and their sum, by name and mode.
 
-    ``leaves`` holds the tensors that each one's backward pass gives gradients, ``order`` what :func:`turns` gives.
+    ``order`` is what :func:`turns` gives.
     """
-    seconds = {name: {mode: [] for mode in MODES} for name in forwards}
+    seconds = {name: {mode: [] for mode in MODES} for name in passes}
     for name, counts in order:
-        clear_gradients(leaves[name])
-        forward, y = timer(forwards[name])
+        passes[name].clear()
+        forward, y = timer(passes[name].forward)
         grad = dy.to(y.dtype)
         backward, _ = timer(lambda y=y, grad=grad: y.backward(grad))
         if counts:
@@ -156,26 +180,13 @@ def measure_passes(
     return seconds
 
 
-def clear_gradients(leaves: Iterable[Tensor]) -> None:
-    """Drop what a backward pass left, so that the next one makes it anew."""
-    for tensor in leaves:
-        tensor.grad = None
-
-
 def memory(case: Case, layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, float | None]:
     """MiB that autograd keeps for the backward pass beyond the layer's own inputs (saved_mib), and on a GPU the peak of
     a forward and backward pass above what was there before it (peak_mib).
     """
-    tensors = make_tensors(case, seed=0, dtype=torch.float32, device=str(device))
-    forward = partial(run_layer, layer, tensors, autocast_of(dtype))
-
-    def forward_and_backward() -> None:
-        y = forward()
-        y.backward(torch.ones_like(y))
-
-    saved = saved_mib(forward, tensors.values())
-    peak = round(cuda_peak(forward_and_backward, device), 3) if device.type == "cuda" else None
-    return {"saved_mib": saved, "peak_mib": peak}
+    whole = pass_of(case, layer, dtype, device)
+    saved = saved_mib(whole.forward, whole.leaves)
+    return {"saved_mib": saved, "peak_mib": round(cuda_peak(whole.run, device), 3) if device.type == "cuda" else None}
 
 
 def saved_mib(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> float:

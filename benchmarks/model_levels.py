@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .gate import relative_rms
 from .level import Level, Setting
-from .measure import Checked, attempt, clear_gradients, measure_passes, saved_mib, turns
+from .measure import Checked, Pass, attempt, measure_passes, saved_mib, turns
 from .memory import tensor_peak
 from .model_cases import ModelCase
 from .model_providers import Side, make_side, use_backend
@@ -117,10 +117,8 @@ class StepLevel(ModelLevel):
 
     def seconds(self, names: Sequence[str], timer: Timer, repeats: int) -> dict[str, dict[str, list[float]]]:
         """By "fwd", "bwd" and "fwdbwd"; of the ViT, which is the provider "base", by "vit"."""
-        forwards = {name: lambda name=name: self._loss(name) for name in names}
-        leaves = {name: list(self.sides[name].model.parameters()) for name in names}
-        dy = torch.ones((), device=self.device)
-        found = measure_passes(forwards, leaves, dy, timer, turns(names, repeats, WARM_UP))
+        passes, dy = {name: self.pass_of(name) for name in names}, torch.ones((), device=self.device)
+        found = measure_passes(passes, dy, timer, turns(names, repeats, WARM_UP))
         if self.vit is not None:
             size = self.vit.config.image_size
             images = torch.randn(self.case.B, 3, size, size).to(self.device)
@@ -129,19 +127,20 @@ class StepLevel(ModelLevel):
             found["base"] = {"vit": encode[WARM_UP:]}
         return found
 
-    def _loss(self, name: str) -> Tensor:
-        return self.sides[name].loss(self.inputs, self.dtype)
+    def pass_of(self, provider: str) -> Pass:
+        """The loss, and the gradients of all that trains."""
+        side = self.sides[provider]
+        return Pass(lambda: side.loss(self.inputs, self.dtype), list(side.model.parameters()))
 
     def memory(self, provider: str) -> dict[str, float | None]:
         """Beside weights and inputs."""
         if provider == "base":
             return {"saved_mib": None, "peak_mib": None}
-        model = self.sides[provider].model
-        given = [*model.parameters(), *model.buffers(), *self.inputs.values()]
-        saved = saved_mib(lambda: self._loss(provider), given)
-        clear_gradients(model.parameters())
-        peak = tensor_peak(lambda: self._loss(provider).backward(), self.device)
-        clear_gradients(model.parameters())
+        whole, buffers = self.pass_of(provider), self.sides[provider].model.buffers()
+        saved = saved_mib(whole.forward, [*whole.leaves, *buffers, *self.inputs.values()])
+        whole.clear()
+        peak = tensor_peak(whole.run, self.device)
+        whole.clear()
         return {"saved_mib": saved, "peak_mib": round(peak, 3)}
 
     def rates(self, provider: str, mode: str, seconds: float) -> dict[str, Any]:

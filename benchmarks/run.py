@@ -73,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, help="repetitions of each measurement (default: the suite's)")
     add("--device", help="torch device, such as cpu or cuda:0 (default: the suite's)")
     add("--threads", type=int, default=1, help="CPU threads (default 1, whose CPU time is measured)")
+    add("--cuda-graphs", action="store_true", help="time forward and backward pass as a CUDA graph too (CUDA only)")
     add("--time-limit", type=float, metavar="S", help="begin nothing new after S seconds (default: the suite's)")
     add("--output", type=Path, help="append the rows to this file (JSON lines), those of a case once it is measured")
     add("--resume", action="store_true", help="leave out what the file of --output has of this device and commit")
@@ -91,8 +92,8 @@ def suite_of(args: argparse.Namespace) -> Suite:
         plans.setdefault((changed.dtype, changed.dropout, changed.clock), changed)
     changes = {name: getattr(args, name) for name in ("repeats", "device", "time_limit") if getattr(args, name)}
     changes |= {"model_repeats": args.repeats} if args.repeats else {}
-    chosen = {"providers": tuple(args.provider)} if args.provider else {}
-    return replace(suite, plans=tuple(plans.values()), **changes, **chosen)
+    changes |= {"providers": tuple(args.provider)} if args.provider else {}
+    return replace(suite, plans=tuple(plans.values()), graphs=args.cuda_graphs, **changes)
 
 
 def cases_of(suite: Suite, args: argparse.Namespace) -> list[Case | ModelCase]:
@@ -133,8 +134,8 @@ def identity(row: dict) -> tuple:
     return tuple(row.get(name) for name in IDENTITY)
 
 
-def measured_before(rows: Sequence[dict]) -> dict[tuple, list[dict]]:
-    """Rows that need not be measured again, by :func:`identity`.
+def measured_before(rows: Sequence[dict], graphs: bool = False) -> dict[tuple, list[dict]]:
+    """Rows that need not be measured again, by :func:`identity`; ``graphs``: with those of CUDA graphs.
 
     A commit does not tell what a changed file was, so rows of a changed checkout do not count; nor does a case of which
     a gate was not passed, or that the time limit left unfinished.
@@ -143,7 +144,8 @@ def measured_before(rows: Sequence[dict]) -> dict[tuple, list[dict]]:
     for row in rows:
         if not row["dirty"]:
             found.setdefault(identity(row), []).append(row)
-    return {key: group for key, group in found.items() if all(map(_is_final, group))}
+    lacking = {key for key, group in found.items() if graphs and not any(row.get("graphs") for row in group)}
+    return {key: group for key, group in found.items() if key not in lacking and all(map(_is_final, group))}
 
 
 def _is_final(row: dict) -> bool:
@@ -160,13 +162,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no CUDA device for {suite.device}: use --suite cpu, or --device cpu")
     if device.type != "cuda" and args.clock == "gpu":
         parser.error(f"--clock gpu needs a CUDA device, not {device}: use --clock cpu or wall")
+    if device.type != "cuda" and args.cuda_graphs:
+        parser.error(f"--cuda-graphs needs a CUDA device, not {device}: leave it out, or use --suite gpu")
     if args.resume and args.output is None:
         parser.error("--resume needs --output, the file to go on with")
     try:
-        before = measured_before(read_rows([args.output]) if args.resume and args.output.exists() else [])
+        known = read_rows([args.output]) if args.resume and args.output.exists() else []
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    rows = []
+    before, rows = measured_before(known, args.cuda_graphs), []
     with cpu_threads(args.threads):
         bench = Bench(suite, args.threads)
         for case, routing, plan in work_of(suite, args):

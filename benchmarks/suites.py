@@ -36,6 +36,7 @@ class Suite:
         time_limit: seconds after which nothing new is begun (None: no limit); nothing is compiled after half of them.
         quick: the cases marked quick only.
         providers: names of benchmarks.providers.PROVIDERS.
+        graphs: whether forward and backward pass are timed as a CUDA graph too.
     """
 
     device: str
@@ -45,6 +46,7 @@ class Suite:
     time_limit: float | None = None
     quick: bool = False
     providers: tuple[str, ...] = PROVIDERS
+    graphs: bool = False
 
 
 SUITES = {
