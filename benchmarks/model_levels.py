@@ -122,9 +122,9 @@ class StepLevel(ModelLevel):
         if self.vit is not None:
             size = self.vit.config.image_size
             images = torch.randn(self.case.B, 3, size, size).to(self.device)
-            with torch.no_grad():
-                encode = [timer(lambda: self.vit(images).pooler_output)[0] for _ in range(WARM_UP + repeats)]
-            found["base"] = {"vit": encode[WARM_UP:]}
+            with torch.no_grad(), autocast(self.device, self.dtype):
+                spent = [timer(lambda: self.vit(images).pooler_output)[0] for _ in range(WARM_UP + repeats)]
+            found["base"] = {"vit": spent[WARM_UP:]}
         return found
 
     def pass_of(self, provider: str) -> Pass:

@@ -15,6 +15,7 @@ from routingvl.benchmarks.model_cases import ALL, MODEL_CASES, ModelCase
 from routingvl.benchmarks.models import SIZES, autocast, errors_of, loss_and_gradients, routed_model, step_inputs
 from routingvl.benchmarks.providers import PROVIDERS
 from routingvl.benchmarks.suites import SUITES, Plan
+from routingvl.benchmarks.timing import Timer
 from routingvl.benchmarks.training import TASKS
 from routingvl.kernels.reference import reference_lora
 from routingvl.layers import RoutedLoRALinear
@@ -183,6 +184,18 @@ def test_a_model_that_cannot_be_built_is_a_failure_of_its_case_alone(
     rows = rows_of(tmp_path, "--quick", "--provider", "eager", status=1)
     assert rows[0]["gate_missed"] == ["OutOfMemoryError: none left"]
     assert {(row["case"], row["gate"]) for row in rows} == {("answers", "failed"), ("writing", "passed")}
+
+
+def test_the_vit_is_timed_in_the_dtype_of_the_pass() -> None:
+    seen = []
+    for dtype in ("float32", "bfloat16"):
+        level = model_levels.StepLevel(TINY[0], "none", Setting(Plan(dtype), CPU, (), lambda share: False, None))
+        level.gated()
+        layer = next(module for module in level.vit.modules() if isinstance(module, torch.nn.Linear))
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        found = level.seconds(["reference"], Timer(CPU, 1), 2)
+        assert len(found["base"]["vit"]) == 2
+    assert seen == [torch.float32] * 3 + [torch.bfloat16] * 3
 
 
 def test_the_time_limit_is_looked_at_before_each_provider() -> None:
