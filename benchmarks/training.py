@@ -11,12 +11,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from routingvl.compilation import compiled, compiled_inputs
 from routingvl.data.collate import IGNORED
 from routingvl.execution import lower_frozen_weights
 from routingvl.models.base import RoutedVLModel
@@ -102,9 +104,8 @@ def gate(data: Data, reference: RoutedVLModel, ours: RoutedVLModel, dtype: str, 
     indices = next(data.order())
     texts = {key: value.to(device) for key, value in data.texts(indices).items()}
     images = data.images(len(indices)).to(device)
-    lean = {"return_logits": False} if data.task == "caption" else {}
     published = {"pixel_values": images, **texts}
-    cached = {"vision_features": reference.encode_images(images), **texts, **lean}
+    cached = our_inputs(data, ours, reference.encode_images(images), texts)
     found = []
     for model, inputs, precision in ((reference, published, "float32"), (ours, cached, dtype)):
         model.eval()
@@ -129,17 +130,22 @@ def published_step(data: Data, model: RoutedVLModel, device: torch.device, dtype
     return step
 
 
+def our_inputs(data: Data, model: RoutedVLModel, features: Tensor, texts: Inputs) -> Inputs:
+    """What ``routingvl train`` calls a model with; a compiled one (``model.compile``) is told which sizes change."""
+    inputs = {"vision_features": features, **texts} | ({"return_logits": False} if data.task == "caption" else {})
+    return inputs if model._compiled_call_impl is None else compiled_inputs(model, inputs)
+
+
 def our_step(data: Data, model: RoutedVLModel, dtype: str, device: torch.device) -> Step:
     """One step as ``routingvl train`` takes it when features are cached."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-5, eps=1e-6, weight_decay=0.0, fused=device.type == "cpu" or None)
-    lean = {"return_logits": False} if data.task == "caption" else {}
 
     def step(indices: list[int]) -> None:
         features = torch.from_numpy(data.features[np.asarray(indices)]).to(device)
         texts = {key: value.to(device) for key, value in data.texts(indices).items()}
         with autocast(device, dtype):
-            loss = model(vision_features=features, **texts, **lean).loss
+            loss = model(**our_inputs(data, model, features, texts)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -156,10 +162,17 @@ def make_ours(model: RoutedVLModel, dtype: str) -> RoutedVLModel:
 
 
 def our_side(
-    data: Data, model: RoutedVLModel, reference: RoutedVLModel, dtype: str, device: torch.device
+    data: Data,
+    model: RoutedVLModel,
+    reference: RoutedVLModel,
+    dtype: str,
+    device: torch.device,
+    compiling: ExitStack | None = None,
 ) -> tuple[float, Step]:
-    """The error of a copy of ``model`` by :func:`gate`, and its training step."""
+    """The error of a copy of ``model`` by :func:`gate`, and its training step; compiled until ``compiling`` closes."""
     ours = make_ours(copy.deepcopy(model).to(device), dtype)
+    if compiling is not None:
+        compiling.enter_context(compiled(ours))
     error = gate(data, reference, ours, dtype, device)
     if data.task == "caption":
         ours.caption_loss = "sound"  # what training uses by default

@@ -5,8 +5,9 @@
 ViT-B/16 with RoBERTa-base (VQA, batch 32) or GPT-2 (captions, batch 8), LoRA of rank 128, routing add, random weights.
 The published step sends each image through the ViT, pads texts to 20 (VQA, prefix included) or 50 tokens and keeps all
 logits, in float32. Ours is a step of any epoch after the first: features from a memory-mapped file, texts in the order
-and batches of `train.group_by_length`, the loss at supervised positions only, float32 and bfloat16. Lengths of the
-made-up texts are log-normal: captions with mean 12 and 99 % under 25 tokens, questions with mean 8.
+and batches of `train.group_by_length`, the loss at supervised positions only, float32 and bfloat16; with --compile each
+of the two as `train.compile` runs it as well. Lengths of the made-up texts are log-normal: captions with mean 12 and
+99 % under 25 tokens, questions with mean 8.
 
 First the gate: on one batch both sides must give the same loss and gradients. A ratio is printed only then.
 """
@@ -17,7 +18,9 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--published-dtype", choices=list(STEPS), default="float32", help="precision of the published step, once gated"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="time our steps through torch.compile too (minutes of compiling)"
     )
     parser.add_argument("--task", action="append", choices=list(TASKS), help="only this (repeatable; default: both)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")
@@ -101,7 +107,12 @@ def peak_elsewhere(side: str, args: argparse.Namespace) -> float:
     return float(done.stdout)
 
 
-def measure(task: str, args: argparse.Namespace, folder: Path) -> dict:
+def our_names(compiling: bool) -> list[str]:
+    """Our sides: a precision each, and the same compiled."""
+    return [*STEPS, *(f"{dtype}_compiled" for dtype in STEPS if compiling)]
+
+
+def measure(task: str, args: argparse.Namespace, folder: Path, compiling: ExitStack) -> dict:
     """One row: examples a second of each side, ratios to the published step, memory."""
     device = torch.device(args.device)
     model = routed_model(task, "tiny" if args.quick else args.size)
@@ -112,16 +123,22 @@ def measure(task: str, args: argparse.Namespace, folder: Path) -> dict:
     row = {"case": f"training_{task}", "size": "tiny" if args.quick else args.size, "routing": "add"}
     row |= {"R": model.routing.rank, "B": data.batch, "published_dtype": args.published_dtype}
     environment = describe_environment(device, args.threads)
-    for dtype in STEPS:
-        row[f"{dtype}_error"], sides[dtype] = our_side(data, model, reference, dtype, device)
-        if not row[f"{dtype}_error"] <= TOLERANCES[dtype]:
+    for name in our_names(args.compile):
+        dtype, _, through = name.partition("_")
+        row[f"{name}_error"], sides[name] = our_side(
+            data, model, reference, dtype, device, compiling if through else None
+        )
+        if not row[f"{name}_error"] <= TOLERANCES[dtype]:
             return {**row, "gate": "failed", **environment}
+    begun = time.perf_counter()
     for batch in batches_of_each_length(data):
         for step in sides.values():
             step(batch)
+    row["warm_up_s"] = round(time.perf_counter() - begun, 1)  # every text length once, with all compiling for training
     published = published_step(data, reference, device, args.published_dtype)
     timer = Timer(device, args.threads, "wall")
-    in_turns = {"published": (published, 1), **{name: (step, STEPS[name]) for name, step in sides.items()}}
+    counts = {name: STEPS[name.partition("_")[0]] for name in sides}
+    in_turns = {"published": (published, 1), **{name: (step, counts[name]) for name, step in sides.items()}}
     spent = seconds_a_step(data, in_turns, timer, args.rounds)
     rates = {name: data.batch * len(values) / sum(values) for name, values in spent.items()}
     row |= {f"{name}_examples_s": round(rate, 3) for name, rate in rates.items()}
@@ -134,7 +151,7 @@ def measure(task: str, args: argparse.Namespace, folder: Path) -> dict:
     reference.zero_grad()  # as ours, which are dropped at the end of a step
     row["published_step_mib"] = round(tensor_peak(lambda: published(longest), device), 1)
     if task == "caption" and device.type == "cpu" and can_measure():
-        row |= {f"{name}_process_mib": peak_elsewhere(name, args) for name in spent}
+        row |= {f"{name}_process_mib": peak_elsewhere(name, args) for name in ("published", *STEPS)}
     return {**row, "rounds": args.rounds, "clock": timer.clock, "gate": "passed", **environment}
 
 
@@ -149,7 +166,7 @@ def describe(row: dict) -> str:
         f"  {name}: {row[f'{name}_examples_s']} examples/s = {row[f'{name}_speedup']}x "
         f"(rounds {row[f'{name}_speedup_rounds'][0]} to {row[f'{name}_speedup_rounds'][-1]}), "
         f"{row[f'{name}_step_mib']} MiB"
-        for name in STEPS
+        for name in our_names("bfloat16_compiled_speedup" in row)
     ]
     if "published_process_mib" in row:
         peaks = [f"{name} {row[f'{name}_process_mib']} MiB" for name in ("published", *STEPS)]
@@ -167,9 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with tempfile.TemporaryDirectory() as folder:
             for task in args.task or TASKS:
-                rows.append(measure(task, args, Path(folder)))
+                with ExitStack() as compiling:
+                    rows.append(measure(task, args, Path(folder), compiling))
+                append_rows(args.output, rows[-1:])
                 print(describe(rows[-1]), flush=True)
-    append_rows(args.output, rows)
     return 1 if any(row["gate"] == "failed" for row in rows) else 0
 
 

@@ -1,7 +1,10 @@
 """train.compile: the same training, one graph for all text lengths, the same checkpoints, and its errors."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from small_models import answerer, batch, captioner
 from test_train import losses, weights
 from tiny import tiny_config, write_tiny
 from torch._dynamo.utils import counters
@@ -9,6 +12,7 @@ from torch._dynamo.utils import counters
 from routingvl import compilation
 from routingvl.config import ConfigError
 from routingvl.models import load_pretrained
+from routingvl.models.dropout import LaneDropout
 from routingvl.train import train
 
 
@@ -58,6 +62,26 @@ def test_a_compiled_run_equals_a_plain_one(tiny, tmp_path, monkeypatch, task):
 @pytest.mark.parametrize("task", ["vqa", "caption"])
 def test_with_inductor(tiny, tmp_path, task):
     compare(tiny, tmp_path, task)
+
+
+@pytest.mark.parametrize("build", [captioner, answerer])
+def test_dropout_of_the_backbone_is_part_of_the_graph_and_its_numbers_are_torchs(build, monkeypatch):
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    model, inputs = build().train(), batch()
+    if build is captioner:
+        inputs |= {"labels": inputs["input_ids"], "return_logits": False}
+    for part in model.language_model.modules():
+        if isinstance(part, LaneDropout):
+            part.p = 0.2
+    found = []
+    for block in (nullcontext(), compilation.compiled(model)):
+        torch.manual_seed(0)
+        with block:
+            output = model(**compilation.compiled_inputs(model, inputs))
+        found.append(output.logits if output.loss is None else output.loss)
+    torch.testing.assert_close(*found)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not torch._inductor.config.fallback_random
 
 
 def test_the_callers_model_is_not_left_compiled(tiny, tmp_path, monkeypatch):

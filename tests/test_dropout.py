@@ -59,6 +59,24 @@ def test_nothing_is_dropped_in_evaluation():
     assert LaneDropout(0.5).eval()(x) is x
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_it_is_one_graph_and_drops_the_same(backend):
+    torch._dynamo.reset()
+    drop = LaneDropout(0.3)
+    compiled = torch.compile(drop, backend=backend, fullgraph=True, dynamic=True)
+    for shape in [(8, 6), (5, 6)]:  # the second is not a multiple of four in numbers, nor of the first's shape
+        x = torch.randn(shape, requires_grad=True)
+        torch.manual_seed(4)
+        want = drop(x)
+        torch.manual_seed(4)
+        with torch._inductor.config.patch(fallback_random=True):  # as routingvl.compilation has it
+            got = compiled(x)
+        torch.testing.assert_close(got, want)
+        assert (want == 0).any()
+        (grad,) = torch.autograd.grad(got.sum(), x)
+        assert torch.equal(grad == 0, want == 0)
+
+
 @pytest.mark.parametrize("build", [captioner, answerer])
 def test_models_have_it(build):
     kinds = {type(module) for module in build().language_model.modules() if isinstance(module, nn.Dropout)}

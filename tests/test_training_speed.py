@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.activations import NewGELUActivation
 
+from routingvl import compilation
 from routingvl.benchmarks import published_models, training, training_speed
 from routingvl.benchmarks.memory import can_measure, process_peak, tensor_peak
 from routingvl.layers import RoutedLoRALinear
@@ -41,6 +42,18 @@ def test_rows_and_message(tmp_path, capsys):
         assert all(rows[1][f"{side}_process_mib"] > 50 for side in ("published", "float32", "bfloat16"))
     # The published captioning step keeps all logits of 51 positions; ours holds those of the words.
     assert rows[1]["float32_step_mib"] < rows[1]["published_step_mib"] / 2
+
+
+@pytest.mark.parametrize("task", ["vqa", "caption"])
+def test_compiled_sides_are_gated_and_timed_too(task, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    status, (row,) = run(tmp_path, "--task", task, "--compile")
+    assert status == 0
+    assert 0 < row["bfloat16_compiled_error"] <= training_speed.TOLERANCES["bfloat16"]
+    assert f"bfloat16_compiled: {row['bfloat16_compiled_examples_s']} examples/s" in capsys.readouterr().out
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # training and the gate's evaluation
+    assert row["warm_up_s"] > 0
 
 
 @pytest.mark.parametrize("task", ["vqa", "caption"])

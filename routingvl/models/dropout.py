@@ -15,16 +15,17 @@ class LaneDropout(nn.Dropout):
 
     torch draws a random number for each component there, in one thread. The probability is p to within 2^-17, and kept
     components are scaled by what it really is, so that the expectation is exact. Numbers come from torch's generator.
-    On other devices, while compiling, and for a p that 16 bits do not express to within 1 %, it is nn.Dropout.
+    On other devices, and for a p that 16 bits do not express to within 1 %, it is nn.Dropout.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """x of any shape and floating dtype -> the same shape."""
         cut = round(self.p * LANES)
-        plain = not self.training or self.inplace or x.device.type != "cpu" or torch.compiler.is_compiling()
+        plain = not self.training or self.inplace or x.device.type != "cpu"
         if plain or not 50 <= cut < LANES:
             return super().forward(x)
-        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        # All 64-bit numbers but one; random_, which knows all, breaks torch.compile's graph.
+        words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,))
         lanes = words.view(torch.int16)[: x.numel()].view(x.shape)
         return x * (lanes >= cut - LANES // 2).to(x.dtype).mul_(LANES / (LANES - cut))
 
