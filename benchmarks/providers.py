@@ -18,6 +18,7 @@ from .cases import Case, Layer, frozen_conv1d, frozen_linear
 from .published import published_adapter, published_lora, published_lora_linear, published_merged_linear
 
 PROVIDERS = ("base", "reference", "compile", "peft", "eager", "triton")
+COMPETITORS = ("compile", "peft")  # not ours, and not what ratios are taken to: the exit status is none of theirs
 COMPILERS = ("c++", "g++", "clang++")
 
 

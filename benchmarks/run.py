@@ -26,7 +26,7 @@ from .cases import CASES as LAYER_CASES
 from .cases import DTYPES, LEVELS, Case
 from .level import TIME_LIMIT
 from .model_cases import MODEL_CASES, ModelCase
-from .providers import PROVIDERS
+from .providers import COMPETITORS, PROVIDERS
 from .report import read_rows, summarise
 from .suites import SUITES, Plan, Suite
 from .timing import CLOCKS, append_rows, cpu_threads
@@ -153,7 +153,7 @@ def _is_final(row: dict) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 0 when every gate was passed, 1 when one was not."""
+    """Run the benchmark; 0 when every gate was passed, those of competitors apart, 1 when one was not."""
     parser = build_parser()
     args = parser.parse_args(argv)
     suite = suite_of(args)
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 append_rows(args.output, group)
             rows += group
     print(summarise(rows))
-    return 1 if any(row["gate"] == "failed" for row in rows) else 0
+    return 1 if any(row["gate"] == "failed" and row["provider"] not in COMPETITORS for row in rows) else 0
 
 
 if __name__ == "__main__":

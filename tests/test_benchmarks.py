@@ -201,6 +201,22 @@ def test_broken_kernel_shuts_the_gate(
     assert "GATE FAILED, not timed: tiny_lora mul float32: eager: y relative RMS error" in printed
 
 
+def test_a_competitor_that_misses_the_gate_is_no_failure_of_ours(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    right = providers_module.PeftLayer.__call__
+    monkeypatch.setattr(
+        providers_module.PeftLayer, "__call__", lambda self, *args, **kw: right(self, *args, **kw) * 1.1
+    )
+    output = tmp_path / "rows.jsonl"
+    flags = ["--provider", "peft", "--provider", "eager", "--repeats", "1", "--routing", "none"]
+    assert main(["--quick", *flags, "--output", str(output)]) == 0
+    rows, _ = read(output)
+    assert {row["provider"] for row in rows if row["gate"] == "failed"} == {"peft"}
+    assert "GATE FAILED, not timed: tiny_lora none float32: peft" in capsys.readouterr().out
+
+
 def test_ceilings_and_limits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
