@@ -11,8 +11,10 @@ from .report import Key, Results
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
-
+# How lines are told apart: the routing function by colour, who computes it by strokes, the layer by marks.
+COLOURS = {"none": "tab:gray", "add": "tab:blue", "mul": "tab:red", "expand": "tab:green", "vllora": "tab:purple"}
+STROKES = {"eager": "-", "triton": "-.", "compile": "--", "peft": ":"}
+MARKS = {"lora": "o", "merged_lora": "s", "adapter": "^"}
 
 # What a speed-up is drawn against: the sizes of a row that are not it, how to read it off the row, its name.
 AXES: dict[str, tuple[str, Callable[[Mapping], int], str]] = {
@@ -42,6 +44,7 @@ def _by_size(name: str) -> Callable[[Results, Axes], int]:
 
     def draw_lines(found: Results, axes: Axes) -> int:
         lines: dict[str, list[tuple[int, float]]] = {}
+        styles: dict[str, dict] = {}
         for key, who in found.compared():
             row = found.whole(key, who)
             if "op" not in row:
@@ -49,14 +52,22 @@ def _by_size(name: str) -> Callable[[Results, Axes], int]:
             sizes = " ".join(f"{letter}{row[letter]}" for letter in others)
             line = " ".join([row.get("level", "layer"), row["op"], sizes, *_label(key).split()[1:], who])
             lines.setdefault(line, []).append((size(row), found.ratio(key, who)))
+            styles[line] = {
+                "color": COLOURS[key.routing],
+                "linestyle": STROKES[who],
+                "marker": MARKS[row["op"]],
+                "alpha": 0.4 if key.dropout else 1.0,
+            }
         lines = {line: points for line, points in lines.items() if len({at for at, _ in points}) > 1}
-        for number, (line, points) in enumerate(lines.items()):
-            xs, ys = zip(*sorted(points), strict=True)
-            axes.plot(xs, ys, "o-", label=line, color=COLOURS[number % len(COLOURS)], markersize=3)
+        for line, points in lines.items():
+            axes.plot(*zip(*sorted(points), strict=True), label=line, markersize=4, **styles[line])
         if not lines:
             return 0
         axes.axhline(1.0, color="black", linewidth=0.8)
+        sizes = sorted({at for points in lines.values() for at, _ in points})
         axes.set(xscale="log", xlabel=label, ylabel="speed-up over the published chain")
+        axes.set_xticks(sizes, labels=map(str, sizes))
+        axes.set_xticks([], minor=True)
         axes.legend(fontsize=5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return len(lines) // 4
 
