@@ -71,7 +71,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(f"unknown command {args[0]!r}{hint}")
     module = importlib.import_module(f"routingvl.commands.{COMMANDS[args[0]][0]}")
     try:
-        return module.run(args[1:])
+        status = module.run(args[1:])
+        _leave_process_group()
+        return status
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output (head, less) has gone
@@ -82,6 +84,13 @@ def main(args: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _fail(" ".join(str(error).split()), 1 if isinstance(error, FloatingPointError) else USAGE_ERROR)
+
+
+def _leave_process_group() -> None:
+    """End the process group that a command has joined (several processes): torch wants that before a process ends."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _fail(message: str, status: int = USAGE_ERROR) -> int:

@@ -8,9 +8,11 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import tiny_config, write_tiny
 
 from routingvl.cli import COMMANDS, main
+from routingvl.commands import doctor
 from routingvl.config_file import config_to_yaml
 from routingvl.train import train
 
@@ -88,6 +90,37 @@ def test_bad_flags(capsys, runs):
 def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match=r"train.lrr"):
         main(["train", "--train.lrr", "3", "--debug"])
+
+
+needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="a torch without gloo")
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_two_processes_train_from_the_command_line(tiny, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(config_to_yaml(tiny_config(tiny, tmp_path / "run", "vqa")))
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "routingvl"]
+    command = [sys.executable, "-m", *launch, "train", "--config", str(config)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "on 2 x cpu" in done.stdout + done.stderr
+    assert (tmp_path / "run" / "last" / "adapter_model.safetensors").is_file()
+
+
+@needs_gloo
+def test_a_command_leaves_the_process_group_that_it_joined(tmp_path, monkeypatch):
+    def run(args):
+        dist.init_process_group("gloo", init_method=(tmp_path / "meet").as_uri(), rank=0, world_size=1)
+        return 0
+
+    monkeypatch.setattr(doctor, "run", run)
+    try:
+        assert main(["doctor"]) == 0
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_print_config(capsys):
