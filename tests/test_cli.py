@@ -200,7 +200,6 @@ def test_doctor(capsys):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels run on a CPU only when interpreted")
 def test_doctor_tries_the_kernels(monkeypatch):
     pytest.importorskip("triton")
-    from routingvl.commands import doctor
     from routingvl.kernels import launch, triton_ops
 
     assert doctor.try_kernels("cpu", rank=4) == "run forward and backward at rank 4 in float32"

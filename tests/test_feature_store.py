@@ -1,5 +1,6 @@
 """Features of images from the cache: hits and misses, training, evaluation and the command with it."""
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from routingvl.cli import main
 from routingvl.config import ConfigError
 from routingvl.data.encode import FeatureStore, vision_key
+from routingvl.data.feature_cache import FeatureCacheError
 from routingvl.data.images import ImageError, ImagePreprocessor, ImageRecord
 from routingvl.evaluate import evaluate
 from routingvl.features import cache_features
@@ -108,6 +110,25 @@ def test_unchanged_files_are_not_even_read(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail(f"{self} was read"))
     again = store(vit, tmp_path / "cache")
     assert len(again.load(images)) == again.found == 5
+
+
+def test_a_cache_that_may_not_be_written_is_read_and_what_it_lacks_is_an_error(tiny, tmp_path, monkeypatch, caplog):
+    vit, images, root = load_vit(tiny), records(tmp_path / "images"), tmp_path / "cache"
+    kept = store(vit, root).load(images[:3])
+    monkeypatch.setattr("routingvl.data.feature_cache._SETTLED_NS", -(10**12))
+    plain = Path.open
+
+    def guarded(self, mode="r", *args, **kwargs):  # root, who runs tests in containers, may write anywhere
+        if root in self.parents and set(mode) & set("wax+"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return plain(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", guarded)
+    found = store(vit, root).load(images[:3])
+    assert all(torch.equal(found[i], kept[i]) for i in range(3))
+    assert "cannot be written: image files are read in every run" in caplog.text
+    with pytest.raises(FeatureCacheError, match=f"{root} lacks images and cannot be written .* another folder"):
+        store(vit, root).load(images)
 
 
 def test_a_changed_image_is_a_miss(tiny, tmp_path):

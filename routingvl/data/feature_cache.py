@@ -19,6 +19,7 @@ record, and both are passed over. Nothing is ever changed in place, and no two p
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DESCRIPTION = "features.json"
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 LAYOUT = 1  # of the files; part of every key
 _FIELDS = struct.Struct("<32sQI")
 _CHECK = struct.Struct("<I")
@@ -104,7 +107,7 @@ class FeatureCache:
         dtype: torch.float32, float16 or bfloat16; features are converted when they are added.
 
     Raises:
-        FeatureCacheError: ``root`` is no folder, or the folder of this key describes another one.
+        FeatureCacheError: ``root`` is no folder or may not be written, or the folder of this key describes another one.
         OSError: a folder or file cannot be made or read.
     """
 
@@ -121,7 +124,8 @@ class FeatureCache:
         key = {"layout": LAYOUT, "shape": list(shape), "dtype": names[dtype], **key}
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         self.directory = Path(root) / name
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with _named(root):
+            self.directory.mkdir(parents=True, exist_ok=True)
         self._describe(json.loads(json.dumps(key)))
         self._entries: dict[bytes, list[_Entry]] = {}
         self._read_bytes: dict[Path, int] = {}
@@ -213,7 +217,8 @@ class FeatureCache:
             )
         rows = _as_stored(features, self.dtype)
         if self._writer is None:
-            self._writer = _Writer(self.directory)
+            with _named(self.directory.parent):
+                self._writer = _Writer(self.directory)
         try:
             self._writer.append(digests, rows.flatten(1).view(torch.uint8).numpy())
         except BaseException:
@@ -226,6 +231,20 @@ class FeatureCache:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+@contextmanager
+def _named(root: str | os.PathLike[str]) -> Iterator[None]:
+    """Say whose folder it is that cannot be written, and what to do; a full disk stays the OSError that it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        raise FeatureCacheError(
+            f"feature cache {root} lacks images and cannot be written ({error.strerror}): make it writable, or give "
+            "data.feature_cache another folder (null: no cache)"
+        ) from error
 
 
 def _as_stored(features: Tensor, dtype: torch.dtype) -> Tensor:
@@ -299,7 +318,10 @@ class FileDigests:
             return None
 
     def remember(self, files: Mapping[str, tuple[Stat, bytes]]) -> None:
-        """Append files, path -> (their stat before they were read, digest), to the list; raises OSError."""
+        """Append files, path -> (their stat before they were read, digest), to the list.
+
+        In a folder that may not be written the next run reads them again, which is logged. OSError: the disk is full.
+        """
         now = time.time_ns()
         settled = {
             os.path.abspath(path): (tuple(stat), digest)
@@ -312,9 +334,14 @@ class FileDigests:
         lines = [json.dumps([path, list(stat), digest.hex()]) + "\n" for path, (stat, digest) in settled.items()]
         # A file of its own for each call, written whole: many writers never meet.
         target = self.directory / f"{uuid.uuid4().hex}.jsonl"
-        with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-            _sync(file)
+        try:
+            with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as file:
+                file.writelines(lines)
+                _sync(file)
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+            logger.warning("%s cannot be written: image files are read in every run to know them", self.directory)
 
 
 def _parse_file_line(line: str) -> Iterator[tuple[str, tuple[Stat, bytes]]]:
