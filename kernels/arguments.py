@@ -98,8 +98,8 @@ class _Bound:
 def with_signature(function: F) -> F:
     """Keep the function's signature on it, in a form that takes no time to bind.
 
-    For the forward of an autograd.Function with setup_context: torch makes and binds it on every call, which for a small
-    layer is a good part of the time.
+    For the forward of an autograd.Function with setup_context: torch makes and binds it on every call, which is a good
+    part of a small layer's time.
     """
     function.__signature__ = _AllPositional.from_callable(function)
     return function
