@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from routingvl.kernels import ROUTINGS
 from routingvl.kernels.reference import reference_adapter, reference_lora
 
 
@@ -36,7 +37,7 @@ class Case:
     K: int
     N: int
     R: int
-    routings: tuple[str, ...] = ("none", "add", "mul", "expand", "vllora")
+    routings: tuple[str, ...] = tuple(ROUTINGS)
     activation: str = "gelu"
     residual: bool = True
     quick: bool = False

@@ -61,22 +61,21 @@ class Pass:
             leaf.grad = None
 
 
-def autocast_of(dtype: torch.dtype) -> torch.dtype | None:
-    """Half types run under autocast, as in training; float32 does not."""
-    return None if dtype == torch.float32 else dtype
+def half_autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Half types run under autocast, as in training; others do not."""
+    half = dtype.itemsize == 2
+    return torch.autocast(device.type, dtype=dtype if half else None, enabled=half)
 
 
-def run_layer(layer: Layer, tensors: dict[str, Tensor], autocast: torch.dtype | None) -> Tensor:
+def run_layer(layer: Layer, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     """One forward pass, under autocast where a half type is measured."""
-    with torch.autocast(tensors["x"].device.type, dtype=autocast, enabled=autocast is not None):
+    with half_autocast(tensors["x"].device, dtype):
         return layer(**tensors)
 
 
-def values_and_gradients(
-    layer: Layer, tensors: dict[str, Tensor], dy: Tensor, autocast: torch.dtype | None
-) -> dict[str, Tensor]:
+def values_and_gradients(layer: Layer, tensors: dict[str, Tensor], dy: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Output y and the gradient d<name> of every tensor that needs one."""
-    y = run_layer(layer, tensors, autocast)
+    y = run_layer(layer, tensors, dtype)
     leaves = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
     grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
     return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
@@ -90,13 +89,11 @@ def check(
     tensors = {name: tensor.detach().float().requires_grad_(tensor.requires_grad) for name, tensor in exact.items()}
     dy = torch.randn(case.B, case.T, case.N, generator=torch.Generator().manual_seed(1)).to(device=device, dtype=dtype)
     plain_layer = definition(case, routing)
-    oracle = values_and_gradients(plain_layer, exact, dy.double(), None)
-    plain = values_and_gradients(plain_layer, tensors, dy, autocast_of(dtype))
+    oracle = values_and_gradients(plain_layer, exact, dy.double(), torch.float64)
+    plain = values_and_gradients(plain_layer, tensors, dy, dtype)
     found = {}
     for name, layer in layers.items():
-        got, found[name] = attempt(
-            lambda layer=layer: values_and_gradients(layer, tensors, dy, autocast_of(dtype)), device
-        )
+        got, found[name] = attempt(lambda layer=layer: values_and_gradients(layer, tensors, dy, dtype), device)
         if got is not None:
             found[name].worst_error = max(relative_rms(got[key], oracle[key]) for key in oracle)
             found[name].missed = [f"{key} {what}" for key, what in failures(got, plain, oracle, dtype).items()]
@@ -123,7 +120,7 @@ def obstacle(case: Case, layer: Layer, dtype: torch.dtype, device: torch.device)
     tensors = make_tensors(case, seed=0, dtype=torch.float32, device=str(device))
     dy = torch.randn(case.B, case.T, case.N, device=device)
     try:
-        got = values_and_gradients(layer, tensors, dy, autocast_of(dtype))
+        got = values_and_gradients(layer, tensors, dy, dtype)
     except Exception as error:
         return f"with dropout: {in_words(error)}"
     wrong = [name for name, tensor in got.items() if not tensor.isfinite().all()]
@@ -147,7 +144,7 @@ def turns(names: Iterable[str], repeats: int, warm_up: int = WARM_UP) -> Iterato
 def pass_of(case: Case, layer: Layer, dtype: torch.dtype, device: torch.device) -> Pass:
     """A pass of a layer through random tensors, all of which are its leaves."""
     tensors = make_tensors(case, seed=0, dtype=torch.float32, device=str(device))
-    return Pass(partial(run_layer, layer, tensors, autocast_of(dtype)), list(tensors.values()))
+    return Pass(partial(run_layer, layer, tensors, dtype), list(tensors.values()))
 
 
 def measure(
@@ -156,8 +153,8 @@ def measure(
     """Seconds of every repetition, by provider and mode."""
     tensors = make_tensors(case, seed=0, dtype=torch.float32, device=str(timer.device))
     dy = torch.randn(case.B, case.T, case.N, device=timer.device)
-    leaves, autocast = list(tensors.values()), autocast_of(dtype)
-    passes = {name: Pass(partial(run_layer, layer, tensors, autocast), leaves) for name, layer in layers.items()}
+    leaves = list(tensors.values())
+    passes = {name: Pass(partial(run_layer, layer, tensors, dtype), leaves) for name, layer in layers.items()}
     return measure_passes(passes, dy, timer, turns(layers, repeats))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from routingvl.kernels import ROUTINGS
+
 from .cases import GPU
 
 
@@ -54,7 +56,7 @@ class ModelCase:
         return {name: value for name, value in sizes.items() if value}
 
 
-ALL = ("none", "add", "mul", "expand", "vllora")
+ALL = tuple(ROUTINGS)
 MODEL_CASES = (
     ModelCase("roberta_step_b32", "step", "vqa", "base", B=32, T=20, routings=ALL, vit=True, quick=("add",)),
     ModelCase("gpt2_step_b8", "step", "caption", "base", B=8, T=50, routings=ALL, vit=True),

@@ -18,7 +18,7 @@ from .memory import tensor_peak
 from .model_cases import ModelCase
 from .model_providers import Side, make_side, use_backend
 from .models import autocast, errors_of, loss_and_gradients, routed_model, step_inputs, write_captions
-from .providers import PROVIDERS, compile_obstacle, peft_obstacle, triton_obstacle
+from .providers import PROVIDERS, provider_obstacle
 from .published_models import published_model
 from .timing import Timer
 from .training import (
@@ -51,11 +51,7 @@ class ModelLevel(Level):
 
     def obstacle_of(self, provider: str) -> str | None:
         """Why a provider cannot be measured here, or None when it can."""
-        if provider == "compile":
-            return compile_obstacle()
-        if provider == "triton":
-            return triton_obstacle(str(self.device))
-        return peft_obstacle(self.case.task == "vqa", self.routing) if provider == "peft" else None
+        return provider_obstacle(provider, str(self.device), self.routing, self.case.task == "vqa")
 
     def gated(self) -> tuple[dict[str, str], dict[str, Checked]]:
         """Every side against the published model in float32, without dropout."""

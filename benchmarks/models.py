@@ -15,6 +15,7 @@ from routingvl.models.base import RoutedVLModel
 
 from .cases import DTYPES
 from .gate import relative_rms
+from .measure import half_autocast
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def step_inputs(task: str, model: RoutedVLModel, batch: int, tokens: int) -> dic
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """The precision of a side: half types run under autocast, float32 does not."""
-    return torch.autocast(device.type, dtype=DTYPES[dtype] if dtype != "float32" else None, enabled=dtype != "float32")
+    return half_autocast(device, DTYPES[dtype])
 
 
 def loss_and_gradients(

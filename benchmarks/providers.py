@@ -35,12 +35,6 @@ def providers(
     if case.level == "layer" and case.op != "adapter":
         layers["base"] = frozen_linear if case.op == "lora" else frozen_conv1d
     layers["reference"] = _reference(case, routing, dropout)
-    obstacles: dict[str, Callable[[], str | None]] = {
-        "compile": compile_obstacle,
-        "peft": partial(peft_obstacle, case.op == "lora" and case.level == "layer", routing),
-        "eager": lambda: None,
-        "triton": partial(triton_obstacle, device),
-    }
     makers: dict[str, Callable[[], Layer]] = {
         "compile": lambda: torch.compile(_compilable(case, layers["reference"]), dynamic=False),
         "peft": lambda: PeftLayer(case, dropout, device),
@@ -49,7 +43,7 @@ def providers(
     }
     for name in PROVIDERS:
         if name in wanted and name in makers:
-            reason = obstacles[name]()
+            reason = provider_obstacle(name, device, routing, case.op == "lora" and case.level == "layer")
             if reason is None:
                 layers[name] = makers[name]()
             else:
@@ -86,16 +80,23 @@ def ours(case: Case, routing: str, dropout: float, backend: str, relu: bool = Fa
     return partial(routed_lora_linear, **options)
 
 
-def compile_obstacle() -> str | None:
-    """Why nothing can be compiled here, or None when it can."""
+def provider_obstacle(name: str, device: str, routing: str, on_linear: bool) -> str | None:
+    """Why a provider cannot compute a case here, or None when it can; ``on_linear``: LoRA on nn.Linear."""
+    if name == "compile":
+        return _compile_obstacle()
+    if name == "peft":
+        return _peft_obstacle(on_linear, routing)
+    return _triton_obstacle(device) if name == "triton" else None
+
+
+def _compile_obstacle() -> str | None:
     if any(shutil.which(name) for name in COMPILERS):
         return None
     return f"torch.compile needs a C++ compiler, and none of {', '.join(COMPILERS)} is on PATH"
 
 
-def peft_obstacle(has_layer: bool, routing: str) -> str | None:
-    """Why PEFT cannot compute a case, which ``has_layer`` or not, or None when it can."""
-    if not has_layer:
+def _peft_obstacle(on_linear: bool, routing: str) -> str | None:
+    if not on_linear:
         return "PEFT has no such layer: it is compared on nn.Linear with LoRA"
     if routing != "none":
         return "PEFT has no routing"
@@ -106,7 +107,7 @@ def peft_obstacle(has_layer: bool, routing: str) -> str | None:
     return None
 
 
-def triton_obstacle(device: str) -> str | None:
+def _triton_obstacle(device: str) -> str | None:
     """Why our kernels cannot be timed on a device, or None when they can."""
     if torch.device(device).type == "cpu":
         return "Triton kernels need a GPU; on a CPU they run in an interpreter, whose time says nothing"

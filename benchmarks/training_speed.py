@@ -46,6 +46,8 @@ from .training import (
     seconds_a_step,
 )
 
+COMPILED = "_compiled"  # ends the name of a side that runs through torch.compile
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -107,9 +109,9 @@ def peak_elsewhere(side: str, args: argparse.Namespace) -> float:
     return float(done.stdout)
 
 
-def our_names(compiling: bool) -> list[str]:
-    """Our sides: a precision each, and the same compiled."""
-    return [*STEPS, *(f"{dtype}_compiled" for dtype in STEPS if compiling)]
+def our_sides(compiling: bool) -> dict[str, str]:
+    """Our sides by name and their precision: each as it is, then each compiled."""
+    return {dtype: dtype for dtype in STEPS} | {f"{dtype}{COMPILED}": dtype for dtype in STEPS if compiling}
 
 
 def measure(task: str, args: argparse.Namespace, folder: Path, compiling: ExitStack) -> dict:
@@ -123,11 +125,10 @@ def measure(task: str, args: argparse.Namespace, folder: Path, compiling: ExitSt
     row = {"case": f"training_{task}", "size": "tiny" if args.quick else args.size, "routing": "add"}
     row |= {"R": model.routing.rank, "B": data.batch, "published_dtype": args.published_dtype}
     environment = describe_environment(device, args.threads)
-    for name in our_names(args.compile):
-        dtype, _, through = name.partition("_")
-        row[f"{name}_error"], sides[name] = our_side(
-            data, model, reference, dtype, device, compiling if through else None
-        )
+    ours = our_sides(args.compile)
+    for name, dtype in ours.items():
+        compiler = compiling if name.endswith(COMPILED) else None
+        row[f"{name}_error"], sides[name] = our_side(data, model, reference, dtype, device, compiler)
         if not row[f"{name}_error"] <= TOLERANCES[dtype]:
             return {**row, "gate": "failed", **environment}
     begun = time.perf_counter()
@@ -137,8 +138,7 @@ def measure(task: str, args: argparse.Namespace, folder: Path, compiling: ExitSt
     row["warm_up_s"] = round(time.perf_counter() - begun, 1)  # every text length once, with all compiling for training
     published = published_step(data, reference, device, args.published_dtype)
     timer = Timer(device, args.threads, "wall")
-    counts = {name: STEPS[name.partition("_")[0]] for name in sides}
-    in_turns = {"published": (published, 1), **{name: (step, counts[name]) for name, step in sides.items()}}
+    in_turns = {"published": (published, 1), **{name: (step, STEPS[ours[name]]) for name, step in sides.items()}}
     spent = seconds_a_step(data, in_turns, timer, args.rounds)
     rates = {name: data.batch * len(values) / sum(values) for name, values in spent.items()}
     row |= {f"{name}_examples_s": round(rate, 3) for name, rate in rates.items()}
@@ -166,7 +166,7 @@ def describe(row: dict) -> str:
         f"  {name}: {row[f'{name}_examples_s']} examples/s = {row[f'{name}_speedup']}x "
         f"(rounds {row[f'{name}_speedup_rounds'][0]} to {row[f'{name}_speedup_rounds'][-1]}), "
         f"{row[f'{name}_step_mib']} MiB"
-        for name in our_names("bfloat16_compiled_speedup" in row)
+        for name in our_sides(f"bfloat16{COMPILED}_speedup" in row)
     ]
     if "published_process_mib" in row:
         peaks = [f"{name} {row[f'{name}_process_mib']} MiB" for name in ("published", *STEPS)]
