@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from processes import needs_gloo
 from tiny import tiny_config, write_tiny
 
 from routingvl.cli import COMMANDS, main
@@ -90,9 +91,6 @@ def test_bad_flags(capsys, runs):
 def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match=r"train.lrr"):
         main(["train", "--train.lrr", "3", "--debug"])
-
-
-needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="a torch without gloo")
 
 
 @pytest.mark.slow

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from processes import PROCESSES, run_in_processes
+from processes import PROCESSES, needs_gloo, run_in_processes
 from small_models import answerer, batch, captioner, randomise, small_roberta, small_vit
 from tolerances import relative_rms
 from torch import nn
@@ -20,7 +19,7 @@ from routingvl.sharding import is_sharded, whole
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="a torch without gloo"),
+    needs_gloo,
 ]
 
 ROWS = 4
