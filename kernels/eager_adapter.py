@@ -24,7 +24,8 @@ def _up(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: boo
     """[x +] h weight' + bias with h [B, T, R], weight [K, R]; the residual costs no pass of its own."""
     if not residual:
         return fresh_linear(h, weight, bias)
-    y = x.clone(memory_format=torch.contiguous_format) if bias is None else (x + bias).contiguous()
+    # Not (x + bias).contiguous(): where that returns its operand, torch.compile of torch 2.11 loses all gradients.
+    y = x.clone(memory_format=torch.contiguous_format) if bias is None else x.contiguous() + bias
     y.view(-1, y.shape[-1]).addmm_(h.flatten(0, 1), weight.t())
     return y
 

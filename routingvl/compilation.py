@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,13 @@ BACKEND = "inductor"
 
 def check_compiler(device: torch.device) -> None:
     """Raise :class:`ConfigError` when torch.compile lacks what it needs to make code for ``device``."""
+    try:
+        importlib.import_module("torch._inductor.compile_fx")
+    except ImportError as error:  # torch 2.6 and 2.7 import what triton 3.4 no longer has
+        raise ConfigError(
+            f"train.compile=true: the compiler of torch {torch.__version__} does not work with the triton that is "
+            f"installed ({error}); install torch 2.8 or newer, or set train.compile=false"
+        ) from error
     if device.type != "cpu":
         return
     from torch._inductor.cpp_builder import get_cpp_compiler

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def test_export(runs, tmp_path, capsys):
 def test_doctor(capsys):
     assert main(["doctor", "--json"]) in (0, 1)
     report = json.loads(capsys.readouterr().out)
-    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["torch"] == version("torch")
     assert report["bottlenecks"]["backend"] in ("eager", "triton")
     assert report["bottlenecks"]["reason"]
     assert report["checks"]["transformers"] == "ViT, RoBERTa and GPT-2 import"

@@ -1,5 +1,6 @@
 """train.compile: the same training, one graph for all text lengths, the same checkpoints, and its errors."""
 
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -99,6 +100,13 @@ def test_without_a_compiler_nothing_is_written(tiny, tmp_path):
         torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
         pytest.raises(ConfigError, match=r"train.compile=true needs a C\+\+ compiler .* train.compile=false"),
     ):
+        train(tiny_config(tiny, tmp_path / "run", "vqa", **{"train.compile": True}), log="quiet")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_triton_that_the_compiler_cannot_use_is_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._inductor.compile_fx", None)  # importing it fails
+    with pytest.raises(ConfigError, match=r"torch 2.8 or newer, or set train.compile=false"):
         train(tiny_config(tiny, tmp_path / "run", "vqa", **{"train.compile": True}), log="quiet")
     assert not (tmp_path / "run").exists()
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tolerances import assert_as_good_as, run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from routingvl.kernels import ROUTINGS, routed_lora, routed_lora_linear
@@ -63,10 +64,11 @@ class ShapeRecorder(TorchDispatchMode):
         self.shapes: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        fresh = not any(r.alias_info for r in func._schema.returns)
-        for item in result if isinstance(result, (tuple, list)) else (result,):
-            if fresh and isinstance(item, Tensor):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for item in tree_leaves(result):
+            if isinstance(item, Tensor) and item.untyped_storage().data_ptr() not in given:
                 self.shapes.append(tuple(item.shape))
         return result
 
