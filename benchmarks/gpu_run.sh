@@ -46,7 +46,8 @@ phase_ceilings() { # measured limits: copy, matrix products, addmm with beta = 1
 
 phase_tests() { # the tests marked gpu
     program pytest -m gpu -q -p no:cacheprovider tests/test_gpu.py tests/test_triton_lora.py \
-        tests/test_triton_adapter.py tests/test_triton_suite.py tests/test_benchmark_graphs.py -k "not golden"
+        tests/test_triton_adapter.py tests/test_triton_properties.py tests/test_triton_suite.py \
+        tests/test_benchmark_graphs.py -k "not golden"
 }
 
 phase_golden() { # the published code's numbers in fp32, tf32, bf16 and fp16
@@ -91,7 +92,7 @@ phase_tune() { # sweep of tile configurations
 }
 
 phase_ncu() { # the two kernels that take most of the time, at the paper's size
-    tool ncu --set full --force-overwrite --export "$OUT/hottest" \
+    tool ncu --set full --clock-control none --force-overwrite --export "$OUT/hottest" \
         --kernel-name "regex:lora_forward_kernel|lora_backward_kernel" \
         "$PYTHON" -m benchmarks.each_kernel --sizes paper --dtype bfloat16 --only lora-mul
 }

@@ -16,7 +16,7 @@ HAS_GPU_DEVICE = any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/nv
 if not HAS_GPU_DEVICE:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # These take the GPU by themselves where there is one, and Triton's interpreter elsewhere.
-KERNEL_TESTS = ("test_triton_adapter.py", "test_triton_golden.py", "test_triton_lora.py", "test_triton_suite.py")
+KERNEL_TESTS = tuple(f"test_triton_{part}.py" for part in ("adapter", "golden", "lora", "properties", "suite"))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -4,8 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tolerances import assert_as_good_as, run
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -117,23 +115,6 @@ def test_half_precision_errs_no_more_than_torch(name: str, relu: bool, tokens: i
 @pytest.mark.parametrize(("name", "relu", "tokens"), CASES)
 def test_shapes(poisoned_memory, name: str, relu: bool, tokens: int, sizes: tuple[int, ...]) -> None:
     assert_as_good_as(*pair(name, relu, activation="silu"), tensors(tokens, sizes), torch.float32)
-
-
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(
-    sizes=st.tuples(st.integers(1, 6), st.integers(1, 40), st.integers(1, 140), st.integers(1, 40)),
-    tokens=st.integers(1, 50),
-    relu=st.booleans(),
-    residual=st.booleans(),
-)
-def test_any_shape(sizes: tuple[int, ...], tokens: int, relu: bool, residual: bool) -> None:
-    operands = {name: operand.float() for name, operand in tensors(tokens, sizes, seed=sum(sizes)).items()}
-    op, plain = pair("vllora", relu, residual=residual)
-    dy = tensors(sizes=sizes, seed=1)["x"].float()
-    exact = run(plain, {name: operand.double() for name, operand in operands.items()}, dy.double())
-    got = run(op, operands, dy)
-    for name, want in exact.items():  # where a draw cancels, rounding is all that is left: hence the 1
-        assert (got[name] - want).norm() <= 1e-5 * (1 + want.norm()), name
 
 
 def test_largest_rank() -> None:
