@@ -22,6 +22,7 @@ from .providers import PROVIDERS, provider_obstacle
 from .published_models import published_model
 from .timing import Timer
 from .training import (
+    PUBLISHED_STEPS,
     STEPS,
     TOLERANCES,
     Data,
@@ -185,7 +186,8 @@ class TrainLevel(ModelLevel):
             for name in names:
                 if name != "reference":  # its texts have one length
                     self.sides[name](batch)
-        sides = {name: (self.sides[name], 1 if name == "reference" else STEPS[self.dtype]) for name in names}
+        ours = STEPS[self.dtype]
+        sides = {name: (self.sides[name], PUBLISHED_STEPS if name == "reference" else ours) for name in names}
         spent = seconds_a_step(self.data, sides, timer, repeats)
         return {name: {"step": values} for name, values in spent.items()}
 

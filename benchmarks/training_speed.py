@@ -32,6 +32,7 @@ from .models import routed_model
 from .published_models import published_model
 from .timing import Timer, append_rows, cpu_threads
 from .training import (
+    PUBLISHED_STEPS,
     STEPS,
     TASKS,
     TOLERANCES,
@@ -138,7 +139,8 @@ def measure(task: str, args: argparse.Namespace, folder: Path, compiling: ExitSt
     row["warm_up_s"] = round(time.perf_counter() - begun, 1)  # every text length once, with all compiling for training
     published = published_step(data, reference, device, args.published_dtype)
     timer = Timer(device, args.threads, "wall")
-    in_turns = {"published": (published, 1), **{name: (step, STEPS[ours[name]]) for name, step in sides.items()}}
+    in_turns = {"published": (published, PUBLISHED_STEPS)}
+    in_turns |= {name: (step, STEPS[ours[name]]) for name, step in sides.items()}
     spent = seconds_a_step(data, in_turns, timer, args.rounds)
     rates = {name: data.batch * len(values) / sum(values) for name, values in spent.items()}
     row |= {f"{name}_examples_s": round(rate, 3) for name, rate in rates.items()}
