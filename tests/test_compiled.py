@@ -161,40 +161,12 @@ def test_what_is_not_as_expected_is_left_to_triton(knobs: SimpleNamespace, monke
     assert count(CachedKernel(kernel), kernel, CODE=64, ACT=2) == 3
 
 
-# The real Triton compiles for a GPU that a stub stands for; the stub writes down every launch.
 PROGRAM = """
-import json, sys
+import json
 import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+import stub_gpu
 
-launches = []
-
-class Launcher:
-    def __init__(self, src, metadata):
-        self.name = metadata.name
-    def __call__(self, x, y, z, stream, function, packed, metadata, enter, exit, *arguments):
-        told = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-        launches.append([self.name, function, [x, y, z], told])
-
-class Utils:
-    loaded = 0
-    def load_binary(self, name, kernel, shared, device):
-        Utils.loaded += 1
-        return object(), Utils.loaded, 64, 0, 1024
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 10**6}
-    def unload_module(self, module):
-        pass
-
-class Driver:
-    launcher_cls, utils = Launcher, Utils()
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 7)
-    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
-
-driver.set_active(Driver())
+launches = stub_gpu.install()
 searches, search = [], triton.JITFunction.run
 def run(self, *arguments, **options):
     searches.append(self.fn.__name__)
@@ -220,7 +192,7 @@ print(json.dumps([searches, launches]))
 @needs_triton
 def test_launches_are_the_same_with_and_without() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     results = []
     for way in ("triton", ""):
         environment["ROUTINGVL_LAUNCH"] = way
