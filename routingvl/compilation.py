@@ -58,7 +58,7 @@ def _cpu_options() -> dict[str, Any]:
     """Options of inductor under which its code for a CPU is fast."""
     # Its own random numbers are drawn one component at a time; torch's are those of a run without it.
     options = {"fallback_random": True}
-    # tanh by one exponential, which is off by up to 1e-7: in GPT-2's GELU nothing, and twice as fast.
+    # tanh by one exponential: off by some 1e-7, which is nothing in GPT-2's GELU, and faster.
     if hasattr(torch._inductor.config.cpp, "use_decompose_tanh"):
         options["cpp.use_decompose_tanh"] = True
     return options

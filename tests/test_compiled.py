@@ -1,13 +1,10 @@
 """Repeated launches past Triton's search: they are the launches Triton would make, and none that it would not."""
 
-import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from compiling import output_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -191,15 +188,7 @@ print(json.dumps([searches, launches]))
 
 @needs_triton
 def test_launches_are_the_same_with_and_without() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    results = []
-    for way in ("triton", ""):
-        environment["ROUTINGVL_LAUNCH"] = way
-        command = [sys.executable, "-c", PROGRAM]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(json.loads(done.stdout))
+    results = [output_of(PROGRAM, TRITON_DEFAULT_FP_FUSION="1", ROUTINGVL_LAUNCH=way) for way in ("triton", "")]
     (every, stock), (searched, direct) = results
     assert len(stock) == len(direct) == len(every) == 20
     assert len(searched) < 10  # of ten different calls, one is like another to Triton

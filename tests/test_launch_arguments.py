@@ -4,12 +4,8 @@ Triton makes a constant of an integer that is 1, and code of its own for multipl
 compiling ahead of time (tests/test_codegen.py) does.
 """
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+from compiling import output_of
 
 from routingvl.kernels.device import triton
 
@@ -61,12 +57,7 @@ print(json.dumps([made, sorted({name for name, *_ in launches}), len({code for _
 @pytest.mark.skipif(triton is None, reason="no triton")
 @pytest.mark.parametrize(("kind", "dtype"), [("lora", "float32"), ("adapter", "bfloat16")])
 def test_kernels_compile_with_the_arguments_of_real_launches(kind: str, dtype: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, "-c", PROGRAM, kind, dtype]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    made, kernels, codes = json.loads(done.stdout)
+    made, kernels, codes = output_of(PROGRAM, kind, dtype)
     assert all(forward >= 1 and backward >= 1 for forward, backward in made)
     assert {f"{kind}_forward_kernel", f"{kind}_backward_kernel"} <= set(kernels)
     assert codes > len(kernels)

@@ -9,7 +9,7 @@ from tolerances import assert_as_good_as, run
 from routingvl.kernels.device import interpreted
 
 pytest.importorskip("triton")
-pytest.importorskip("hypothesis")  # in files of their own, so that without it the other tests still run
+pytest.importorskip("hypothesis")  # in a file of its own, so that without it the other tests still run
 if not torch.cuda.is_available() and not interpreted():
     pytest.skip("neither a GPU nor Triton's interpreter", allow_module_level=True)
 
