@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def tensor_peak(call: Callable[[], object], device: torch.device) -> float:
     """MiB of tensors at the peak of ``call``, beyond those that were there before; on a CPU as the profiler counts."""
     if device.type == "cuda":
         return cuda_peak(call, device)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch 2.13 logs every start and stop of a profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]

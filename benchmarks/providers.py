@@ -5,13 +5,13 @@ A provider takes the tensors of benchmarks/cases.py by name and gives y [B, T, N
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from routingvl.compilation import compiler_obstacle
 from routingvl.kernels import routed_adapter, routed_lora, routed_lora_linear
 
 from .cases import Case, Layer, frozen_conv1d, frozen_linear
@@ -19,7 +19,6 @@ from .published import published_adapter, published_lora, published_lora_linear,
 
 PROVIDERS = ("base", "reference", "compile", "peft", "eager", "triton")
 COMPETITORS = ("compile", "peft")  # not ours, and not what ratios are taken to: the exit status is none of theirs
-COMPILERS = ("c++", "g++", "clang++")
 
 
 def providers(
@@ -83,16 +82,10 @@ def ours(case: Case, routing: str, dropout: float, backend: str, relu: bool = Fa
 def provider_obstacle(name: str, device: str, routing: str, on_linear: bool) -> str | None:
     """Why a provider cannot compute a case here, or None when it can; ``on_linear``: LoRA on nn.Linear."""
     if name == "compile":
-        return _compile_obstacle()
+        return compiler_obstacle(torch.device(device))
     if name == "peft":
         return _peft_obstacle(on_linear, routing)
     return _triton_obstacle(device) if name == "triton" else None
-
-
-def _compile_obstacle() -> str | None:
-    if any(shutil.which(name) for name in COMPILERS):
-        return None
-    return f"torch.compile needs a C++ compiler, and none of {', '.join(COMPILERS)} is on PATH"
 
 
 def _peft_obstacle(on_linear: bool, routing: str) -> str | None:

@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from routingvl.compilation import compiler_obstacle
+
 from .environment import describe_environment
 from .memory import can_measure, process_peak, tensor_peak
 from .models import routed_model
@@ -178,7 +180,10 @@ def describe(row: dict) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 1 when a gate stayed shut, else 0."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.compile and (reason := compiler_obstacle(torch.device(args.device))):
+        parser.error(f"--compile: {reason}")
     rows = []
     with cpu_threads(args.threads):
         if args.peak_of:

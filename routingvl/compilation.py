@@ -5,37 +5,43 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from routingvl.config import ConfigError
-from routingvl.models.base import RoutedVLModel
+
+if TYPE_CHECKING:
+    from routingvl.models.base import RoutedVLModel
 
 BACKEND = "inductor"
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raise :class:`ConfigError` when torch.compile lacks what it needs to make code for ``device``."""
+def compiler_obstacle(device: torch.device) -> str | None:
+    """Why torch.compile cannot make code for ``device``, and what would mend it; None where it can."""
     try:
         importlib.import_module("torch._inductor.compile_fx")
     except ImportError as error:  # torch 2.6 and 2.7 import what triton 3.4 no longer has
-        raise ConfigError(
-            f"train.compile=true: the compiler of torch {torch.__version__} does not work with the triton that is "
-            f"installed ({error}); install torch 2.8 or newer, or set train.compile=false"
-        ) from error
+        return (
+            f"the compiler of torch {torch.__version__} does not work with the triton that is installed ({error}); "
+            "install torch 2.8 or newer"
+        )
     if device.type != "cpu":
-        return
+        return None
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise ConfigError(
-            "train.compile=true needs a C++ compiler on a CPU: install g++ or name one in the environment variable "
-            "CXX, or set train.compile=false"
-        ) from error
+    except InvalidCxxCompiler:
+        return "torch.compile needs a C++ compiler on a CPU: install g++ or name one in the environment variable CXX"
+    return None
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise :class:`ConfigError` when torch.compile lacks what it needs to make code for ``device``."""
+    if reason := compiler_obstacle(device):
+        raise ConfigError(f"train.compile=true: {reason}, or set train.compile=false")
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """The benchmark: its baseline computes the same thing, its gate shuts, its rows and ratios are right."""
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 from tolerances import assert_as_good_as
 
 from routingvl.benchmarks import ceilings, gate, main, report, run
@@ -144,14 +146,21 @@ def test_levels_and_dropout_choose_the_cases(tiny: None, tmp_path: Path) -> None
     assert names == plain | {("tiny_lora", 0.1), ("tiny_merged", 0.1)}
 
 
-def test_without_a_compiler_the_reason_is_said(
-    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(providers_module.shutil, "which", lambda name: None)
+def test_without_a_compiler_the_reason_is_said(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--case", "tiny_lora", "--routing", "mul", "--provider", "compile", "--dropout", "0", "--repeats", "1"]
-    assert main([*command, "--output", str(tmp_path / "rows.jsonl")]) == 0
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert main([*command, "--output", str(tmp_path / "rows.jsonl")]) == 0
     assert [row["provider"] for row in read(tmp_path / "rows.jsonl")[1]] == ["compile"]
     assert "Not measured, 1 time(s): compile: torch.compile needs a C++ compiler" in capsys.readouterr().out
+
+
+def test_a_triton_that_the_compiler_cannot_use_is_said(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch._inductor.compile_fx", None)  # importing it fails
+    command = ["--case", "tiny_lora", "--routing", "mul", "--provider", "compile", "--dropout", "0", "--repeats", "1"]
+    assert main([*command, "--output", str(tmp_path / "rows.jsonl")]) == 0
+    assert "compile: the compiler of torch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)

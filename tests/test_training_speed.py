@@ -1,10 +1,14 @@
 """Training throughput against the published step: its rows, its gate, and what it takes for the published step."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 from transformers.activations import NewGELUActivation
 
@@ -137,6 +141,20 @@ def test_memory_of_a_step_counts_what_is_alive_at_once():
     assert tensor_peak(lambda: step([]), torch.device("cpu")) == pytest.approx(3, abs=0.01)
 
 
+def test_measuring_memory_logs_nothing():
+    """In a process of its own: the profiler reads its log level once."""
+    program = (
+        "import torch\n"
+        "from routingvl.benchmarks.memory import tensor_peak\n"
+        "print(tensor_peak(lambda: torch.ones(2**18), torch.device('cpu')))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
+    assert float(done.stdout) == pytest.approx(1, abs=0.01)
+    assert not done.stderr
+
+
 def test_published_step_in_half_precision(tmp_path):
     """The recipe's own bfloat16 form: gated in float32 like the other, and marked in its row."""
     status, (row,) = run(tmp_path, "--task", "vqa", "--published-dtype", "bfloat16")
@@ -148,3 +166,10 @@ def test_published_step_in_half_precision(tmp_path):
     for dtype in ("float32", "bfloat16"):
         training_speed.published_step(data, model, torch.device("cpu"), dtype)(next(data.order()))
     assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_without_a_compiler_nothing_is_measured(tmp_path, capsys):
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(SystemExit):
+        training_speed.main([*QUICK, "--compile", "--output", str(tmp_path / "rows.jsonl")])
+    assert "--compile: torch.compile needs a C++ compiler" in capsys.readouterr().err
+    assert not (tmp_path / "rows.jsonl").exists()
