@@ -25,9 +25,10 @@ MODEL_COLUMNS = (
 NOTE = """\
 reference: the published chain of operations; ours: the eager backend unless a provider is named. Times are medians of
 forward + backward; fwd, bwd and fwd+bwd are reference / ours, above 1 when ours is faster; overhead is that ratio for
-the time above the frozen projection alone. Saved is what autograd keeps beside the inputs, peak the most that a pass
-takes (GPU only), reference and ours. % of limit is the time that the formula's operations or bytes would take at the
-device's measured rates, of the time measured, reference and ours; above 100 the formula is not computed as written."""
+the time above the frozen projection alone, - where ours takes no longer than that. Saved is what autograd keeps beside
+the inputs, peak the most that a pass takes (GPU only), reference and ours. % of limit is the time that the formula's
+operations or bytes would take at the device's measured rates, of the time measured, reference and ours; above 100 the
+formula is not computed as written, or not by the library of those rates."""
 MODEL_NOTE = """\
 Whole models: published is the same model with the published layers, at level train the published recipe's step in
 float32. Times are medians of forward + backward (level step), a training step (train), a beam search (generate), and

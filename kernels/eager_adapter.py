@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .activations import find_activation
 from .arguments import with_signature, without_autocast
 from .image import ImageCode
-from .products import fresh_linear, inner_products
+from .products import add_product_, fresh_linear, inner_products, linear, plus_product, product
 from .routing import Routing, find_routing, route_image
 
 
@@ -26,7 +25,7 @@ def _up(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: boo
         return fresh_linear(h, weight, bias)
     # Not (x + bias).contiguous(): where that returns its operand, torch.compile of torch 2.11 loses all gradients.
     y = x.clone(memory_format=torch.contiguous_format) if bias is None else x.contiguous() + bias
-    y.view(-1, y.shape[-1]).addmm_(h.flatten(0, 1), weight.t())
+    add_product_(y.view(-1, y.shape[-1]), h.flatten(0, 1), weight.t())
     return y
 
 
@@ -35,8 +34,8 @@ def _up_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dh [B, T, R], and the gradients of the up-projection's weight and bias where needed."""
     rows = dy.flatten(0, 1)
-    dh = torch.mm(rows, weight).view_as(h)
-    dweight = torch.mm(rows.t(), h.flatten(0, 1)) if needs[0] else None
+    dh = product(rows, weight).view_as(h)
+    dweight = product(rows.t(), h.flatten(0, 1)) if needs[0] else None
     return dh, dweight, dy.sum((0, 1)) if needs[1] else None
 
 
@@ -61,7 +60,7 @@ class DenseAdapter(torch.autograd.Function):
         residual: bool,
         relu: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        t = F.linear(x, down_weight, down_bias)
+        t = linear(x, down_weight, down_bias)
         h = find_activation(activation).forward(route_image(find_routing(routing), t, u, relu, gram))
         return _up(h, x, up_weight, up_bias, residual), t, h
 
@@ -93,9 +92,9 @@ class DenseAdapter(torch.autograd.Function):
         rows = dt.flatten(0, 1)
         dx = None
         if need_x:
-            dx = torch.addmm(dy.flatten(0, 1), rows, down_weight) if residual else torch.mm(rows, down_weight)
+            dx = plus_product(dy.flatten(0, 1), rows, down_weight) if residual else product(rows, down_weight)
             dx = dx.view_as(x)
-        ddown = torch.mm(rows.t(), x.flatten(0, 1)) if need_down else None
+        ddown = product(rows.t(), x.flatten(0, 1)) if need_down else None
         ddown_bias = dt.sum((0, 1)) if need_down_bias else None
         return dx, du if need_u else None, ddown, ddown_bias, dup, dup_bias, None, None, None, None, None
 

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from .arguments import with_signature, without_autocast
 from .frozen import adds, frozen_gradients, start_from
 from .image import ImageCode, has_closed_form
-from .products import inner_products
+from .products import add_product_, inner_products, linear, product
 from .reference import reference_lora
 from .routing import Routing, find_routing, route_image
 
@@ -56,7 +56,7 @@ def _merged(weight: Tensor, a: Tensor, b: Tensor, layout: str, scaling: float, c
     rows = merged if layout == "nk" else merged.t()
     groups = len(columns)
     for column, up, down in zip(columns, b.chunk(groups, 0), a.chunk(groups, 0), strict=True):
-        rows[column : column + up.shape[0]].addmm_(up, down, alpha=scaling)
+        add_product_(rows[column : column + up.shape[0]], up, down, alpha=scaling)
     return merged
 
 
@@ -93,16 +93,16 @@ class DenseLoRA(torch.autograd.Function):
         if merge:
             weight = _merged(weight, a, b, layout, scaling, columns)
         y = start_from(x, weight, bias, base, layout, b.shape[0])
-        t = None if merge else F.linear(x if low is None else low, a)  # [B, T, G*R]
+        t = None if merge else linear(x if low is None else low, a)  # [B, T, G*R]
         z = u if merge else route_image(find_routing(routing), t, u, relu, gram)
         for group, column in enumerate(columns if z is not None else ()):
             part = z[:, :, group * rank : (group + 1) * rank].flatten(0, 1)
             up = b[group * width : (group + 1) * width].t()
             columns_of_y = y[:, :, column : column + width]
             if merge:
-                columns_of_y.add_(torch.mm(part, up).unsqueeze(1), alpha=scaling)
+                columns_of_y.add_(product(part, up).unsqueeze(1), alpha=scaling)
             else:
-                columns_of_y.flatten(0, 1).addmm_(part, up, beta=int(adds(weight, base)), alpha=scaling)
+                add_product_(columns_of_y.flatten(0, 1), part, up, alpha=scaling, beta=int(adds(weight, base)))
         return y, t, weight if merge else None
 
     @staticmethod
@@ -129,22 +129,22 @@ class DenseLoRA(torch.autograd.Function):
         dx, dweight, dbias, dbase = frozen_gradients(dy, x, weight, layout, _frozen_needs(ctx))
         row, rank, width = find_routing(routing), b.shape[1], b.shape[0] // len(columns)
         left = x if low is None else low
-        t = F.linear(left, a) if t is None else t
+        t = linear(left, a) if t is None else t
         z = row.route(t, u, relu).flatten(0, 1) if need_b else None
         dz = torch.empty_like(t)
         db = torch.empty_like(b) if need_b else None
         for group, column in enumerate(columns):
             dy_part = dy.flatten(0, 1)[:, column : column + width]
             up, code = slice(group * width, (group + 1) * width), slice(group * rank, (group + 1) * rank)
-            dz.flatten(0, 1)[:, code].addmm_(dy_part, b[up], beta=0, alpha=scaling)
+            add_product_(dz.flatten(0, 1)[:, code], dy_part, b[up], alpha=scaling, beta=0)
             if need_b:
-                db[up].addmm_(dy_part.t(), z[:, code], beta=0, alpha=scaling)
+                add_product_(db[up], dy_part.t(), z[:, code], alpha=scaling, beta=0)
         dt, du = row.route_backward(dz, t, u, relu)
         dt = dt.flatten(0, 1)
-        da = torch.mm(dt.t(), left.flatten(0, 1)) if need_a else None
-        dlow = torch.mm(dt, a).view_as(low) if need_low else None
+        da = product(dt.t(), left.flatten(0, 1)) if need_a else None
+        dlow = product(dt, a).view_as(low) if need_low else None
         if need_x and low is None and not merge:  # merged, dx is complete
-            dx = torch.mm(dt, a).view_as(x) if dx is None else dx.flatten(0, 1).addmm_(dt, a).view_as(x)
+            dx = (product(dt, a) if dx is None else add_product_(dx.flatten(0, 1), dt, a)).view_as(x)
         return dx, dlow, du if need_u else None, da, db, dweight, dbias, dbase, None, *(None,) * len(ctx.options)
 
 
@@ -173,7 +173,7 @@ class RankOneLoRA(torch.autograd.Function):
         width = o.shape[1] // len(columns)
         y = start_from(x, weight, bias, base, layout, o.shape[1])
         left = x if low is None else low
-        code = None if a is None else F.relu(F.linear(left, a))
+        code = None if a is None else F.relu(linear(left, a))
         c = inner_products(left if code is None else code, p)  # [B, T, 1]
         for group, column in enumerate(columns):
             row = o[:, None, group * width : (group + 1) * width]
@@ -220,14 +220,14 @@ class RankOneLoRA(torch.autograd.Function):
         if code is not None:
             dt = ((dc * p.unsqueeze(1)) * (code > 0)).flatten(0, 1)
             if need_a:
-                da = torch.mm(dt.t(), left.flatten(0, 1))
+                da = product(dt.t(), left.flatten(0, 1))
         if need_low or (need_x and low is None):
             grad = dx if low is None else None
             if code is None:
                 row = p.unsqueeze(1)
                 grad = dc * row if grad is None else grad.addcmul_(dc, row)
             else:
-                grad = torch.mm(dt, a).view_as(left) if grad is None else grad.flatten(0, 1).addmm_(dt, a).view_as(left)
+                grad = (product(dt, a) if grad is None else add_product_(grad.flatten(0, 1), dt, a)).view_as(left)
             dx, dlow = (grad, None) if low is None else (dx, grad)
         return dx, dlow, da, dp, do, dweight, dbias, dbase, None, None
 

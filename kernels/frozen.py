@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .products import fresh_linear
+from .products import fresh_linear, product
 
 
 def start_from(
@@ -20,7 +20,8 @@ def start_from(
     if weight is None:
         empty = x.new_empty(*x.shape[:-1], width)
         return empty if base is None else base.clone(memory_format=torch.contiguous_format)
-    return fresh_linear(x, weight if layout == "nk" else weight.t(), bias)
+    # Exact: while b is 0, a layer's output is that of the layer without bottleneck to the bit.
+    return fresh_linear(x, weight if layout == "nk" else weight.t(), bias, exact=True)
 
 
 def adds(weight: Tensor | None, base: Tensor | None) -> bool:
@@ -36,10 +37,10 @@ def frozen_gradients(
     if weight is not None:
         rows = dy.flatten(0, 1)
         if needs[0]:
-            dx = torch.mm(rows, weight if layout == "nk" else weight.t()).view_as(x)
+            dx = product(rows, weight if layout == "nk" else weight.t()).view_as(x)
         if needs[1]:
             left, right = (rows, x.flatten(0, 1)) if layout == "nk" else (x.flatten(0, 1), rows)
-            dweight = torch.mm(left.t(), right)
+            dweight = product(left.t(), right)
         if needs[2]:
             dbias = dy.sum((0, 1))
     return [dx, dweight, dbias, dy if needs[3] else None]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from routingvl.kernels.products import product
+
 IGNORED = -100  # label that does not count
 # Logits that exist at one time: 64 MiB in float32, which is 333 rows of GPT-2's vocabulary.
 CHUNK_ELEMENTS = 2**24
@@ -65,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             labels = targets[start : start + chunk, None]
             rows = _padded(hidden[start : start + chunk])
-            logits = torch.mm(rows, weight.t())
+            logits = product(rows, weight.t())
             gradient = logits if hidden_grad or weight_grad else None  # takes the place of what is no longer needed
             # A few rows at a time stay in a CPU's cache through all of it; a GPU would rather have them all.
             block = CACHED_ROWS if logits.device.type == "cpu" else chunk
@@ -76,9 +78,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 )
             logits[len(labels) :] = 0  # the gradient of padding
             if hidden_grad:
-                dhidden[start : start + chunk] = torch.mm(gradient, weight)[: len(labels)]
+                dhidden[start : start + chunk] = product(gradient, weight)[: len(labels)]
             if weight_grad:
-                dweight += torch.mm(gradient.t(), rows)
+                dweight += product(gradient.t(), rows)
         return total, dhidden, dweight
 
     @staticmethod
