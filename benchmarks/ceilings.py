@@ -35,8 +35,13 @@ def _median_row(name: str, dtype: str, call: Callable[[], Tensor], work: tuple[i
         seconds.append(timer(call)[0])
     found = quantiles(seconds)
     middle = found["ms_p50"] / 1e3
-    rates = {"gb_s": round(moved / middle / 1e9, 3), "tflop_s": round(flops / middle / 1e12, 5) if flops else None}
+    rates = {"gb_s": _rounded(moved / middle / 1e9), "tflop_s": _rounded(flops / middle / 1e12) if flops else None}
     return {"ceiling": name, "dtype": dtype, **found, "repeats": len(seconds), "clock": timer.clock, **rates}
+
+
+def _rounded(rate: float) -> float:
+    """To five significant digits, so that a low rate, by which times are divided, is not 0."""
+    return float(f"{rate:.5g}")
 
 
 def measure_ceilings(timer: Timer, dtypes: Sequence[str], sizes: tuple[int, int, int, int] | None = None) -> list[dict]:

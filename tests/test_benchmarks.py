@@ -226,6 +226,15 @@ def test_a_competitor_that_misses_the_gate_is_no_failure_of_ours(
     assert "GATE FAILED, not timed: tiny_lora none float32: peft" in capsys.readouterr().out
 
 
+def test_a_low_rate_is_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a tiny product can take long, and limits are computed by division."""
+    monkeypatch.setattr(Timer, "__call__", lambda self, call: (2.0, call()))
+    rows = ceilings.measure_ceilings(Timer(torch.device("cpu"), 1), ["float32"], (2**16, 32, 32, 32))
+    limits = ceilings.Limits(rows)
+    assert limits.seconds(2 * 32**3, 1, "float32")[0] == pytest.approx(2.0, rel=1e-4)
+    assert limits.seconds(1, 2 * 2**16, "float32") == (pytest.approx(2.0, rel=1e-4), "copy")
+
+
 def test_ceilings_and_limits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
