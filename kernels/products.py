@@ -99,7 +99,7 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor 
     """x weight' + bias + plus: x [M, K], weight [N, K] in any layout, plus [M, N] -> [M, N] in new memory."""
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()  # for columns of a larger matrix oneDNN has slow code only
-    linear = torch.ops.mkldnn._linear_pointwise
+    multiply = torch.ops.mkldnn._linear_pointwise
     if plus is None:
-        return linear(x, weight, bias, "none", [], "")
-    return linear.binary(x, plus, weight, bias, "add")
+        return multiply(x, weight, bias, "none", [], "")
+    return multiply.binary(x, plus, weight, bias, "add")
