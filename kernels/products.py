@@ -1,8 +1,9 @@
 """Matrix products in the form in which torch is fastest, or in memory that an autograd function may call its own.
 
 Products of float32 on a CPU are MKL's in torch, and MKL leaves the AVX-512 of AMD's CPUs unused. oneDNN, which torch
-brings along for bfloat16, does not, and computes them twice as fast there. It takes float32 through an operation that
-torch has for its compiler, so without that operation everything stays with MKL. Sums differ in their order only.
+brings along for bfloat16, does not, and is faster there (benchmarks/results/cpu_layers_amd.jsonl). It takes float32
+through an operation that torch has for its compiler; without that operation everything stays with MKL. Sums differ in
+their order only.
 """
 
 from __future__ import annotations
@@ -27,32 +28,29 @@ def inner_products(x: Tensor, p: Tensor) -> Tensor:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left right: [M, K] and [K, N], in any layout, give [M, N]."""
-    if through_onednn(left, right):
+    if _through_onednn(left, right):
         return _onednn_linear(left, right.t(), None)
     return torch.mm(left, right)
 
 
 def plus_product(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """y + left right in new memory: y [M, N] contiguous, left [M, K], right [K, N] in any layout."""
-    if through_onednn(y, left, right):
+    if _through_onednn(y, left, right):
         return _onednn_linear(left, right.t(), None, plus=y)
     return torch.addmm(y, left, right)
 
 
 def add_product_(y: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, beta: int = 1) -> Tensor:
     """y = beta y + alpha left right in place, with beta 0 or 1: y [M, N], left [M, K], right [K, N], in any layout."""
-    if not through_onednn(y, left, right):
+    if not _through_onednn(y, left, right):
         return y.addmm_(left, right, beta=beta, alpha=alpha)
-    part = product(left, right)
+    part = _onednn_linear(left, right.t(), None)
     return y.add_(part, alpha=alpha) if beta else torch.mul(part, alpha, out=y)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x [B, T, K], weight [N, K], bias [N] or None -> [B, T, N]."""
-    if through_onednn(x, weight):
-        y = _onednn_linear(x.flatten(0, 1), weight, bias)
-        return y.resize_(*x.shape[:-1], weight.shape[0])  # the same memory, and in place: no view
-    return F.linear(x, weight, bias)
+    return _onednn_rows(x, weight, bias) if _through_onednn(x, weight) else F.linear(x, weight, bias)
 
 
 def fresh_linear(x: Tensor, weight: Tensor, bias: Tensor | None, exact: bool = False) -> Tensor:
@@ -61,8 +59,8 @@ def fresh_linear(x: Tensor, weight: Tensor, bias: Tensor | None, exact: bool = F
     F.linear returns a view of a matrix, and what an autograd function returns must be none, or modifying it in place
     later is an error. With ``exact`` the values are those of F.linear to the bit.
     """
-    if not exact and through_onednn(x, weight):
-        return linear(x, weight, bias)
+    if not exact and _through_onednn(x, weight):
+        return _onednn_rows(x, weight, bias)
     if not x.is_contiguous():
         return F.linear(x, weight, bias).clone(memory_format=torch.contiguous_format)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -74,12 +72,13 @@ def fresh_linear(x: Tensor, weight: Tensor, bias: Tensor | None, exact: bool = F
     return y
 
 
-def through_onednn(*operands: Tensor) -> bool:
+def _through_onednn(*operands: Tensor) -> bool:
     """Whether products of these are float32 products that run faster through oneDNN than as torch computes them."""
     if torch.compiler.is_compiling() or not _mkl_leaves_avx512_unused():
         return False
     # At other precisions torch itself gives float32 products to oneDNN.
     wanted = torch.backends.mkldnn.enabled and torch.get_float32_matmul_precision() == "highest"
+    # Subclasses of tensors (fake, distributed) may not know the operation.
     return wanted and all(
         type(x) in (Tensor, Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
         for x in operands
@@ -93,6 +92,12 @@ def _mkl_leaves_avx512_unused() -> bool:
         return False
     maker = CPU_LIST.read_text() if CPU_LIST.exists() else platform.processor()
     return "AuthenticAMD" in maker and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _onednn_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`linear`, in memory that is no view."""
+    y = _onednn_linear(x.flatten(0, 1), weight, bias)
+    return y.resize_(*x.shape[:-1], weight.shape[0])  # in place, so it is none
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor | None = None) -> Tensor:

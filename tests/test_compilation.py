@@ -98,7 +98,9 @@ def test_the_callers_model_is_not_left_compiled(tiny, tmp_path, monkeypatch):
 def test_without_a_compiler_nothing_is_written(tiny, tmp_path):
     with (
         torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
-        pytest.raises(ConfigError, match=r"train.compile=true: .* needs a C\+\+ compiler .* train.compile=false"),
+        pytest.raises(
+            ConfigError, match=r"train.compile=true: torch.compile needs a C\+\+ compiler .* train.compile=false"
+        ),
     ):
         train(tiny_config(tiny, tmp_path / "run", "vqa", **{"train.compile": True}), log="quiet")
     assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from routingvl.kernels import ROUTINGS, routed_lora, routed_lora_linear
+from routingvl.kernels import ROUTINGS, products, routed_lora, routed_lora_linear
 from routingvl.kernels.reference import reference_lora
 
 FORMS = [(name, relu) for name, row in ROUTINGS.items() for relu in (False, True)[: 1 + row.supports_relu]]
@@ -302,7 +302,10 @@ COMPILED = [(*case, False) for case in CASES if case[2] != 9] + [("mul", False, 
 
 
 @pytest.mark.parametrize(("name", "relu", "tokens", "autocast"), COMPILED)
-def test_compiles_without_a_graph_break(name: str, relu: bool, tokens: int, autocast: bool) -> None:
+def test_compiles_without_a_graph_break(
+    name: str, relu: bool, tokens: int, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_mkl_leaves_avx512_unused", lambda: False)  # compiled, products are torch's own
     torch._dynamo.reset()
     given = {key: tensor.float() for key, tensor in tensors(tokens, "c_attn").items()}
     base = torch.randn(3, 5, 12)
@@ -315,7 +318,7 @@ def test_compiles_without_a_graph_break(name: str, relu: bool, tokens: int, auto
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     dy = torch.randn(3, 5, 12)
     got, want = run(compiled, given, dy), run(layer, given, dy)
-    tolerance = {"rtol": 3e-2, "atol": 3e-2} if autocast else {"rtol": 1e-5, "atol": 1e-4}
+    tolerance = {"rtol": 3e-2, "atol": 3e-2} if autocast else {}
     torch.testing.assert_close(got, want, **tolerance)
 
 
