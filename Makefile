@@ -2,8 +2,7 @@
 # Variables: PYTHON, DEMO_ARGS, TEST_ARGS, TEST_JOBS, TEST_MARKS.
 
 # The tests of what stands on the kernels. The kernels' own name their backend; the rest never computes a bottleneck.
-TRITON_TESTS := checkpoint cli context demo distributed evaluate golden image_codes layers models shapes surgery train \
-    triton_suite
+TRITON_TESTS := tests/bottlenecks tests/models tests/commands tests/demo tests/training/test_train.py tests/test_evaluate.py
 PYTHON ?= python3
 TEST_JOBS ?= 2
 TEST_ARGS ?=
@@ -33,7 +32,7 @@ test: $(READY)
 
 test-triton: export ROUTINGVL_BACKEND := triton
 test-triton: export TRITON_INTERPRET := 1
-test-triton: override TEST_ARGS := $(TRITON_TESTS:%=tests/test_%.py) $(TEST_ARGS)
+test-triton: override TEST_ARGS := $(TRITON_TESTS) $(TEST_ARGS)
 test-triton: test
 
 lint: $(READY)

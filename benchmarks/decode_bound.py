@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from routingvl.bottlenecks.inject import remove
 from routingvl.config import RoutingConfig
 from routingvl.kernels import ROUTINGS
 from routingvl.models import ViTGPT2ForCaptioning
-from routingvl.surgery import remove
 
 from .environment import describe_environment
 from .models import SIZES, build_model, write_captions

@@ -89,7 +89,8 @@ def layer_of(call: Call, case: Case) -> Layer:
 @contextmanager
 def launches_through(replacement: Callable[..., Any]) -> Iterator[None]:
     """Kernels are launched by ``replacement(launch, kind, tiles, attempt)`` inside the block."""
-    from routingvl.kernels import triton_adapter_ops, triton_ops
+    from routingvl.kernels.adapter import ops as triton_adapter_ops
+    from routingvl.kernels.lora import ops as triton_ops
 
     modules = (triton_ops, triton_adapter_ops)
     originals = [module.launch for module in modules]

@@ -45,13 +45,12 @@ phase_ceilings() { # measured limits: copy, matrix products, addmm with beta = 1
 }
 
 phase_tests() { # the tests marked gpu
-    program pytest -m gpu -q -p no:cacheprovider tests/test_gpu.py tests/test_triton_lora.py \
-        tests/test_triton_adapter.py tests/test_triton_properties.py tests/test_triton_suite.py \
-        tests/test_benchmark_graphs.py -k "not golden"
+    program pytest -m gpu -q -p no:cacheprovider tests/kernels tests/bottlenecks/test_triton_suite.py \
+        tests/benchmarks/test_benchmark_graphs.py -k "not golden"
 }
 
 phase_golden() { # the published code's numbers in fp32, tf32, bf16 and fp16
-    program pytest -m gpu -q -p no:cacheprovider tests/test_gpu.py tests/test_triton_golden.py -k golden
+    program pytest -m gpu -q -p no:cacheprovider tests/kernels/test_gpu.py tests/kernels/test_triton_golden.py -k golden
 }
 
 phase_sanitizer() { # memcheck and racecheck over one run of every kernel

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routingvl.layers import RoutedLoRALinear
+from routingvl.bottlenecks.inject import remove
+from routingvl.bottlenecks.layers import RoutedLoRALinear
 from routingvl.models.base import RoutedVLModel
-from routingvl.surgery import remove
 
 from .models import autocast
 from .published_models import PublishedLoRALinear, published_model

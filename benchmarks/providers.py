@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from routingvl.compilation import compiler_obstacle
 from routingvl.kernels import routed_adapter, routed_lora, routed_lora_linear
+from routingvl.training.compile import compiler_obstacle
 
 from .cases import Case, Layer, frozen_conv1d, frozen_linear
 from .published import published_adapter, published_lora, published_lora_linear, published_merged_linear

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
-from routingvl.context import VisualContext
-from routingvl.layers import RoutedLoRALinear
+from routingvl.backbones.dropout import LaneDropout
+from routingvl.bottlenecks.context import VisualContext
+from routingvl.bottlenecks.inject import replace_modules
+from routingvl.bottlenecks.layers import RoutedLoRALinear
 from routingvl.models.base import RoutedVLModel
-from routingvl.models.dropout import LaneDropout
-from routingvl.surgery import replace_modules
 
 from .published import published_lora_linear, published_merged_linear
 

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from routingvl.compilation import compiled, compiled_inputs
+from routingvl.config.schema import TrainConfig
 from routingvl.data.collate import IGNORED
-from routingvl.execution import lower_frozen_weights
 from routingvl.models.base import RoutedVLModel
-from routingvl.run_config import TrainConfig
-from routingvl.schedule import BatchOrder
+from routingvl.training.compile import compiled, compiled_inputs
+from routingvl.training.precision import lower_frozen_weights
+from routingvl.training.schedule import BatchOrder
 
 from .models import autocast, errors_of, loss_and_gradients
 from .published_models import published_optimizer

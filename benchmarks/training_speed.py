@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from routingvl.compilation import compiler_obstacle
+from routingvl.training.compile import compiler_obstacle
 
 from .environment import describe_environment
 from .memory import can_measure, process_peak, tensor_peak

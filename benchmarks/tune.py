@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
-from routingvl.atomic import write_json
-from routingvl.kernels.launch import NoTileFitsError
-from routingvl.kernels.tiles import (
+from routingvl.atomic_files import write_json
+from routingvl.kernels.dispatch import NoTileFitsError
+from routingvl.kernels.triton_common.tile_file import tuned_key
+from routingvl.kernels.triton_common.tiles import (
     KINDS,
     SHARED_MEMORY,
     UNKNOWN_SHARED_MEMORY,
@@ -36,7 +37,6 @@ from routingvl.kernels.tiles import (
     padded_rank,
     shared_memory,
 )
-from routingvl.kernels.tuned import tuned_key
 
 from .cases import make_tensors
 from .each_kernel import CALLS, SIZES, Call, case_of, launches_through, layer_of, missed_by

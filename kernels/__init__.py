@@ -3,10 +3,10 @@ else.
 """
 
 from .activations import ACTIVATIONS
-from .image import ImageCode, project_adapter_images, project_lora_images
-from .launch import select_backend
-from .routed_adapter import routed_adapter
-from .routed_lora import routed_lora, routed_lora_linear
+from .adapter.api import routed_adapter
+from .dispatch import select_backend
+from .image_code import ImageCode, project_adapter_images, project_lora_images
+from .lora.api import routed_lora, routed_lora_linear
 from .routing import ROUTINGS, Routing
 
 __all__ = [

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .device import constexpr, jit, tl
-from .tables import find_row
+from .lookup import find_row
+from .optional_triton import constexpr, jit, tl
 
 aten = torch.ops.aten
 

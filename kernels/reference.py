@@ -35,7 +35,7 @@ def reference_lora(
     columns: Sequence[int] | None = None,
     placement: str = "bottleneck",
 ) -> Tensor:
-    """y = base + scaling route(x a', v a') b'; arguments as in :func:`routingvl.kernels.routed_lora`."""
+    """y = base + scaling route(x a', v a') b'; arguments as in :func:`routingvl.kernels.lora.api`."""
     row = find_routing(routing)
     t = F.linear(x, a)
     u = F.linear(v, a) if row.uses_image else None
@@ -70,7 +70,7 @@ def reference_adapter(
     residual: bool = True,
     relu: bool = False,
 ) -> Tensor:
-    """y = [x +] act(route(x D' + d, v D' + d)) U' + c; arguments as in :func:`routingvl.kernels.routed_adapter`."""
+    """y = [x +] act(route(x D' + d, v D' + d)) U' + c; arguments as in :func:`routingvl.kernels.adapter.api`."""
     row = find_routing(routing)
     t = F.linear(x, down_weight, down_bias)
     u = F.linear(v, down_weight, down_bias) if row.uses_image else None

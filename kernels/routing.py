@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .device import constexpr, jit, tl
-from .products import inner_products
-from .tables import find_row
+from .linear import inner_products
+from .lookup import find_row
+from .optional_triton import constexpr, jit, tl
 
 Route = Callable[[Tensor, Tensor | None, bool], Tensor]
 RouteBackward = Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor | None]]

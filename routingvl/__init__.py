@@ -16,11 +16,11 @@ if (_checkout / "setup.py").is_file() and (_checkout / "kernels" / "__init__.py"
 
 _PUBLIC = {
     "RoutingConfig": "routingvl.config",
-    "VisualContext": "routingvl.context",
-    "inject": "routingvl.surgery",
+    "VisualContext": "routingvl.bottlenecks.context",
+    "inject": "routingvl.bottlenecks.inject",
     "ViTRobertaForVQA": "routingvl.models",
     "ViTGPT2ForCaptioning": "routingvl.models",
-    "load_reference_state_dict": "routingvl.checkpoint",
+    "load_reference_state_dict": "routingvl.bottlenecks.checkpoint",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -15,11 +15,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from routingvl.config import ConfigError
-from routingvl.execution import hush_transformers, make_accelerator
+from routingvl.config.schema import RunConfig, changed_settings, override
 from routingvl.metrics.results import coco_results_name, vqa_results_name, write_coco_results, write_vqa_results
-from routingvl.run_config import RunConfig, changed_settings, override
-from routingvl.runs import RunFolder, environment, write_json
-from routingvl.tasks import Task, load_task
+from routingvl.tasks.base import Task, load_task
+from routingvl.training.precision import hush_transformers, make_accelerator
+from routingvl.training.run_folder import RunFolder, environment, write_json
 
 # What evaluation may change; everything else was decided when the run was trained.
 FREE_IN_EVALUATION = ("data.", "eval.", "device", "model.backend", "train.mixed_precision")
@@ -51,7 +51,7 @@ def evaluate(
             part (``num_beams=1``).
 
     Returns:
-        The metrics (see :meth:`routingvl.tasks.Task.scores`), the same in every process, with ``split``,
+        The metrics (see :meth:`routingvl.tasks.base.Task.scores`), the same in every process, with ``split``,
         ``checkpoint``, ``seconds``, ``examples_per_second``, ``skipped`` (unreadable images left out) and
         ``predictions`` (path of the file).
 

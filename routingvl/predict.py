@@ -10,9 +10,9 @@ import torch
 
 from routingvl.config import ConfigError
 from routingvl.evaluate import evaluation_config
-from routingvl.execution import hush_transformers, make_accelerator
-from routingvl.runs import RunFolder
-from routingvl.tasks import CaptionTask, VQATask, load_task
+from routingvl.tasks.base import CaptionTask, VQATask, load_task
+from routingvl.training.precision import hush_transformers, make_accelerator
+from routingvl.training.run_folder import RunFolder
 
 
 class Predictor:

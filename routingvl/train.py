@@ -24,21 +24,21 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from routingvl.atomic import replacing
-from routingvl.compilation import check_compiler, compiled, compiled_inputs
+from routingvl.atomic_files import replacing
 from routingvl.config import ConfigError
+from routingvl.config.schema import RunConfig
 from routingvl.evaluate import predict_dataset
-from routingvl.execution import (
+from routingvl.tasks.base import Task, build_task
+from routingvl.training.compile import check_compiler, compiled, compiled_inputs
+from routingvl.training.precision import (
     hush_transformers,
     lower_frozen_weights,
     make_accelerator,
     rng_state,
     set_rng_state,
 )
-from routingvl.run_config import RunConfig
-from routingvl.runs import RunFolder, RunLog
-from routingvl.schedule import BatchOrder, learning_rate_factor, total_steps
-from routingvl.tasks import Task, build_task
+from routingvl.training.run_folder import RunFolder, RunLog
+from routingvl.training.schedule import BatchOrder, learning_rate_factor, total_steps
 
 Log = str | Callable[[dict[str, Any]], None] | None
 

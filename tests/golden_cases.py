@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from routingvl import RoutingConfig, ViTGPT2ForCaptioning, ViTRobertaForVQA
-from routingvl.layers import RoutedAdapter, RoutedLoRALinear
+from routingvl.bottlenecks.layers import RoutedAdapter, RoutedLoRALinear
 
 FOLDER = Path(__file__).parent / "golden"
 CASES: list[dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text())["cases"]

@@ -9,10 +9,10 @@ import pytest
 
 from routingvl.benchmarks.providers import COMPETITORS
 from routingvl.cli import COMMANDS
+from routingvl.config.schema import known_keys
 from routingvl.demo.search import load_search, summarise
 from routingvl.demo.variants import Variant
 from routingvl.kernels.routing import ROUTINGS, routing_table
-from routingvl.run_config import known_keys
 
 ROOT = Path(__file__).parent.parent
 TRAINING = {"cpu_training": "Intel Xeon", "cpu_training_amd": "AMD EPYC"}

@@ -12,8 +12,8 @@ from routingvl.config import ConfigError
 from routingvl.evaluate import evaluate
 from routingvl.metrics import read_coco_results, read_vqa_results, vqa_report
 from routingvl.predict import Predictor
-from routingvl.runs import RunError
 from routingvl.train import train
+from routingvl.training.run_folder import RunError
 
 PYTHON_METRICS = {"metrics": ["CIDEr", "BLEU-4"], "caption_tokenizer": "python"}
 

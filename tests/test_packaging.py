@@ -63,7 +63,7 @@ ROWS = documented_rows()
 
 
 def unit_of(name: str) -> str:
-    """``models`` for ``routingvl.models.vqa.ViTRobertaForVQA``, and "" for names of ``routingvl`` itself."""
+    """``models`` for ``routingvl.models.classification.ViTRobertaForVQA``, and "" for names of ``routingvl`` itself."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 and f"routingvl.{parts[1]}" in MODULES else ""
 
@@ -96,7 +96,7 @@ def test_third_party_imports():
     assert roots("routingvl.kernels") - standard <= {"torch", "triton", "routingvl"}
     kernels_use = {unit_of(name) for module, names in IMPORTS.items() if unit_of(module) == "kernels" for name in names}
     assert kernels_use <= {"kernels", ""}
-    assert "transformers" not in roots("routingvl.layers")
+    assert "transformers" not in roots("routingvl.bottlenecks.layers")
     assert not {"torch", "transformers"} & roots("routingvl.metrics")
     assert not {"torchvision", "kernels", "benchmarks", "configs"} & roots("routingvl")
 

@@ -21,8 +21,8 @@ from transformers import (
     ViTModel,
 )
 
+from routingvl.config.schema import RunConfig, override, run_config_from_dict
 from routingvl.data.images import ImagePreprocessor
-from routingvl.run_config import RunConfig, override, run_config_from_dict
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 220), "white": (240, 240, 240)}
 SPLITS = {"train": 12, "val": 4, "test": 5}
@@ -134,7 +134,7 @@ def write_data(folder: Path) -> None:
 
 
 def tiny_config(folder: Path, output_dir: Path, task: str, **settings: object) -> RunConfig:
-    """A few steps on the tiny data; ``settings`` override by name, see :func:`routingvl.run_config.override`."""
+    """A few steps on the tiny data; ``settings`` override by name, see :func:`routingvl.config.schema.override`."""
     text = "roberta" if task == "vqa" else "gpt2"
     config = run_config_from_dict(
         {

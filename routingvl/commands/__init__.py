@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from routingvl.config import ConfigError, nearest
-from routingvl.config_file import parse_config
-from routingvl.run_config import changed_settings
-from routingvl.runs import RunFolder
+from routingvl.config.files import parse_config
+from routingvl.config.schema import changed_settings
+from routingvl.training.run_folder import RunFolder
 
 
 class CommandParser(argparse.ArgumentParser):

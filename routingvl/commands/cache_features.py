@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from routingvl.commands import say
 from routingvl.config import ConfigError
-from routingvl.config_file import command_parser, config_from_namespace
+from routingvl.config.files import command_parser, config_from_namespace
 
 EXAMPLE = "routingvl cache-features --config caption-lora --data.images data/coco --feature-cache data/features"
 
@@ -26,7 +26,7 @@ def run(args: Sequence[str]) -> int:
         raise ConfigError("cache-features: no folder given; add --feature-cache FOLDER or set data.feature_cache")
     config.check_files()
 
-    from routingvl.features import cache_features
+    from routingvl.training.cache_features import cache_features
 
     progress = not namespace.quiet and sys.stderr.isatty()
     for split, found, computed in cache_features(config, namespace.splits, progress=progress):

@@ -47,9 +47,9 @@ def run(args: Sequence[str]) -> int:
 
 
 def compile_kernels() -> int:
-    """Print the table of :mod:`routingvl.kernels.codegen`, made in a process that is free of Triton's interpreter."""
+    """Print the table of :mod:`routingvl.benchmarks.codegen`, made in a process without Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "routingvl.kernels.codegen"]
+    command = [sys.executable, "-m", "routingvl.benchmarks.codegen"]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
@@ -57,8 +57,8 @@ def examine() -> dict[str, dict[str, Any]]:
     """Every finding by section; a value that starts with PROBLEM needs action."""
     import torch
 
-    from routingvl.kernels.launch import select_backend
-    from routingvl.runs import git_state, hardware, package_versions
+    from routingvl.kernels.dispatch import select_backend
+    from routingvl.training.run_folder import git_state, hardware, package_versions
 
     devices = hardware()
     devices["cuda"] = devices["cuda"] or "this torch is built without CUDA"
@@ -92,7 +92,7 @@ def try_kernels(device: str, rank: int = 128) -> str:
     import torch
 
     from routingvl.kernels import routed_adapter, routed_lora
-    from routingvl.kernels.launch import unfit_kernels
+    from routingvl.kernels.dispatch import unfit_kernels
 
     x, v = torch.ones(2, 64, 128, device=device), torch.ones(2, 1, 128, device=device)
     down = torch.zeros(rank, 128, device=device, requires_grad=True)

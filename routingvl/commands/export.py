@@ -24,9 +24,9 @@ def run(args: Sequence[str]) -> int:
     parser.add_argument("--format", choices=("routingvl", "peft"), default="routingvl", help="default: routingvl")
     options = parser.parse_args(args)
 
-    from routingvl.atomic import replacing
+    from routingvl.atomic_files import replacing
     from routingvl.models import load_pretrained
-    from routingvl.runs import RunFolder
+    from routingvl.training.run_folder import RunFolder
 
     folder, output = RunFolder(Path(options.run)), Path(options.output)
     folder.load_config()
@@ -35,7 +35,7 @@ def run(args: Sequence[str]) -> int:
     model = load_pretrained(folder.adapter(options.checkpoint))
     with replacing(output) as target:
         if options.format == "peft":
-            from routingvl.checkpoint import export_peft
+            from routingvl.bottlenecks.checkpoint import export_peft
 
             export_peft(model, target, base_model=model.backbones["text"])
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from routingvl.commands import say
 from routingvl.config import ConfigError
-from routingvl.config_file import command_parser, config_from_namespace
+from routingvl.config.files import command_parser, config_from_namespace
 
 EXAMPLE = "routingvl train --config configs/vqa-lora.yaml --train.lr 3e-4 --routing.rank 64 --output_dir runs/rank64"
 

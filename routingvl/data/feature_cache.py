@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from routingvl.atomic import replacing, write_json
+from routingvl.atomic_files import replacing, write_json
 
 logger = logging.getLogger(__name__)
 

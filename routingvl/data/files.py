@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from routingvl.atomic import replacing
+from routingvl.atomic_files import replacing
 
 COCO_PREFIX = re.compile(r"^COCO_([a-z]+\d{4})_")
 

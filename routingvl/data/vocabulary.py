@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from routingvl.answers import normalize_answer
 from routingvl.data.files import DataError, read_json, write_json_files
+from routingvl.metrics.answers import normalize_answer
 
 if TYPE_CHECKING:
     from routingvl.data.vqa import Question

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from routingvl.atomic import replacing
-from routingvl.data import shapes
+from routingvl.atomic_files import replacing
+from routingvl.demo import shapes
 from routingvl.demo.pool import worker_pool
 
 PIXEL_MEAN = PIXEL_STD = 0.5

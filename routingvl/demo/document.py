@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from routingvl.atomic import replacing, write_text
+from routingvl.atomic_files import replacing, write_text
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1f2430; --soft: #5b6472; --line: #dfe3ea; --tint: #f5f7fa; --accent: #2456a6; }

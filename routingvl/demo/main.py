@@ -15,13 +15,13 @@ from typing import Any
 
 from routingvl.config import ConfigError
 from routingvl.data.prepare import prepare_coco, prepare_vqa
-from routingvl.data.shapes import ShapesConfig, write_shapes
 from routingvl.demo.backbones import build_backbones
 from routingvl.demo.jobs import Record, ResultStore, run_jobs
 from routingvl.demo.report import write_report
 from routingvl.demo.search import best_rates, load_search, search, write_search
+from routingvl.demo.shapes import ShapesConfig, write_shapes
 from routingvl.demo.variants import QUICK_VARIANTS, VARIANTS, DemoSettings, Job, Variant
-from routingvl.runs import environment
+from routingvl.training.run_folder import environment
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from routingvl.atomic import write_text
+from routingvl.atomic_files import write_text
 from routingvl.demo.jobs import Record
 from routingvl.demo.variants import VARIANTS, DemoSettings, Job, Variant, settings_to_dict
-from routingvl.runs import environment
+from routingvl.training.run_folder import environment
 
 COMMITTED = Path(__file__).with_name("search.json")
 RunJobs = Callable[[Sequence[Job]], list[Record]]

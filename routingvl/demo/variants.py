@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from routingvl.config import RoutingConfig
-from routingvl.data.shapes import ShapesConfig
+from routingvl.config.schema import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, config_to_dict
 from routingvl.demo.backbones import BackboneConfig
+from routingvl.demo.shapes import ShapesConfig
 from routingvl.kernels import ROUTINGS
-from routingvl.run_config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, config_to_dict
 
 METHOD_TITLES = {"lora": "LoRA", "adapter": "Adapter"}
 SCORES = {"caption": "CIDEr", "vqa": "accuracy"}  # what the learning rate is chosen by, on validation

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from routingvl.atomic import write_text
+from routingvl.atomic_files import write_text
 
 
 class ResultFileError(ValueError):

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from routingvl.answers import normalize_answer, process_punctuation
+from routingvl.metrics.answers import normalize_answer, process_punctuation
 
 RULES = ("2021", "2016")
 

@@ -2,6 +2,6 @@
 
 from routingvl.models.base import ModelOutput, RoutedVLModel, load_pretrained
 from routingvl.models.captioning import ViTGPT2ForCaptioning
-from routingvl.models.vqa import ViTRobertaForVQA
+from routingvl.models.classification import ViTRobertaForVQA
 
 __all__ = ["ModelOutput", "RoutedVLModel", "ViTGPT2ForCaptioning", "ViTRobertaForVQA", "load_pretrained"]

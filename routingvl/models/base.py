@@ -9,13 +9,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from routingvl import checkpoint
+from routingvl.backbones.dropout import lighten_dropout
+from routingvl.backbones.vision import VISION_FEATURES, vit_features
+from routingvl.bottlenecks import checkpoint
+from routingvl.bottlenecks.context import VisualContext
+from routingvl.bottlenecks.inject import TrainableReport, inject, trainable_report
 from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict
-from routingvl.context import VisualContext
 from routingvl.kernels import ROUTINGS
-from routingvl.models.dropout import lighten_dropout
-from routingvl.models.vision import VISION_FEATURES, vit_features
-from routingvl.surgery import TrainableReport, inject, trainable_report
 
 
 class ModelOutput(NamedTuple):
@@ -230,7 +230,7 @@ class RoutedVLModel(nn.Module):
             directory: the folder.
             vision, text: backbones to use instead of the ones the folder refers to (needed when they were given as
                 objects, or have moved).
-            backend: see :func:`routingvl.kernels.routed_lora`.
+            backend: see :func:`routingvl.kernels.lora.api`.
 
         Raises:
             CheckpointError: the folder is not a saved model of this class, a backbone is missing or another one than

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import NewGELUActivation
 
+from routingvl.bottlenecks.inject import replace_modules
 from routingvl.config import RoutingConfig, check_choice
 from routingvl.models.base import ModelOutput, RoutedVLModel
 from routingvl.models.losses import IGNORED, linear_cross_entropy
-from routingvl.surgery import replace_modules
 
 CAPTION_LOSSES = ("sound", "reference")
 
@@ -25,13 +25,13 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
 
     Args:
         vision, text, routing: backbones (modules) and bottlenecks.
-        vision_features: "pooler", "cls", "mean" or "tokens", see :func:`routingvl.models.vision.vit_features`.
+        vision_features: "pooler", "cls", "mean" or "tokens", see :func:`routingvl.backbones.vision.vit_features`.
         visual_prefix: put the visual tokens in front of the text.
         caption_loss: "sound" (default): every token is predicted from what stands before it, the first one from the
             last visual token; labels of -100 do not count. "reference": the published loss, which never supervises
             the first token, ignores token id 0 and counts end-of-text padding.
         vision_width: d of ``vision_features=`` inputs when vision is None.
-        backend: see :func:`routingvl.kernels.routed_lora`.
+        backend: see :func:`routingvl.kernels.lora.api`.
     """
 
     language_model_name = "gpt"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from routingvl.kernels.products import product
+from routingvl.kernels.linear import product
 
 IGNORED = -100  # label that does not count
 # Logits that exist at one time: 64 MiB in float32, which is 333 rows of GPT-2's vocabulary.

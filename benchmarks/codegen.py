@@ -1,0 +1,385 @@
+"""Ahead-of-time compilation of every shipped kernel configuration, without a GPU, and what the machine code uses.
+
+``python -m routingvl.benchmarks.codegen`` prints the table (``--help`` for choices).
+ It must run in a process of its own where TRITON_INTERPRET is set, because Triton reads that once. Triton's own
+cache on disk, keyed by the source, makes every later run quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from routingvl.kernels.activations import ACTIVATIONS
+from routingvl.kernels.routing import ROUTINGS
+from routingvl.kernels.triton_common.tiles import SHARED_MEMORY, Tile, padded_rank, tiles_for
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+RANKS = (16, 32, 64, 128, 256)
+NO_IMAGE, ONE_TOKEN, TOKENS, GRAM = range(4)  # forms of the image, as in triton_lora
+MAX_GRAM_RANK = 64
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One kernel as it would be compiled at its launch.
+
+    Attributes:
+        kernel: its name, one of ``VARIANTS``.
+        variant: what it computes, a name from there.
+        rank: width of the code.
+        precision: of the products, "half" (here bfloat16), "tf32" or "ieee".
+        decode: whether with the tile of few rows.
+        arch: one of ``ARCHITECTURES``.
+    """
+
+    kernel: str
+    variant: str
+    rank: int
+    precision: str
+    decode: bool
+    arch: str
+
+    @property
+    def tile_kind(self) -> str:
+        """The kind under which the kernel finds its tile."""
+        return "lora_backward" if self.kernel == "dropped_gradient" else self.kernel
+
+    @property
+    def tile(self) -> Tile:
+        """The tile that a launch would try first."""
+        return tiles_for(self.tile_kind, self.rank, self.precision, self.decode, self.arch)[0]
+
+    def __str__(self) -> str:
+        return " ".join((self.kernel, self.variant, f"r{self.rank}", self.precision, *["decode"] * self.decode))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a program of the compiled kernel uses.
+
+    Attributes:
+        registers: a thread (gfx942: vector registers).
+        spills: instructions that read or write spilled registers (gfx942: registers spilled).
+        shared_memory: bytes.
+        matrix: {matrix instruction: how many stand in the code}.
+    """
+
+    registers: int
+    spills: int
+    shared_memory: int
+    matrix: Mapping[str, int]
+
+
+_ROUTE = {name: {"ROUTING": row.code} for name, row in ROUTINGS.items()}
+_ACT = {name: {"ACT": row.code} for name, row in ACTIVATIONS.items()}
+# Constants of the kernels that a variant does not mention.
+_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "ROUTING": ROUTINGS["mul"].code,
+        "RELU": False,
+        "VISUAL": ONE_TOKEN,
+        "GROUPS": 1,
+        "ACT": ACTIVATIONS["gelu"].code,
+        "RANK_ONE": False,
+        "BLOCK_L": 32,
+        "DROPOUT": False,
+        **dict.fromkeys(("ACCUMULATE", "RESIDUAL", "DOWN_BIAS", "UP_BIAS", "SAVE_T", "SAVE_CODE"), True),
+        **dict.fromkeys(("WRITE_DX", "WRITE_DU", "WRITE_DP", "WRITE_DO", "WRITE_H"), True),
+        "WRITE_DZ": False,
+    }
+)
+_TOKENS = {**_ROUTE["vllora"], "VISUAL": TOKENS, "WRITE_DU": False, "WRITE_DZ": True}
+_LORA = {
+    "mul": {},
+    "vllora relu": {**_ROUTE["vllora"], "RELU": True},
+    "mul dropout": {"DROPOUT": True},
+    "mul grouped": {"GROUPS": 2},
+    "vllora tokens": _TOKENS,
+    "vllora gram": {**_TOKENS, "VISUAL": GRAM},
+}
+_ADAPTER = {
+    "mul gelu": {},
+    "none gelu_new": {**_ROUTE["none"], **_ACT["gelu_new"], "VISUAL": NO_IMAGE, "WRITE_DU": False},
+    "vllora relu gelu": {**_ROUTE["vllora"], "RELU": True},
+    "vllora tokens gelu": _TOKENS,
+    "vllora gram gelu": {**_TOKENS, "VISUAL": GRAM},
+    "rank one gelu": {**_ROUTE["vllora"], "RANK_ONE": True},
+}
+_RANK_ONE = {"plain": {}, "dropout": {"DROPOUT": True}, "grouped dropout": {"DROPOUT": True, "GROUPS": 2}}
+# {kernel: {variant: constants}}; the first variant is compiled at every rank, the others at ranks 128 and 256.
+VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "lora_forward": _LORA,
+        "lora_backward": _LORA,
+        "dropped_gradient": {"dropout": {"DROPOUT": True}},
+        "rank_one_forward": _RANK_ONE,
+        "rank_one_backward": _RANK_ONE,
+        "adapter_forward": _ADAPTER,
+        "adapter_backward": _ADAPTER,
+    }
+)
+_FLOAT32_POINTERS = {"p_du", "p_da", "p_c", "p_dp", "p_do"}
+_FLOATS = {"scaling", "keep_scale"}
+_DIVISIBLE = ("p_", "width", "stride", "column", "rank")  # beginnings of names; by 16, as at every usual size
+
+
+def configurations(architectures: Sequence[str] = ARCHITECTURES) -> Iterator[Configuration]:
+    """Every configuration that is shipped, representative where kernels differ in a constant only."""
+    for arch, kernel in itertools.product(architectures, VARIANTS):
+        for index, variant in enumerate(VARIANTS[kernel]):
+            for rank in _ranks(kernel, variant):
+                yield Configuration(kernel, variant, rank, "half", False, arch)
+                if index > 0:
+                    continue
+                if kernel in ("lora_forward", "adapter_forward"):
+                    yield Configuration(kernel, variant, rank, "half", True, arch)
+                if rank >= 128 or kernel.startswith("rank_one"):
+                    for precision in ("tf32", "ieee") if arch.startswith("sm_") else ("ieee",):
+                        yield Configuration(kernel, variant, rank, precision, False, arch)
+
+
+def _ranks(kernel: str, variant: str) -> tuple[int, ...]:
+    if kernel.startswith("rank_one"):
+        return RANKS[:1]  # the rank plays no part
+    if "gram" in variant:
+        return (MAX_GRAM_RANK,)
+    return RANKS if variant == next(iter(VARIANTS[kernel])) else RANKS[-2:]
+
+
+def _kernel_function(name: str) -> Any:
+    from routingvl.kernels.adapter import triton as adapter
+    from routingvl.kernels.lora import rank_one
+    from routingvl.kernels.lora import triton as lora
+
+    homes = {"adapter": adapter, "rank_one": rank_one}
+    home = next((module for start, module in homes.items() if name.startswith(start)), lora)
+    return getattr(home, f"{name}_kernel")
+
+
+def compile_configuration(configuration: Configuration) -> Any:
+    """The compiled kernel (``triton.compile``'s result), with every size and stride a multiple of 16.
+
+    Raises:
+        RuntimeError: this process runs Triton's interpreter.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("kernels cannot be compiled while TRITON_INTERPRET=1 is set")
+    function = _kernel_function(configuration.kernel)
+    constants = _constants(configuration)
+    dtype = "bf16" if configuration.precision == "half" else "fp32"
+    signature, attributes = {}, {}
+    for index, parameter in enumerate(function.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = _type_of(name, dtype, constants)
+        if name.startswith(_DIVISIBLE) and not parameter.do_not_specialize:
+            attributes[index,] = [["tt.divisibility", 16]]
+    used = {name: constants[name] for name, kind in signature.items() if kind == "constexpr"}
+    source = ASTSource(fn=function, signature=signature, constexprs=used, attrs=attributes)
+    tile = configuration.tile
+    cuda = configuration.arch.startswith("sm_")
+    target = GPUTarget("cuda", int(configuration.arch[3:]), 32) if cuda else GPUTarget("hip", configuration.arch, 64)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return triton.compile(source, target=target, options=options)
+
+
+def _constants(configuration: Configuration) -> dict[str, Any]:
+    tile = configuration.tile
+    return {
+        **_DEFAULTS,
+        **VARIANTS[configuration.kernel][configuration.variant],
+        "CODE": padded_rank(configuration.rank),
+        "PRECISION": "ieee" if configuration.precision == "ieee" else "tf32",
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+    }
+
+
+def _type_of(name: str, dtype: str, constants: Mapping[str, Any]) -> str:
+    if name in _FLOATS:
+        return "fp32"
+    if not name.startswith("p_"):
+        return "i32"
+    if name == "p_seed":
+        return "*i64"
+    wide = name in _FLOAT32_POINTERS
+    wide |= name == "p_image" and constants["VISUAL"] == GRAM
+    wide |= name in ("p_code", "p_dcode") and constants["RANK_ONE"]
+    return "*fp32" if wide else f"*{dtype}"
+
+
+def usage_of(configuration: Configuration) -> Usage:
+    """Compile a configuration and read from its code what it uses."""
+    compiled = compile_configuration(configuration)
+    shared = compiled.metadata.shared
+    if "cubin" not in compiled.asm:
+        code = compiled.asm["amdgcn"]
+        spills = _number(r"\.vgpr_spill_count:\s+(\d+)", code)  # scalar ones spill into vector registers, at no cost
+        return Usage(_number(r"\.vgpr_count:\s+(\d+)", code), spills, shared, _counted(r"v_s?mfma", code))
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    listing = done.stdout + done.stderr
+    matrix = _counted(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
+    return Usage(_number(r"REG:(\d+)", listing), len(re.findall(r"\b(?:LDL|STL)\b", listing)), shared, matrix)
+
+
+def fingerprint(configuration: Configuration) -> str:
+    """What the machine code depends on, in 16 hexadecimal digits: source, tile, constants, and Triton's version."""
+    import triton
+
+    source = _kernel_function(configuration.kernel).cache_key  # of all functions it calls, too
+    parts = (triton.__version__, source, str(configuration.tile), str(sorted(_constants(configuration).items())))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+class Results:
+    """Usages kept in a file of JSON lines, so that an interrupted run goes on where it stopped.
+
+    A line {"configuration", "fingerprint", "usage"} a configuration; lines whose fingerprint is no longer that of the
+    configuration are passed over. Without a file nothing is kept.
+
+    Raises:
+        ValueError: a line of the file is none of these; the message names file and line.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._known: dict[tuple[Configuration, str], Usage] = {}
+        if path is None or not path.exists():
+            return
+        text = path.read_text(encoding="utf-8")
+        if not text.endswith("\n"):  # written as the program was killed
+            text = text[: text.rfind("\n") + 1]
+            path.write_text(text, encoding="utf-8")
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                key = Configuration(**row["configuration"]), row["fingerprint"]
+                self._known[key] = Usage(**row["usage"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number} is no result of codegen ({error}): delete it") from error
+
+    def usage(self, configuration: Configuration) -> Usage:
+        """What the configuration uses: known from the file, or compiled now and added to it."""
+        key = configuration, fingerprint(configuration)
+        if key not in self._known:
+            self._known[key] = usage_of(configuration)
+            if self._path is not None:
+                row = {"configuration": asdict(configuration), "fingerprint": key[1], "usage": asdict(self._known[key])}
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+        return self._known[key]
+
+
+def _number(pattern: str, text: str) -> int:
+    return int(re.search(pattern, text)[1])
+
+
+def _counted(pattern: str, text: str) -> dict[str, int]:
+    found = re.findall(pattern, text)
+    return {name: found.count(name) for name in dict.fromkeys(found)}
+
+
+def table(rows: Sequence[tuple[Configuration, Usage]]) -> str:
+    """Markdown: a line a configuration, a column an architecture ("registers, spills, KiB, matrix instructions")."""
+    architectures = [arch for arch in ARCHITECTURES if any(row[0].arch == arch for row in rows)]
+    cells: dict[str, dict[str, str]] = {}
+    for configuration, usage in rows:
+        tile = configuration.tile
+        blocks = f"{tile.block_m}x{tile.block_n}x{tile.block_k} {tile.num_warps}w {tile.num_stages}s"
+        matrix = " ".join(f"{count} {name.split('.')[0]}" for name, count in usage.matrix.items()) or "none"
+        cell = f"{blocks}: {usage.registers}, {usage.spills}, {usage.shared_memory / 1024:.0f}, {matrix}"
+        cells.setdefault(str(configuration), {})[configuration.arch] = cell
+    lines = [f"| configuration | {' | '.join(architectures)} |", "|---" * (len(architectures) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(row.get(arch, '-') for arch in architectures)} |" for name, row in cells.items()]
+    return "\n".join(lines)
+
+
+def problems(configuration: Configuration, usage: Usage) -> list[str]:
+    """What is wrong with a compiled configuration; nothing for those that may be shipped."""
+    found = []
+    if usage.spills:
+        found.append(f"{usage.spills} spills")
+    if usage.shared_memory > SHARED_MEMORY[configuration.arch]:
+        found.append(f"{usage.shared_memory} bytes of shared memory exceed {SHARED_MEMORY[configuration.arch]}")
+    products = not configuration.kernel.startswith("rank_one") and configuration.precision != "ieee"
+    if products and not usage.matrix:
+        found.append("no matrix instructions")
+    by_rank = configuration.kernel == "dropped_gradient"  # there the code's components are the rows of the product
+    rows = padded_rank(configuration.rank) if by_rank else configuration.tile.block_m
+    if products and configuration.arch == "sm_90" and rows >= 64 and "wgmma.mma_async" not in usage.matrix:
+        found.append("no wgmma")
+    return found
+
+
+def examine(chosen: Sequence[Configuration]) -> list[tuple[Configuration, Usage]]:
+    """Usage of every configuration, compiled in a fresh process free of Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "routingvl.benchmarks.codegen", "--from-stdin"]
+    wanted = "".join(json.dumps(asdict(configuration)) + "\n" for configuration in chosen)
+    done = subprocess.run(command, input=wanted, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"compiling the kernels failed:\n{done.stderr[-4000:]}")
+    usages = [Usage(**json.loads(line)) for line in done.stdout.splitlines()]
+    return list(zip(chosen, usages, strict=True))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; exit status 1 when a configuration has a problem."""
+    parser = argparse.ArgumentParser(prog="python -m routingvl.benchmarks.codegen", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only this one (repeatable)")
+    parser.add_argument("--match", default="", help="only configurations whose name matches this regular expression")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="keep results there; compile only what it lacks")
+    parser.add_argument("--from-stdin", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does anyway, without its warning
+    if options.from_stdin:
+        for line in sys.stdin:
+            print(json.dumps(asdict(usage_of(Configuration(**json.loads(line))))), flush=True)
+        return 0
+    try:
+        results = Results(options.resume)
+    except (OSError, ValueError) as error:
+        parser.error(f"--resume: {error}")
+    every = configurations(options.arch or ARCHITECTURES)
+    chosen = [configuration for configuration in every if re.search(options.match, str(configuration))]
+    rows, bad = [], []
+    for done, configuration in enumerate(chosen, 1):
+        usage = results.usage(configuration)
+        rows.append((configuration, usage))
+        faults = [f"{configuration} on {configuration.arch}: {fault}" for fault in problems(configuration, usage)]
+        print(f"[{done}/{len(chosen)}] {configuration} on {configuration.arch}", *faults, file=sys.stderr, sep="\n  ")
+        bad += faults
+    print("\n" + table(rows))
+    for fault in bad:
+        print(f"PROBLEM: {fault}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

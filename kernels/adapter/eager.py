@@ -1,0 +1,181 @@
+"""Eager backend of the routed Adapter: torch operations ordered so that nothing is computed or stored twice.
+
+:class:`DenseAdapter` serves any routing function. :class:`RankOneAdapter` serves expand and vllora with one visual
+token, where the down-projection of the text collapses to one inner product a row: z_b = (x_b . w_b + k_b) u_b.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..activations import find_activation
+from ..arguments import with_signature, without_autocast
+from ..image_code import ImageCode
+from ..linear import add_product_, fresh_linear, inner_products, linear, plus_product, product
+from ..routing import Routing, find_routing, route_image
+
+
+def _up(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+    """[x +] h weight' + bias with h [B, T, R], weight [K, R]; the residual costs no pass of its own."""
+    if not residual:
+        return fresh_linear(h, weight, bias)
+    # Not (x + bias).contiguous(): where that returns its operand, torch.compile of torch 2.11 loses all gradients.
+    y = x.clone(memory_format=torch.contiguous_format) if bias is None else x.contiguous() + bias
+    add_product_(y.view(-1, y.shape[-1]), h.flatten(0, 1), weight.t())
+    return y
+
+
+def _up_gradients(
+    dy: Tensor, h: Tensor, weight: Tensor, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dh [B, T, R], and the gradients of the up-projection's weight and bias where needed."""
+    rows = dy.flatten(0, 1)
+    dh = product(rows, weight).view_as(h)
+    dweight = product(rows.t(), h.flatten(0, 1)) if needs[0] else None
+    return dh, dweight, dy.sum((0, 1)) if needs[1] else None
+
+
+class DenseAdapter(torch.autograd.Function):
+    """y = [x +] act(route(t, u)) U' + c with t = x D' + d [B, T, R], u the image's code (``gram`` its u' u, or None).
+
+    Saved: x, t, u, the weights and h = act(...), because gelu through erf takes as long as a small matrix product.
+    """
+
+    @staticmethod
+    @with_signature
+    def forward(
+        x: Tensor,
+        u: Tensor | None,
+        down_weight: Tensor,
+        down_bias: Tensor | None,
+        up_weight: Tensor,
+        up_bias: Tensor | None,
+        gram: Tensor | None,
+        routing: str,
+        activation: str,
+        residual: bool,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        t = linear(x, down_weight, down_bias)
+        h = find_activation(activation).forward(route_image(find_routing(routing), t, u, relu, gram))
+        return _up(h, x, up_weight, up_bias, residual), t, h
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)  # no zeros for the outputs that only exist to be saved
+        x, u, down_weight, _, up_weight, _, _, *ctx.options = inputs
+        _, t, h = output
+        ctx.mark_non_differentiable(t, h)
+        ctx.save_for_backward(x, u, down_weight, up_weight, t, h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        with without_autocast(dy.device.type):
+            return DenseAdapter._gradients(ctx, dy.contiguous())
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, u, down_weight, up_weight, t, h = ctx.saved_tensors
+        routing, activation, residual, relu = ctx.options
+        need_x, need_u, need_down, need_down_bias, need_up, need_up_bias = ctx.needs_input_grad[:6]
+        row, act = find_routing(routing), find_activation(activation)
+        z = row.route(t, u, relu)
+        dh, dup, dup_bias = _up_gradients(dy, h, up_weight, (need_up, need_up_bias))
+        dt, du = row.route_backward(act.backward(dh, z), t, u, relu)
+        rows = dt.flatten(0, 1)
+        dx = None
+        if need_x:
+            dx = plus_product(dy.flatten(0, 1), rows, down_weight) if residual else product(rows, down_weight)
+            dx = dx.view_as(x)
+        ddown = product(rows.t(), x.flatten(0, 1)) if need_down else None
+        ddown_bias = dt.sum((0, 1)) if need_down_bias else None
+        return dx, du if need_u else None, ddown, ddown_bias, dup, dup_bias, None, None, None, None, None
+
+
+class RankOneAdapter(torch.autograd.Function):
+    """y = [x +] act(c u) U' + bias with c = x_b . w_b + k_b [B, T, 1]; w [B, K], k [B] and u [B, R] are the image's.
+
+    Saved: x, c, h = act(c u), w, u and U.
+    """
+
+    @staticmethod
+    @with_signature
+    def forward(
+        x: Tensor,
+        w: Tensor,
+        k: Tensor,
+        u: Tensor,
+        up_weight: Tensor,
+        up_bias: Tensor | None,
+        activation: str,
+        residual: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        c = inner_products(x, w) + k[:, None, None]
+        h = find_activation(activation).forward(c * u.unsqueeze(1))
+        return _up(h, x, up_weight, up_bias, residual), c, h
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)  # no zeros for the outputs that only exist to be saved
+        x, w, _, u, up_weight, _, *ctx.options = inputs
+        _, c, h = output
+        ctx.mark_non_differentiable(c, h)
+        ctx.save_for_backward(x, w, u, up_weight, c, h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        with without_autocast(dy.device.type):
+            return RankOneAdapter._gradients(ctx, dy.contiguous())
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, u, up_weight, c, h = ctx.saved_tensors
+        activation, residual = ctx.options
+        need_x, need_w, need_k, need_u, need_up, need_up_bias = ctx.needs_input_grad[:6]
+        act = find_activation(activation)
+        z = c * u.unsqueeze(1)
+        dh, dup, dup_bias = _up_gradients(dy, h, up_weight, (need_up, need_up_bias))
+        dz = act.backward(dh, z)
+        dc = inner_products(dz, u)  # [B, T, 1]
+        dx = None
+        if need_x:
+            dx = torch.addcmul(dy, dc, w.unsqueeze(1)) if residual else dc * w.unsqueeze(1)
+        dw = torch.bmm(dc.mT, x).squeeze(1) if need_w else None
+        dk = dc.sum((1, 2)) if need_k else None
+        du = torch.bmm(c.mT, dz).squeeze(1) if need_u else None
+        return dx, dw, dk, du, dup, dup_bias, None, None
+
+
+def eager_adapter(
+    x: Tensor,
+    image: ImageCode | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    row: Routing,
+    activation: str,
+    residual: bool,
+    relu: bool,
+) -> Tensor:
+    """The routed Adapter by the cheapest form there is; arguments as in :func:`routingvl.kernels.adapter.api`.
+
+    ``image`` is None where the routing reads none.
+    """
+    if image is not None and image.factors is not None and not relu:
+        code = image.u.squeeze(1)
+        return RankOneAdapter.apply(x, *image.factors, code, up_weight, up_bias, activation, residual)[0]
+    u, gram = (None, None) if image is None else (image.u, image.gram)
+    options = (row.name, activation, residual, relu)
+    return DenseAdapter.apply(x, u, down_weight, down_bias, up_weight, up_bias, gram, *options)[0]

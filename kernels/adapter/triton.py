@@ -1,0 +1,241 @@
+"""Triton kernels of the routed Adapter: y = [x +] act(route(x D' + d, image)) U' + c in one pass, and back.
+
+Letters and names as in :mod:`.triton_lora`. A program takes its rows of text through the whole bottleneck: the code
+leaves the registers once, written for the backward pass, between the down- and the up-projection.
+
+Where z is rank one in each image (expand and vllora with one visual token), the down-projection collapses to one inner
+product a row: z = c u with c = x . w + k, where w = D' p(u) and k = d . p(u) are the image's (constexpr RANK_ONE).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..activations import act_bwd, act_fwd
+from ..lora.triton import NO_IMAGE, ONE_TOKEN, block_rows, route_tokens, route_tokens_back
+from ..routing import route_bwd, route_fwd
+
+# Sizes that change from batch to batch: compiling anew when one becomes divisible by 16 would not pay.
+_VARYING = ["rows", "span", "tokens", "visual", "images"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def adapter_forward_kernel(
+    p_y,  # [M, K] result
+    p_code,  # t [M, R] result; RANK_ONE: c [M] float32
+    p_x,  # [M, K]
+    p_down,  # D [R, K]; RANK_ONE: w [B, K]
+    p_down_bias,  # d [R]; RANK_ONE: k [B]
+    p_image,  # u [B, R], or as VISUAL says
+    p_up,  # U [K, R]
+    p_up_bias,  # c [K]
+    rows,
+    span,
+    tokens,
+    visual,
+    width,  # K
+    rank,
+    stride_xm,
+    ROUTING: tl.constexpr,
+    RELU: tl.constexpr,
+    VISUAL: tl.constexpr,
+    ACT: tl.constexpr,
+    RANK_ONE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    DOWN_BIAS: tl.constexpr,
+    UP_BIAS: tl.constexpr,
+    SAVE_CODE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CODE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """Grid: blocks of rows, shares of the columns of y (each share repeats the down-projection)."""
+    i_m, m_m = block_rows(tl.program_id(0), rows, span, BLOCK_M)
+    o_m = i_m.to(tl.int64)[:, None]
+    i_b = i_m // tokens
+    i_r = tl.arange(0, CODE)
+    m_r = i_r < rank
+    m_mr = m_m[:, None] & m_r[None, :]
+    saves = SAVE_CODE and tl.program_id(1) == 0
+
+    if RANK_ONE:
+        products = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        for k in tl.range(0, width, BLOCK_K, num_stages=3):
+            i_k = k + tl.arange(0, BLOCK_K)
+            m_mk = m_m[:, None] & (i_k < width)[None, :]
+            x = tl.load(p_x + o_m * stride_xm + i_k[None, :], mask=m_mk, other=0.0).to(tl.float32)
+            w = tl.load(p_down + i_b.to(tl.int64)[:, None] * width + i_k[None, :], mask=m_mk, other=0.0)
+            products += x * w.to(tl.float32)
+        c = tl.sum(products, 1)
+        if DOWN_BIAS:
+            c += tl.load(p_down_bias + i_b, mask=m_m, other=0.0).to(tl.float32)
+        if saves:
+            tl.store(p_code + i_m, c, mask=m_m)
+        u = tl.load(p_image + i_b[:, None] * rank + i_r[None, :], mask=m_mr, other=0.0)
+        z = c[:, None] * u.to(tl.float32)
+    else:
+        t = tl.zeros((BLOCK_M, CODE), tl.float32)
+        for k in range(0, width, BLOCK_K):
+            i_k = k + tl.arange(0, BLOCK_K)
+            m_k = i_k < width
+            x = tl.load(p_x + o_m * stride_xm + i_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+            down = tl.load(p_down + i_r[None, :] * width + i_k[:, None], mask=m_r[None, :] & m_k[:, None], other=0.0)
+            t = tl.dot(x, down, t, input_precision=PRECISION)
+        if DOWN_BIAS:
+            t += tl.load(p_down_bias + i_r, mask=m_r, other=0.0).to(tl.float32)[None, :]
+        if saves:
+            tl.store(p_code + o_m * rank + i_r[None, :], t.to(p_code.dtype.element_ty), mask=m_mr)
+        if VISUAL == NO_IMAGE:
+            z = t
+        elif VISUAL == ONE_TOKEN:
+            u = tl.load(p_image + i_b[:, None] * rank + i_r[None, :], mask=m_mr, other=0.0)
+            z = route_fwd(t, u.to(tl.float32), ROUTING, RELU)
+        else:
+            z = route_tokens(
+                t, p_image, tl.program_id(0), span, visual, rank, m_r, RELU, VISUAL, CODE, PRECISION, BLOCK_M, BLOCK_L
+            )
+    h = act_fwd(z, ACT).to(p_up.dtype.element_ty)
+
+    share = tl.cdiv(tl.cdiv(width, BLOCK_N), tl.num_programs(1)) * BLOCK_N
+    first = tl.program_id(1) * share
+    # Stages are asked for because only then the tile of x is loaded ahead like the operands of the product.
+    for n in tl.range(first, tl.minimum(first + share, width), BLOCK_N, num_stages=3):
+        i_n = n + tl.arange(0, BLOCK_N)
+        m_n = i_n < width
+        m_mn = m_m[:, None] & m_n[None, :]
+        up = tl.load(p_up + i_n[None, :] * rank + i_r[:, None], mask=m_r[:, None] & m_n[None, :], other=0.0)
+        y = tl.dot(h, up, input_precision=PRECISION)
+        if UP_BIAS:
+            y += tl.load(p_up_bias + i_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+        if RESIDUAL:  # the second reading of x meets the L2 cache
+            y += tl.load(p_x + o_m * stride_xm + i_n[None, :], mask=m_mn, other=0.0).to(tl.float32)
+        tl.store(p_y + o_m * width + i_n[None, :], y.to(p_y.dtype.element_ty), mask=m_mn)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def adapter_backward_kernel(
+    p_dx,  # [M, K] result
+    p_dcode,  # dt [M, R] result; RANK_ONE: dc [M] float32
+    p_dz,  # [M, R] result
+    p_du,  # [B, blocks an image, R] float32 result
+    p_h,  # [M, R] result
+    p_dy,  # [M, K]
+    p_code,  # what the forward pass saved
+    p_down,  # as in the forward kernel, and so on
+    p_image,
+    p_up,
+    rows,
+    span,
+    tokens,
+    visual,
+    images,  # B
+    width,
+    rank,
+    stride_dym,
+    ROUTING: tl.constexpr,
+    RELU: tl.constexpr,
+    VISUAL: tl.constexpr,
+    ACT: tl.constexpr,
+    RANK_ONE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    WRITE_DX: tl.constexpr,
+    WRITE_DU: tl.constexpr,
+    WRITE_DZ: tl.constexpr,
+    WRITE_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CODE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """dh = dy U, then back through activation and routing to dt; dx = [dy +] dt D; h once more for the gradient of U.
+
+    du is summed over this program's rows of each of its images: nobody else adds to those sums, so there are no atomics
+    and equal calls give equal bits. Grid: blocks of rows; span is a whole number of images.
+    """
+    block = tl.program_id(0)
+    i_m, m_m = block_rows(block, rows, span, BLOCK_M)
+    o_m = i_m.to(tl.int64)[:, None]
+    i_b = i_m // tokens
+    i_r = tl.arange(0, CODE)
+    m_r = i_r < rank
+    m_mr = m_m[:, None] & m_r[None, :]
+    o_mr = o_m * rank + i_r[None, :]
+
+    dh = tl.zeros((BLOCK_M, CODE), tl.float32)
+    for n in range(0, width, BLOCK_N):
+        i_n = n + tl.arange(0, BLOCK_N)
+        m_n = i_n < width
+        dy = tl.load(p_dy + o_m * stride_dym + i_n[None, :], mask=m_m[:, None] & m_n[None, :], other=0.0)
+        up = tl.load(p_up + i_n[:, None] * rank + i_r[None, :], mask=m_n[:, None] & m_r[None, :], other=0.0)
+        dh = tl.dot(dy, up, dh, input_precision=PRECISION)
+
+    if VISUAL == ONE_TOKEN:
+        u = tl.load(p_image + i_b[:, None] * rank + i_r[None, :], mask=m_mr, other=0.0).to(tl.float32)
+    if RANK_ONE:
+        c = tl.load(p_code + i_m, mask=m_m, other=0.0)
+        z = c[:, None] * u
+    else:
+        t = tl.load(p_code + o_mr, mask=m_mr, other=0.0).to(tl.float32)
+        if VISUAL == NO_IMAGE:
+            z = t
+        elif VISUAL == ONE_TOKEN:
+            z = route_fwd(t, u, ROUTING, RELU)
+        else:
+            z = route_tokens(
+                t, p_image, block, span, visual, rank, m_r, RELU, VISUAL, CODE, PRECISION, BLOCK_M, BLOCK_L
+            )
+    if WRITE_H:
+        tl.store(p_h + o_mr, act_fwd(z, ACT).to(p_h.dtype.element_ty), mask=m_mr)
+    dz = act_bwd(dh, z, ACT)
+    if WRITE_DZ:
+        tl.store(p_dz + o_mr, dz.to(p_dz.dtype.element_ty), mask=m_mr)
+
+    if RANK_ONE:
+        dc = tl.sum(dz * u, 1)
+        du = c[:, None] * dz
+        tl.store(p_dcode + i_m, dc, mask=m_m)
+    else:
+        if VISUAL == NO_IMAGE:
+            dt = dz
+        elif VISUAL == ONE_TOKEN:
+            # Loaded again, from the cache: kept through the activation they would cost registers, up to spilling.
+            t = tl.load(p_code + o_mr, mask=m_mr, other=0.0).to(tl.float32)
+            u = tl.load(p_image + i_b[:, None] * rank + i_r[None, :], mask=m_mr, other=0.0).to(tl.float32)
+            dt, du = route_bwd(dz, t, u, ROUTING, RELU)
+        else:
+            dt = route_tokens_back(
+                dz, t, p_image, block, span, visual, rank, m_r, RELU, VISUAL, CODE, PRECISION, BLOCK_M, BLOCK_L
+            )
+        dt = dt.to(p_down.dtype.element_ty)
+        tl.store(p_dcode + o_mr, dt, mask=m_mr)
+    if WRITE_DU:
+        blocks = tl.cdiv(span, BLOCK_M)
+        first = (block // blocks) * (span // tokens)
+        p_total = p_du + (first.to(tl.int64) * blocks + block % blocks) * rank
+        for image in range(first, tl.minimum(first + span // tokens, images)):
+            total = tl.sum(tl.where(m_m[:, None] & (i_b == image)[:, None], du, 0.0), 0)
+            tl.store(p_total + i_r, total, mask=m_r)
+            p_total += blocks * rank
+
+    if WRITE_DX:
+        for k in tl.range(0, width, BLOCK_K, num_stages=3):
+            i_k = k + tl.arange(0, BLOCK_K)
+            m_k = i_k < width
+            m_mk = m_m[:, None] & m_k[None, :]
+            if RANK_ONE:
+                w = tl.load(p_down + i_b.to(tl.int64)[:, None] * width + i_k[None, :], mask=m_mk, other=0.0)
+                dx = dc[:, None] * w.to(tl.float32)
+            else:
+                down = tl.load(
+                    p_down + i_r[:, None] * width + i_k[None, :], mask=m_r[:, None] & m_k[None, :], other=0.0
+                )
+                dx = tl.dot(dt, down, input_precision=PRECISION)
+            if RESIDUAL:
+                dx += tl.load(p_dy + o_m * stride_dym + i_k[None, :], mask=m_mk, other=0.0).to(tl.float32)
+            tl.store(p_dx + o_m * width + i_k[None, :], dx.to(p_dx.dtype.element_ty), mask=m_mk)

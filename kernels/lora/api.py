@@ -1,0 +1,225 @@
+"""Routed low-rank adaptation: y = base + scaling route(x a', v a') b' (arXiv 2403.09377)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..arguments import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, fold_beams, without_autocast
+from ..dispatch import NoTileFitsError, eager_instead, select_backend
+from ..image_code import ImageCode, has_closed_form, project_lora_images
+from ..routing import Routing, find_routing
+from .eager import eager_lora
+
+PLACEMENTS = ("bottleneck", "output")
+WEIGHT_LAYOUTS = ("nk", "kn")
+
+
+def routed_lora(
+    x: Tensor,
+    v: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    routing: str,
+    scaling: float = 1.0,
+    base: Tensor | None = None,
+    backend: str | None = None,
+    relu: bool = False,
+    groups: int = 1,
+    columns: Sequence[int] | None = None,
+    placement: str = "bottleneck",
+) -> Tensor:
+    """Add a routed bottleneck to the output of a frozen projection.
+
+    Differentiable once in x, v, a, b and base; runs in float64, float32, float16, bfloat16 and under autocast. ``base``
+    is
+    never modified: the result is one copy of it, into which the bottleneck is accumulated. :func:`routed_lora_linear`
+    computes the frozen projection itself and needs no copy.
+
+    Args:
+        x: text hidden states [B, T, K], or [B*beams, T, K] where consecutive rows are the beams of one image.
+        v: visual tokens [B, L, K]; not read (and may be None) for routing "none".
+        a: down-projection [G*R, K], shared by text and image.
+        b: up-projection [G*n, R]; rows g*n to (g+1)*n take components g*R to (g+1)*R of the routed code.
+        routing: name in ``ROUTINGS``; it acts on the joined code of width G*R.
+        scaling: factor of the bottleneck's output, alpha / R in the paper.
+        base: output of the frozen projection [B, T, N], N = G*n unless ``columns`` is given; None: bottleneck alone.
+        backend: "eager", "triton", or None for the default of :func:`routingvl.kernels.dispatch.select_backend`.
+        relu: ReLU on both factors of vllora's inner product.
+        groups: G, how many projections share the joined bottleneck (GPT-2's query and value: 2).
+        columns: for each group the column of base at which its n outputs are added; the rest of base is only copied.
+        placement: "bottleneck" routes the codes, "output" the up-projected codes (joined over groups).
+
+    Returns:
+        [B, T, N] in the dtype of the inputs. Under autocast the products run in its dtype and base keeps its own: the
+        result has the wider of the two.
+
+    Raises:
+        ValueError: unknown name, unfit shapes or dtypes, more visual tokens than the routing takes, v missing.
+        RuntimeError: the backend asked for cannot run.
+    """
+    row = find_routing(routing)
+    _check(x, v, a, b, row, relu, groups, placement)
+    if base is not None:
+        check_shape("base", base, (*x.shape[:2], "N" if columns else b.shape[0]))
+    columns = _check_columns(columns, groups, b.shape[0] // groups, None if base is None else base.shape[2])
+    device = x.device.type
+    x, v, a, b = cast_for_autocast(device, x, v if row.uses_image else None, a, b)
+    autocast = torch.is_autocast_enabled(device)
+    check_dtypes(x=x, v=v, a=a, b=b, base=None if autocast else base)
+    options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
+    if base is not None and base.dtype != x.dtype:
+        # A wider base keeps its precision, as it would in the plain sum.
+        with without_autocast(device):
+            return base + _run(backend, x, v, a, b, row=row, base=torch.zeros_like(base, dtype=x.dtype), **options)
+    return _run(backend, x, v, a, b, row=row, base=base, **options)
+
+
+def routed_lora_linear(
+    x: Tensor,
+    v: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    routing: str,
+    scaling: float = 1.0,
+    relu: bool = False,
+    groups: int = 1,
+    columns: Sequence[int] | None = None,
+    placement: str = "bottleneck",
+    weight_layout: str = "nk",
+    dropout: float = 0.0,
+    backend: str | None = None,
+    image: ImageCode | None = None,
+) -> Tensor:
+    """The frozen projection and its routed bottleneck in one differentiable step: x W' + bias + scaling route(...) b'.
+
+    Because the projection's output is made here, the bottleneck is accumulated in place, and so is its share of dx in
+    the backward pass. With b = 0 the result has the same bits as the projection alone.
+
+    Args:
+        x, v, a, b, routing, scaling, relu, groups, columns, placement, backend: as in :func:`routed_lora`.
+        weight: frozen projection, [N, K] in layout "nk" (nn.Linear) or [K, N] in layout "kn" (transformers' Conv1D). It
+            gets a gradient only if it requires one.
+        bias: [N] or None.
+        weight_layout: "nk" or "kn".
+        dropout: probability of dropping a component of the bottleneck's inputs (text and image drawn separately, kept
+            ones scaled by 1 / (1 - dropout)); 0 outside training. The frozen projection sees x whole.
+        image: what :func:`routingvl.kernels.project_lora_images` made of v for these weights, so that v is not
+            projected again; None without. Not together with dropout, which draws a mask for v in every call.
+
+    Returns:
+        [B, T, N].
+
+    Raises:
+        ValueError, RuntimeError: as :func:`routed_lora`.
+    """
+    row = find_routing(routing)
+    _check(x, v, a, b, row, relu, groups, placement)
+    if weight_layout not in WEIGHT_LAYOUTS:
+        raise ValueError(f"weight_layout={weight_layout!r} is not one of 'nk' (nn.Linear) and 'kn' (Conv1D)")
+    check_shape("weight", weight, ("N", x.shape[2]) if weight_layout == "nk" else (x.shape[2], "N"))
+    outputs = weight.shape[0 if weight_layout == "nk" else 1]
+    if bias is not None:
+        check_shape("bias", bias, (outputs,))
+    if columns is None and outputs != b.shape[0]:
+        raise ValueError(
+            f"b has {b.shape[0]} rows and the projection {outputs} outputs: give columns to say where they belong"
+        )
+    columns = _check_columns(columns, groups, b.shape[0] // groups, outputs)
+    device = x.device.type
+    x, v, weight, bias, a, b = cast_for_autocast(device, x, v if row.uses_image else None, weight, bias, a, b)
+    check_dtypes(x=x, v=v, weight=weight, bias=bias, a=a, b=b)
+    if image is not None and dropout > 0:
+        raise ValueError(f"dropout={dropout} draws a mask for v: image= holds a v that was projected without one")
+    options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
+    frozen = {"weight": weight, "bias": bias, "layout": weight_layout}
+    return _run(backend, x, v, a, b, image=image, dropout=dropout, row=row, **frozen, **options)
+
+
+def _run(
+    backend: str | None,
+    x: Tensor,
+    v: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    row: Routing,
+    relu: bool,
+    groups: int,
+    columns: tuple[int, ...],
+    placement: str,
+    scaling: float,
+    image: ImageCode | None = None,
+    base: Tensor | None = None,
+    dropout: float = 0.0,
+    **frozen: Any,
+) -> Tensor:
+    """Hand checked arguments, and what the image comes to, to the backend."""
+    name, _ = select_backend(x.device.type, backend, dtype=x.dtype, width=a.shape[0])
+    shape, x, base = x.shape, fold_beams(x, v), fold_beams(base, v)
+    options = {"row": row, "scaling": scaling, "relu": relu, "columns": columns, "base": base, **frozen}
+    closed = has_closed_form(row, 0 if v is None else v.shape[1], relu, placement)
+    fused = name == "triton" and closed and equally_spaced(columns)
+    with without_autocast(x.device.type):
+        low = F.dropout(x, dropout) if dropout > 0 and not fused else None
+        # The image's mask is torch's own on any backend: v is B*L rows against M of text.
+        v = F.dropout(v, dropout) if dropout > 0 and v is not None else v
+        if v is not None and closed:
+            form = {"scaling": scaling, "relu": relu, "groups": groups, "placement": placement}
+            made = image or project_lora_images(v, [a], [b], routing=row.name, backend=name, **form)[0]
+            image = made.to(x.dtype)
+        if fused:
+            from .fused import fused_lora  # here, because it needs triton
+
+            try:
+                y = fused_lora(x, image, a, b, dropout=dropout, **options)
+            except NoTileFitsError as error:
+                eager_instead(error)
+                fused, low = False, F.dropout(x, dropout) if dropout > 0 else None
+        if not fused:
+            y = eager_lora(x, low, v, image, a, b, groups=groups, placement=placement, **options)
+    return y if y.shape[0] == shape[0] else y.reshape(*shape[:2], y.shape[2])
+
+
+def equally_spaced(columns: Sequence[int]) -> bool:
+    """Whether the start columns of the groups follow one another at one distance."""
+    return len({right - left for left, right in pairwise(columns)}) <= 1
+
+
+def _check(
+    x: Tensor, v: Tensor | None, a: Tensor, b: Tensor, row: Routing, relu: bool, groups: int, placement: str
+) -> None:
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement={placement!r} is not one of {', '.join(map(repr, PLACEMENTS))}")
+    check_text_and_image(x, v, row, relu, beams=True)
+    check_shape("b", b, ("G*n", "R"))
+    if groups < 1 or b.shape[0] % groups:
+        raise ValueError(f"groups={groups} must be at least 1 and divide the {b.shape[0]} rows of b")
+    check_shape("a", a, (groups * b.shape[1], x.shape[2]))
+
+
+def _check_columns(columns: Sequence[int] | None, groups: int, width: int, outputs: int | None) -> tuple[int, ...]:
+    """Start column of each group's ``width`` outputs; side by side unless told otherwise. ``outputs`` is N, None
+    without base.
+    """
+    if columns is None:
+        return tuple(group * width for group in range(groups))
+    if outputs is None:
+        raise ValueError("columns says where in base to add, so base must be given")
+    columns = tuple(columns)
+    if len(columns) != groups:
+        raise ValueError(f"columns={columns} must name one start column for each of the {groups} groups")
+    ordered = sorted(columns)
+    ends = [*ordered[1:], outputs]
+    if ordered[0] < 0 or any(start + width > end for start, end in zip(ordered, ends, strict=True)):
+        raise ValueError(f"columns={columns} with {width} outputs each overlap or leave the {outputs} columns of base")
+    return columns

@@ -1,0 +1,1 @@
+"""What the Triton kernels of LoRA and Adapter share: device code, tiles, and launching."""

@@ -1,0 +1,96 @@
+"""Launching a compiled kernel again without Triton's own search for it, which costs more than a small kernel runs.
+
+Triton looks at every argument of every launch to find the machine code made for such arguments. Here the code found at
+the first launch is kept under a key that is at least as fine as Triton's: dtype and alignment of each tensor, for each
+integer whether it is 1, a multiple of 16, and in 32 bits, and all constants by value. Anything out of the ordinary goes
+Triton's way: its interpreter, other GPUs than NVIDIA's, tensors that are no plain ones, hooks and profilers, debugging.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+from ..optional_triton import triton
+
+LAUNCH_VARIABLE = "ROUTINGVL_LAUNCH"
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # these types themselves: subclasses stand for something else
+
+
+def specialization(argument: Any) -> Hashable | None:
+    """What the machine code may depend on in an argument; None for one that must go Triton's way.
+
+    Two arguments for which Triton would compile differently never have the same value here.
+    """
+    kind = type(argument)
+    if kind is int:
+        if not -(2**31) <= argument < 2**31:
+            return None
+        return 1 if argument == 1 else 16 if argument % 16 == 0 else 0
+    if kind in _PLAIN:
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return float if kind is float else None
+
+
+def launch_key(arguments: Sequence[Any], constants: dict[str, Any]) -> Hashable | None:
+    """Key of a launch: equal keys run the same machine code. None when the launch must go Triton's way."""
+    found = tuple(map(specialization, arguments))
+    if None in found or type(arguments[0]) not in _PLAIN:
+        return None
+    values = tuple(constants.values())
+    return arguments[0].device, found, tuple(constants), values, tuple(map(type, values))
+
+
+def _supported(kernel: Any) -> bool:
+    """Whether this Triton has what the shortcut uses, and the kernel is one that it compiles for NVIDIA's GPUs."""
+    if triton is None or not isinstance(kernel, triton.JITFunction) or torch.version.hip is not None:
+        return False
+    runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
+    has_hooks = all(hasattr(runtime, name) for name in ("launch_enter_hook", "launch_exit_hook", "debug"))
+    return has_hooks and hasattr(kernel, "params") and hasattr(triton.compiler.CompiledKernel, "__getitem__")
+
+
+def _watched(kernel: Any) -> bool:
+    """Whether somebody looks at launches or has asked for another way of compiling."""
+    runtime, compilation = triton.knobs.runtime, getattr(triton.knobs, "compilation", None)
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    return bool(
+        any(getattr(hook, "calls", hook) for hook in hooks)  # a list of them, or one or None in older versions
+        or getattr(kernel, "pre_run_hooks", None)
+        or getattr(runtime, "add_stages_inspection_hook", None)
+        or runtime.debug
+        or getattr(compilation, "instrumentation_mode", None)
+        or getattr(compilation, "fpsan_homomorphic_casts", None)
+    )
+
+
+class CachedKernel:
+    """A ``triton.jit`` function that remembers its machine code: ``kernel(grid, *arguments, **constants)``.
+
+    Arguments go by position, constants and launch options (num_warps, num_stages) by name. ROUTINGVL_LAUNCH=triton,
+    read when the kernels are imported, turns the shortcut off.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._direct = os.environ.get(LAUNCH_VARIABLE) != "triton" and _supported(kernel)
+        self._compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+
+    def __call__(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """Launch on the current device and stream; raises what Triton raises."""
+        key = None
+        if self._direct and not _watched(self._kernel):
+            key = launch_key(arguments, constants)
+        found = None if key is None else self._compiled.get(key)
+        if found is not None:
+            compiled, rest = found
+            compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
+            return
+        compiled = self._kernel[grid](*arguments, **constants)
+        if key is not None and isinstance(compiled, triton.compiler.CompiledKernel):
+            names = [parameter.name for parameter in self._kernel.params[len(arguments) :]]
+            if all(name in constants for name in names):
+                self._compiled[key] = compiled, tuple(constants[name] for name in names)

@@ -1,0 +1,247 @@
+"""Tile configurations of the Triton kernels, as data: by kernel, rank, precision and architecture family.
+
+No autotuning while a model runs: a table says how many rows, columns, warps and pipeline stages a program gets, and
+what the table proposes is shrunk until it fits the device's shared memory. ``docs/kernels.md`` says what the entries
+rest on: what compiles without spilling registers (``routingvl doctor --codegen``), not measurements on a GPU.
+Measured ones come from a file, see :mod:`routingvl.kernels.triton_common.tile_file`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from types import MappingProxyType
+
+import torch
+
+from .tile_file import tuned_key, tuned_tile
+
+DECODE_ROWS = 64  # up to so many rows a forward pass is bound by latency and takes the decode tile
+MIN_RANK, MAX_RANK = 16, 256  # tl.dot takes no smaller side; above, a code no longer fits the registers
+_KIB = 1024
+
+# Shared memory one program may have, in bytes, by architecture; the vendors' documents give these figures.
+SHARED_MEMORY: Mapping[str, int] = MappingProxyType(
+    {
+        "sm_75": 64 * _KIB,
+        "sm_80": 163 * _KIB,
+        "sm_86": 99 * _KIB,
+        "sm_87": 163 * _KIB,
+        "sm_89": 99 * _KIB,
+        "sm_90": 227 * _KIB,
+        "sm_100": 227 * _KIB,
+        "sm_103": 227 * _KIB,
+        "sm_120": 99 * _KIB,
+        "sm_121": 99 * _KIB,
+        "gfx90a": 64 * _KIB,
+        "gfx942": 64 * _KIB,
+        "gfx950": 160 * _KIB,
+    }
+)
+UNKNOWN_SHARED_MEMORY = 48 * _KIB  # what every GPU has had for a decade
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel cuts its work.
+
+    Attributes:
+        block_m: rows of text a program owns (at a time).
+        block_n: columns of y (in the backward pass: of dy) taken in one step.
+        block_k: columns of x (in the backward pass: of dx) taken in one step.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# Largest padded rank a row serves -> tile, for the three precisions of the products: "half" (bfloat16, float16), "tf32"
+# (float32 on the tensor cores) and "ieee" (float32 exactly, without tensor cores on NVIDIA).
+_Rows = Mapping[int, Tile]
+_FORWARD: Mapping[str, _Rows] = {
+    "half": {128: Tile(64, 64, 64, 4, 3), 256: Tile(64, 64, 64, 8, 3)},
+    "tf32": {128: Tile(64, 32, 32, 8, 3), 256: Tile(32, 32, 32, 8, 2)},
+    "ieee": {128: Tile(32, 32, 32, 8, 2), 256: Tile(16, 32, 32, 8, 2)},
+}
+_LORA_BACKWARD: Mapping[str, _Rows] = {
+    "half": {32: Tile(64, 64, 64, 4, 3), 128: Tile(64, 64, 64, 8, 3), 256: Tile(32, 32, 32, 8, 3)},
+    "tf32": {128: Tile(32, 32, 32, 8, 2), 256: Tile(16, 32, 32, 4, 2)},
+    "ieee": {128: Tile(32, 32, 32, 8, 2), 256: Tile(16, 32, 32, 8, 2)},
+}
+_ADAPTER_BACKWARD: Mapping[str, _Rows] = {
+    **_LORA_BACKWARD,
+    "half": {**_LORA_BACKWARD["half"], 256: Tile(32, 64, 64, 8, 2)},
+}
+_DECODE: Mapping[str, _Rows] = {
+    "half": {256: Tile(16, 64, 64, 4, 3)},
+    "tf32": {256: Tile(16, 32, 32, 4, 2)},
+    "ieee": {256: Tile(16, 32, 32, 4, 2)},
+}
+# No matrix instructions here: long rows for wide loads. The rank plays no part.
+_RANK_ONE: Mapping[str, _Rows] = {
+    "half": {256: Tile(16, 256, 256, 4, 2)},
+    "tf32": {256: Tile(16, 128, 128, 4, 2)},
+    "ieee": {256: Tile(16, 128, 128, 4, 2)},
+}
+# Every kind of kernel the table serves.
+_KINDS: Mapping[str, Mapping[str, _Rows]] = {
+    "lora_forward": _FORWARD,
+    "lora_backward": _LORA_BACKWARD,
+    "adapter_forward": _FORWARD,
+    "adapter_backward": _ADAPTER_BACKWARD,
+    "rank_one_forward": _RANK_ONE,
+    "rank_one_backward": _RANK_ONE,
+}
+KINDS = tuple(_KINDS)
+# What a family of architectures needs otherwise: (family, kind, precision) -> rows. On CDNA a thread has twice as many
+# registers with at most four waves as with eight, and half of the shared memory is there for them.
+_CDNA_FORWARD: _Rows = {64: Tile(64, 64, 64, 4, 2), 128: Tile(32, 64, 64, 4, 2), 256: Tile(32, 32, 32, 4, 2)}
+_CDNA_BACKWARD: _Rows = {64: Tile(64, 64, 64, 4, 2), 128: Tile(32, 64, 64, 4, 2), 256: Tile(32, 32, 32, 4, 2)}
+_CDNA_IEEE: _Rows = {128: Tile(32, 32, 32, 4, 2), 256: Tile(16, 16, 16, 4, 2)}
+_OVERRIDES: Mapping[tuple[str, str, str], _Rows] = {
+    ("gfx942", "lora_forward", "half"): _CDNA_FORWARD,
+    ("gfx942", "adapter_forward", "half"): _CDNA_FORWARD,
+    ("gfx942", "lora_backward", "half"): _CDNA_BACKWARD,
+    ("gfx942", "adapter_backward", "half"): _CDNA_BACKWARD,
+    ("gfx942", "lora_backward", "ieee"): _CDNA_IEEE,
+    ("gfx942", "adapter_backward", "ieee"): _CDNA_IEEE,
+}
+
+
+def family_of(arch: str) -> str:
+    """The family whose tiles ``arch`` takes: "sm_80", "sm_90", "sm_100", "gfx942" or "default"."""
+    if arch.startswith("gfx9"):
+        return "gfx942"
+    if not arch.startswith("sm_"):
+        return "default"
+    capability = int(arch.removeprefix("sm_").rstrip("af"))
+    if capability >= 120 or capability < 90:  # consumer Blackwell has neither wgmma nor tcgen05
+        return "sm_80"
+    return "sm_100" if capability >= 100 else "sm_90"
+
+
+@cache
+def arch_of(device: torch.device) -> str:
+    """Architecture of a device: "sm_90", "gfx942", ...; "default" for what is neither NVIDIA's nor AMD's."""
+    if device.type != "cuda":
+        return "default"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def _has_tf32(arch: str) -> bool:
+    return arch.startswith("sm_") and arch != "sm_75"
+
+
+def precision_of(dtype: torch.dtype, arch: str) -> str:
+    """Precision of the products: "half", "tf32" or "ieee"; the middle one where torch.backends allows it."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if _has_tf32(arch) and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def padded_rank(rank: int) -> int:
+    """The power of two that a code of this rank occupies in a kernel; ``ValueError`` above 256."""
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"the Triton kernels take ranks 1 to {MAX_RANK}, got {rank}")
+    return max(MIN_RANK, 1 << (rank - 1).bit_length())
+
+
+def shared_memory(kind: str, tile: Tile, rank: int, element_size: int, arch: str) -> int:
+    """Upper estimate of the shared memory of a program, in bytes (tests/test_codegen.py holds it against the truth)."""
+    if kind.startswith("rank_one"):
+        return 4 * _KIB
+    width = padded_rank(rank)
+    # Loops that load a tile which is no operand of a product ask for a depth of their own.
+    down_stages = 3 if kind.endswith("_backward") else tile.num_stages
+    up_stages = {"lora_forward": 4, "adapter_forward": 3}.get(kind, tile.num_stages)
+    spare = 1 if family_of(arch) == "gfx942" else 0  # one step of the pipeline stays in registers there
+    down = (down_stages - spare) * tile.block_k * (tile.block_m + width)
+    up = (up_stages - spare) * tile.block_n * (tile.block_m + width)
+    return (max(down, up) + tile.block_m * width) * element_size + 4 * _KIB  # the code, and room for sums
+
+
+def shrunken(tile: Tile) -> Iterator[Tile]:
+    """Ever smaller tiles after ``tile``: a shallower pipeline first, then narrower steps, then fewer rows."""
+    while tile.num_stages > 2:
+        tile = replace(tile, num_stages=tile.num_stages - 1)
+        yield tile
+    while max(tile.block_n, tile.block_k) > 16:
+        tile = replace(tile, block_n=max(tile.block_n // 2, 16), block_k=max(tile.block_k // 2, 16))
+        yield tile
+    while tile.block_m > 16:
+        tile = replace(tile, block_m=tile.block_m // 2)
+        yield tile
+    yield replace(tile, num_stages=1)
+
+
+def has_decode_tile(kind: str) -> bool:
+    """Whether few rows take a tile of their own in this kind of kernel."""
+    return kind.endswith("_forward") and not kind.startswith("rank_one")
+
+
+def _table(kind: str, precision: str, rows: int, family: str) -> _Rows:
+    if rows <= DECODE_ROWS and has_decode_tile(kind):
+        kind = "decode"
+    override = _OVERRIDES.get((family, kind, precision))
+    if override is not None:
+        return override
+    return (_DECODE if kind == "decode" else _KINDS[kind])[precision]
+
+
+@cache
+def tiles_for(kind: str, rank: int, precision: str, decode: bool, arch: str) -> tuple[Tile, ...]:
+    """Every tile that fits the device, best first; see :func:`tile_for`.
+
+    The first is the one of the file that ``ROUTINGVL_TILES`` names, where it has an entry, else the table's.
+
+    Raises:
+        TilesFileError: that file cannot be used.
+    """
+    table = _table(kind, precision, 1 if decode else DECODE_ROWS + 1, family_of(arch))
+    width = padded_rank(rank)
+    first = next(tile for limit, tile in sorted(table.items()) if width <= limit)
+    tuned = tuned_tile(tuned_key(arch, kind, width, precision, decode and has_decode_tile(kind)), KINDS)
+    first = first if tuned is None else Tile(**tuned)
+    element_size = 2 if precision == "half" else 4
+    limit = SHARED_MEMORY.get(arch, UNKNOWN_SHARED_MEMORY)
+    every = (first, *shrunken(first))
+    fitting = tuple(tile for tile in every if shared_memory(kind, tile, rank, element_size, arch) <= limit)
+    return fitting or every[-1:]  # the estimate errs on the high side, so the smallest is worth a try
+
+
+def tile_for(kind: str, rank: int, dtype: torch.dtype, rows: int, arch: str) -> Tile:
+    """The tile of a kernel.
+
+    Args:
+        kind: which kernel, one of ``KINDS``.
+        rank: width of the code, 1 to 256 (for GPT-2's joined q, v bottleneck: of one group).
+        dtype: of the operands.
+        rows: M, rows of text; few rows take the decode tile.
+        arch: as :func:`arch_of` gives it; unknown ones get a small, safe tile.
+
+    Raises:
+        KeyError: no such kind.
+        ValueError: the rank is out of range.
+    """
+    return tiles_for(kind, rank, precision_of(dtype, arch), rows <= DECODE_ROWS, arch)[0]
+
+
+def column_splits(tile: Tile, rows: int, columns: int, processors: int) -> int:
+    """How many programs share the columns of one block of rows, so that few rows still fill the GPU.
+
+    Each of them repeats the down-projection, whose operands the L2 cache holds by then; more than six would spend more
+    on that than they gain.
+    """
+    row_blocks = -(-rows // tile.block_m)
+    wanted = -(-processors // row_blocks)
+    limit = 6 if tile.block_m > 16 else 32
+    return max(1, min(wanted, limit, -(-columns // tile.block_n)))

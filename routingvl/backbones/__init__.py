@@ -1,0 +1,1 @@
+"""The frozen backbones: vision towers and language models."""

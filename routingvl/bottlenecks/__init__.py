@@ -1,0 +1,1 @@
+"""Routed bottlenecks as modules: layers, how the image reaches them, model surgery, files."""

@@ -1,0 +1,411 @@
+"""Routed bottlenecks as modules: LoRA beside a frozen projection, and an adapter behind a sublayer.
+
+Both read the image from a :class:`~routingvl.bottlenecks.context.VisualContext`, or take it as a second argument.
+Letters as in the whole library: B batch, T text tokens, L visual tokens, K width in, N width out, R bottleneck.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from routingvl.bottlenecks.context import ThreadSlot, VisualContext
+from routingvl.bottlenecks.sharding import is_sharded
+from routingvl.kernels import (
+    ImageCode,
+    project_adapter_images,
+    project_lora_images,
+    routed_adapter,
+    routed_lora_linear,
+)
+
+_logger = logging.getLogger(__name__)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' Conv1D: a projection whose weight is stored [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether LoRA can stand beside ``module``: a plain nn.Linear or transformers' Conv1D."""
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+class _Routed(nn.Module):
+    """What both bottlenecks share: the routing and where the image comes from."""
+
+    def __init__(self, routing: str, dropout: float, relu: bool, context: VisualContext | None, backend: str | None):
+        super().__init__()
+        self.routing = routing
+        self.dropout = dropout
+        self.relu = relu
+        self.context = context
+        self.backend = backend
+        self.prepared = ThreadSlot()
+        self.registered = False
+
+    def register(self) -> None:
+        """Have the context project the image for this layer together with its others."""
+        if self.context is not None:
+            self.registered = True
+            self.context.register(self)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self.registered:  # a copy, whose context is a copy too
+            self.context.register(self)
+
+    def projection(self) -> tuple[torch.Tensor, ...]:
+        """The weights that project the image, in the order in which :meth:`project_images` takes them."""
+        raise NotImplementedError
+
+    def form(self) -> dict[str, object]:
+        """The options of the projection; layers can be projected together only where these are equal."""
+        raise NotImplementedError
+
+    @staticmethod
+    def project_images(
+        v: torch.Tensor, weights: list[Sequence[torch.Tensor]], decoding: bool, **form: object
+    ) -> list[ImageCode] | None:
+        """Project v for several layers; ``weights`` holds what each one's :meth:`projection` gives, transposed."""
+        raise NotImplementedError
+
+    def prepare(self, readers: Sequence[_Routed], features: torch.Tensor, decoding: bool) -> list[ImageCode | None]:
+        """See :class:`~routingvl.bottlenecks.context.Reader`: one product for all layers whose weights and options are alike."""
+        alike: dict[tuple, list[int]] = {}
+        for index, reader in enumerate(readers):
+            if reader.can_prepare(features):
+                weights = [(w.shape, w.dtype, w.device) for w in reader.projection()]
+                alike.setdefault((*weights, *reader.form().items()), []).append(index)
+        found: list[ImageCode | None] = [None] * len(readers)
+        for indices in alike.values():
+            weights = list(zip(*(readers[index].projection() for index in indices), strict=True))
+            codes = self.project_images(features, weights, decoding, **readers[indices[0]].form())
+            for index, code in zip(indices, codes or (), strict=False):
+                found[index] = code
+        return found
+
+    def can_prepare(self, features: torch.Tensor) -> bool:
+        """Whether the image can be projected for this layer before the layer runs."""
+        weight = self.projection()[0]
+        if self.routing == "none" or (self.training and self.dropout > 0):
+            return False
+        if is_sharded(weight):
+            _say_once("parameters are sharded layer by layer: every layer projects the image by itself")
+            return False
+        autocast = torch.is_autocast_enabled(features.device.type)
+        return (
+            features.device == weight.device
+            and features.shape[2] == weight.shape[1]
+            and (features.dtype == weight.dtype or autocast)
+        )
+
+    def prepared_image(self, v: torch.Tensor | None) -> ImageCode | None:
+        """What the running binding prepared for this layer, if it may be used for the features ``v``."""
+        pair = self.prepared.get()
+        if pair is None:
+            return None
+        binding, image = pair
+        weight = self.projection()[0]
+        # Prepared without gradients, it has no way back to the weights.
+        usable = image.u.requires_grad or not (torch.is_grad_enabled() and weight.requires_grad)
+        drops = self.training and self.dropout > 0
+        return image if usable and not binding.spent and not drops and v is binding.features else None
+
+    def visual(self, x: torch.Tensor, v: torch.Tensor | None) -> torch.Tensor | None:
+        """The features [B, L, K] to route ``x`` with: the argument, else the context's; None when nothing routes."""
+        if self.routing == "none":
+            return None
+        if v is not None:
+            return v
+        if self.context is None:
+            raise RuntimeError(f"{type(self).__name__} has no context: pass the visual features as second argument")
+        return self.context.read(x)
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        relu = ", relu" if self.relu else ""
+        dropout = f", dropout={self.dropout}" if self.dropout else ""
+        return f"routing={self.routing}, rank={self.rank}{relu}{dropout}"
+
+
+class RoutedLoRALinear(_Routed):
+    """A frozen projection plus a routed low-rank update: ``y = x W' + bias + (alpha / r) route(x A', v A') B'``.
+
+    The module takes over the weight and bias of ``base`` under their own names, so that a model's state dict keeps
+    its keys. At initialisation B is 0 and the output is that of ``base``, bit for bit. The update is never merged into
+    the weight, because it depends on the image (arXiv 2403.09377, section 3).
+
+    Args:
+        base: nn.Linear (weight [N, K]) or transformers' Conv1D (weight [K, N]).
+        rank: R of each slice.
+        routing, relu, placement: see :class:`~routingvl.config.RoutingConfig`.
+        alpha: the update is scaled by alpha / rank; None for alpha = rank.
+        dropout: probability for the bottleneck's inputs, drawn separately for text and image.
+        slices: (start, stop) columns of the output that are adapted, equal in width; None for all. Several slices
+            share one routed code of width ``len(slices) * rank``, and each owns ``rank`` of its components.
+        context: where the visual features come from when they are not passed to the call.
+        backend: None, "eager" or "triton", see :func:`routingvl.kernels.lora.api`.
+
+    Raises:
+        TypeError: ``base`` is neither nn.Linear nor Conv1D.
+        ValueError: slices do not fit the output.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        *,
+        routing: str = "add",
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        relu: bool = False,
+        placement: str = "bottleneck",
+        slices: Sequence[tuple[int, int]] | None = None,
+        context: VisualContext | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(routing, dropout, relu, context, backend)
+        if not is_projection(base):
+            raise TypeError(f"LoRA stands beside nn.Linear or transformers' Conv1D, not {type(base).__name__}")
+        self.weight_layout = "kn" if is_conv1d(base) else "nk"
+        self.in_features, self.out_features = projection_widths(base)
+        self.rank = rank
+        self.scaling = (rank if alpha is None else alpha) / rank
+        self.placement = placement
+        self.columns, width = _columns(slices, self.out_features)
+        groups = 1 if self.columns is None else len(self.columns)
+        self._base = (base,)  # in a tuple: kept for restore(), not registered as a sub-module
+        self.weight = base.weight
+        self.bias = base.bias
+        like = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.lora_A = nn.Parameter(torch.empty(groups * rank, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(groups * width, rank, **like))
+        self.train(base.training)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A ~ U(-1/sqrt(K), 1/sqrt(K)), B = 0."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    @property
+    def groups(self) -> int:
+        """How many slices share the routed code."""
+        return 1 if self.columns is None else len(self.columns)
+
+    def forward(self, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] (three dimensions when an image is routed in) and v [B, L, K] -> y [..., N]."""
+        v = self.visual(x, v)
+        shape = x.shape
+        rows = x if x.dim() == 3 else x.reshape(1, -1, shape[-1])
+        y = routed_lora_linear(
+            rows,
+            v,
+            self.weight,
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            routing=self.routing,
+            scaling=self.scaling,
+            relu=self.relu,
+            groups=self.groups,
+            columns=self.columns,
+            placement=self.placement,
+            weight_layout=self.weight_layout,
+            dropout=self.dropout if self.training else 0.0,
+            backend=self.backend,
+            image=self.prepared_image(v),
+        )
+        return y.view(*shape[:-1], self.out_features)
+
+    def projection(self) -> tuple[torch.Tensor, ...]:
+        """See :class:`_Routed`."""
+        return self.lora_A, self.lora_B
+
+    def form(self) -> dict[str, object]:
+        """See :class:`_Routed`."""
+        return {
+            "routing": self.routing,
+            "scaling": self.scaling,
+            "relu": self.relu,
+            "groups": self.groups,
+            "placement": self.placement,
+            "backend": self.backend,
+        }
+
+    @staticmethod
+    def project_images(v, weights, decoding, **form) -> list[ImageCode] | None:
+        """See :class:`_Routed`."""
+        return project_lora_images(v, *weights, decoding=decoding, **form)
+
+    def restore(self) -> nn.Module:
+        """The module this one stands in for, with the current weight and bias; the low-rank update is dropped."""
+        (base,) = self._base
+        base.weight, base.bias = self.weight, self.bias
+        return base.train(self.training)
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        columns = "" if self.columns is None else f", columns={self.columns}"
+        return f"{self.in_features} -> {self.out_features}, {super().extra_repr()}{columns}, placement={self.placement}"
+
+
+class RoutedAdapter(_Routed):
+    """A bottleneck behind a sublayer: ``y = [x +] act(route(x D' + d, v D' + d)) U' + u``.
+
+    Args:
+        width: K of text and image.
+        rank: R.
+        activation: "gelu", "gelu_new", "relu", "silu" or "identity", applied after routing.
+        residual: add the input to the output.
+        routing, dropout, relu, context, backend: as for :class:`RoutedLoRALinear`.
+
+    Weights start at N(0, 0.02), biases at 0.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        rank: int,
+        *,
+        routing: str = "add",
+        activation: str = "gelu",
+        residual: bool = True,
+        dropout: float = 0.0,
+        relu: bool = False,
+        context: VisualContext | None = None,
+        backend: str | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(routing, dropout, relu, context, backend)
+        self.rank = rank
+        self.activation = activation
+        self.residual = residual
+        self.down_sampler = nn.Linear(width, rank, device=device, dtype=dtype)
+        self.up_sampler = nn.Linear(rank, width, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights ~ N(0, 0.02), biases 0."""
+        for linear in (self.down_sampler, self.up_sampler):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
+        """x [B, T, K] and v [B, L, K] -> y [B, T, K]."""
+        v = self.visual(x, v)
+        image = self.prepared_image(v)
+        dropped = x
+        if self.training and self.dropout > 0:
+            dropped, v = F.dropout(x, self.dropout), None if v is None else F.dropout(v, self.dropout)
+        y = routed_adapter(
+            dropped,
+            v,
+            self.down_sampler.weight,
+            self.down_sampler.bias,
+            self.up_sampler.weight,
+            self.up_sampler.bias,
+            routing=self.routing,
+            activation=self.activation,
+            residual=self.residual and dropped is x,
+            relu=self.relu,
+            backend=self.backend,
+            image=image,
+        )
+        # The residual path carries the input itself, without the bottleneck's dropout.
+        return y + x if self.residual and dropped is not x else y
+
+    def projection(self) -> tuple[torch.Tensor, ...]:
+        """See :class:`_Routed`."""
+        return self.down_sampler.weight, self.down_sampler.bias
+
+    def form(self) -> dict[str, object]:
+        """See :class:`_Routed`."""
+        return {"routing": self.routing, "relu": self.relu}
+
+    @staticmethod
+    def project_images(v, weights, decoding, **form) -> list[ImageCode] | None:
+        """See :class:`_Routed`."""
+        return project_adapter_images(v, *weights, decoding=decoding, **form)
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        return f"{super().extra_repr()}, activation={self.activation}, residual={self.residual}"
+
+
+class AdaptedDropout(nn.Dropout):
+    """A sublayer's last module (its output dropout) followed by an adapter: position "post_module".
+
+    The adapter is registered elsewhere, so that two sublayers can share it and no parameter changes its name.
+    """
+
+    def __init__(self, dropout: nn.Dropout, adapter: RoutedAdapter) -> None:
+        super().__init__(dropout.p, dropout.inplace)
+        self._adapter = (adapter,)
+        self.train(dropout.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, T, K] -> adapter(dropout(x)) [B, T, K]."""
+        return self._adapter[0](super().forward(x))
+
+    def restore(self) -> nn.Dropout:
+        """The dropout without the adapter."""
+        return nn.Dropout(self.p, self.inplace).train(self.training)
+
+
+class AdaptedLayerNorm(nn.LayerNorm):
+    """A LayerNorm with an adapter in front ("pre_norm") or behind ("post_norm"), under the norm's own names."""
+
+    def __init__(self, norm: nn.LayerNorm, adapter: RoutedAdapter, position: str) -> None:
+        super().__init__(norm.normalized_shape, norm.eps, device="meta")
+        self.weight, self.bias = norm.weight, norm.bias
+        self._adapter = (adapter,)
+        self.position = position
+        self.train(norm.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, T, K] -> norm(adapter(x)) or adapter(norm(x)) [B, T, K]."""
+        (adapter,) = self._adapter
+        return super().forward(adapter(x)) if self.position == "pre_norm" else adapter(super().forward(x))
+
+    def restore(self) -> nn.LayerNorm:
+        """The norm without the adapter, with the current weight and bias."""
+        norm = nn.LayerNorm(self.normalized_shape, self.eps, device="meta")
+        norm.weight, norm.bias = self.weight, self.bias
+        return norm.train(self.training)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _logger.warning(message)
+
+
+def projection_widths(base: nn.Module) -> tuple[int, int]:
+    """(K, N) of an nn.Linear or Conv1D."""
+    rows, columns = base.weight.shape
+    return (rows, columns) if is_conv1d(base) else (columns, rows)
+
+
+def _columns(slices: Sequence[tuple[int, int]] | None, out_features: int) -> tuple[tuple[int, ...] | None, int]:
+    """Start columns and common width of the adapted slices; (None, N) for the whole output."""
+    if slices is None:
+        return None, out_features
+    widths = {stop - start for start, stop in slices}
+    ordered = sorted(slices)
+    overlap = any(left[1] > right[0] for left, right in itertools.pairwise(ordered))
+    if len(widths) != 1 or min(widths) < 1 or overlap or ordered[0][0] < 0 or ordered[-1][1] > out_features:
+        raise ValueError(
+            f"slices {list(slices)} must be equally wide, apart from each other and within the {out_features} outputs"
+        )
+    return tuple(start for start, _ in slices), widths.pop()

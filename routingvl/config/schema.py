@@ -1,0 +1,452 @@
+"""The settings of one run: frozen dataclasses with one default each, every value checked when it is made.
+
+routingvl/config_file.py reads them from YAML and the command line. The four published recipes are files in
+``configs/``; docs/configuration.md explains every key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from routingvl.config.checks import ConfigError, check_choice, from_dict, nearest
+from routingvl.kernels import ROUTINGS
+
+METHODS = ("lora", "adapter")
+PLACEMENTS = ("bottleneck", "output")
+POSITIONS = ("post_module", "pre_norm", "post_norm")
+
+TASKS = ("vqa", "caption")
+DEFAULT_VISION = "google/vit-base-patch16-224-in21k"
+DEFAULT_TEXT = {"vqa": "roberta-base", "caption": "gpt2"}
+DEFAULT_TEXT_LENGTH = {"vqa": 20, "caption": 50}
+
+
+def _check_at_least(config: Any, minimum: float, *keys: str) -> None:
+    """Raise :class:`ConfigError` when one of the named settings is a number below ``minimum`` (None passes)."""
+    for key in keys:
+        value = getattr(config, key)
+        if value is not None and value < minimum:
+            raise ConfigError(f"{key}={value!r} must be at least {minimum}")
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """How the low-rank bottlenecks are built, and where (arXiv 2403.09377).
+
+    Attributes:
+        method: "lora" adds a bottleneck beside a projection, "adapter" puts one behind a sublayer.
+        routing: the function that mixes the image into the code, a name of ``routingvl.kernels.ROUTINGS``.
+        rank: width r of the bottleneck; GPT-2's joined query and value LoRA has 2 r components.
+        alpha: LoRA output is scaled by alpha / rank (adapters are not scaled).
+        dropout: probability in [0, 1) of dropping an input component, drawn separately for text and image.
+        layers: indices of the transformer layers that get a bottleneck; None for all.
+        targets: name endings of the projections that get LoRA; None for the family's own (query and value).
+        placement: where a LoRA routes, "bottleneck" (before the up-projection) or "output" (after it).
+        position: where an adapter sits, "post_module" (on the sublayer's output), "pre_norm" or "post_norm".
+        relu: ReLU on both factors of vllora's inner product.
+        adapter_residual: adapter adds its own input to its output; None for the family's published choice.
+        train_layer_norm: train the LayerNorms inside the transformer layers.
+        train_bias: train the bias of each projection that LoRA adapts.
+
+    Raises:
+        ConfigError: a value is unknown or the combination is not defined.
+    """
+
+    method: str = "lora"
+    routing: str = "add"
+    rank: int = 128
+    alpha: float = 128
+    dropout: float = 0.0
+    layers: tuple[int, ...] | None = None
+    targets: tuple[str, ...] | None = None
+    placement: str = "bottleneck"
+    position: str = "post_module"
+    relu: bool = False
+    adapter_residual: bool | None = None
+    train_layer_norm: bool = True
+    train_bias: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        check_choice("routing", self.routing, tuple(ROUTINGS))
+        check_choice("placement", self.placement, PLACEMENTS)
+        check_choice("position", self.position, POSITIONS)
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ConfigError(f"rank={self.rank!r} must be an integer of at least 1")
+        if not self.alpha > 0:
+            raise ConfigError(f"alpha={self.alpha!r} must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout!r} must lie in [0, 1)")
+        for key in ("layers", "targets"):
+            value = getattr(self, key)
+            if isinstance(value, str):
+                raise ConfigError(f"{key}={value!r} must be a list, such as [{value!r}]")
+            if value is not None:
+                if not value:
+                    raise ConfigError(f"{key} is empty: nothing would be adapted; leave it out for the default")
+                object.__setattr__(self, key, tuple(value))
+        if self.relu and not ROUTINGS[self.routing].supports_relu:
+            able = [name for name, row in ROUTINGS.items() if row.supports_relu]
+            raise ConfigError(f"relu=True is defined for routing {', '.join(able)}, not for {self.routing!r}")
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """A setting that belongs to the other method would silently do nothing, so it is refused."""
+        if self.method == "adapter":
+            if self.placement != "bottleneck":
+                raise ConfigError(f"placement={self.placement!r} is defined for method='lora' only")
+            if self.targets is not None:
+                raise ConfigError("targets chooses projections for method='lora'; adapters are placed by position")
+        else:
+            if self.position != "post_module":
+                raise ConfigError(f"position={self.position!r} is defined for method='adapter' only")
+            if self.adapter_residual is not None:
+                raise ConfigError("adapter_residual is defined for method='adapter' only")
+
+    @property
+    def scaling(self) -> float:
+        """The LoRA factor alpha / rank."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Backbones and head; both backbones stay frozen but for what ``routing`` trains.
+
+    Attributes:
+        vision: ViT, a hub name or a local folder.
+        text: language model, a hub name or a local folder; null takes roberta-base (vqa) or gpt2 (caption).
+        tokenizer: hub name or local folder; null takes the one of the language model.
+        vision_features: what of the ViT is used: pooler, cls, mean or tokens (all of them; routing vllora only).
+        visual_prefix: put the image in front of the text as well as into the bottlenecks.
+        classifier_layers: linear layers in the VQA head, 1 or 2.
+        text_embedding: RoBERTa with a prefix embeds text twice in the published code (published) or once (single).
+        caption_loss: sound (the prefix predicts the first word, padding is ignored) or reference (the published one).
+        activation_checkpointing: recompute activations in backward, which saves memory and costs time.
+        backend: how bottlenecks are computed: null (the best that runs here), eager or triton.
+    """
+
+    vision: str = DEFAULT_VISION
+    text: str | None = None
+    tokenizer: str | None = None
+    vision_features: str = "pooler"
+    visual_prefix: bool = True
+    classifier_layers: int = 2
+    text_embedding: str = "published"
+    caption_loss: str = "sound"
+    activation_checkpointing: bool = False
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("vision_features", self.vision_features, ("pooler", "cls", "mean", "tokens"))
+        check_choice("text_embedding", self.text_embedding, ("published", "single"))
+        check_choice("caption_loss", self.caption_loss, ("sound", "reference"))
+        if self.backend is not None:
+            check_choice("backend", self.backend, ("eager", "triton"))
+        if self.classifier_layers not in (1, 2):
+            raise ConfigError(f"classifier_layers={self.classifier_layers!r} must be 1 or 2")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Files and how they become batches; ``routingvl prepare-data`` derives the files from the official ones.
+
+    Attributes:
+        annotations: folder (or, for captions, file) of questions and answers or of captions, in a form of docs/data.md.
+        images: folder that holds train2014/, val2014/ and test2015/.
+        answers: trainval_label2ans.json, the answer vocabulary of VQA; null takes it from the annotations folder.
+        train_split: examples to train on.
+        val_split: examples that choose the best checkpoint; null does not validate.
+        max_text_length: longest text in tokens, special tokens included and the prefix not; null takes 20 (vqa) or 50.
+        padding: pad texts to the longest of their batch (longest) or to max_text_length (max_length).
+        on_bad_image: an unreadable image stops the run (fail) or drops its example and is counted (skip).
+        precompute_features: run the frozen ViT once an image at the start and keep its output in memory.
+        feature_cache: folder that keeps the ViT's output of each image for all runs; missing images are added first.
+        feature_dtype: type in which features are kept: float32, float16 or bfloat16.
+        feature_batch_size: images a batch while features are computed.
+        workers: processes that load batches; 0 loads in the training process.
+        train_limit: use only the first so many captions or questions for training.
+        val_limit: use only the first so many images (caption) or questions (vqa) for validation.
+    """
+
+    annotations: str | None = None
+    images: str | None = None
+    answers: str | None = None
+    train_split: str = "train"
+    val_split: str | None = "val"
+    max_text_length: int | None = None
+    padding: str = "longest"
+    on_bad_image: str = "fail"
+    precompute_features: bool = False
+    feature_cache: str | None = None
+    feature_dtype: str = "float32"
+    feature_batch_size: int = 64
+    workers: int = 0
+    train_limit: int | None = None
+    val_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("padding", self.padding, ("longest", "max_length"))
+        check_choice("on_bad_image", self.on_bad_image, ("fail", "skip"))
+        check_choice("feature_dtype", self.feature_dtype, ("float32", "float16", "bfloat16"))
+        if self.feature_cache == "":
+            raise ConfigError("feature_cache is empty; name a folder, or null for none")
+        _check_at_least(self, 1, "max_text_length", "feature_batch_size", "train_limit", "val_limit")
+        _check_at_least(self, 0, "workers")
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether the ViT runs once an image, before the first step, instead of in each step."""
+        return self.precompute_features or self.feature_cache is not None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation: AdamW on the trainable parameters, one schedule, and when to validate and save.
+
+    Attributes:
+        lr: highest learning rate.
+        epochs: passes over the training examples; may be a fraction.
+        max_steps: optimiser steps; when given it decides instead of epochs.
+        batch_size: examples of one optimiser step, over all processes and accumulated pieces together.
+        accumulation: pieces in which each process computes its share of a batch, to save memory.
+        warmup: steps of linear warm-up when an integer (5000), share of all steps when a fraction (0.05).
+        group_by_length: fill a step with texts of like length, which saves padding.
+        schedule: learning rate after the warm-up: linear (to zero), cosine (to zero) or constant.
+        weight_decay: of AdamW.
+        eps: of AdamW.
+        betas: of AdamW.
+        max_grad_norm: clip the gradient to this norm; null does not clip.
+        mixed_precision: no, bf16 or fp16 (fp16 needs a GPU).
+        compile: run the language model through torch.compile in training (a CPU needs a C++ compiler).
+        seed: of weights, data order and dropout.
+        log_every: steps between training lines in metrics.jsonl.
+        eval_every: steps between validations; null validates after each epoch, 0 only at the end.
+        save_every: steps between saves of the resumable state; null saves after each validation.
+        trackers: further logs beside metrics.jsonl: tensorboard, wandb.
+    """
+
+    lr: float = 3e-4
+    epochs: float = 20
+    max_steps: int | None = None
+    batch_size: int = 64
+    accumulation: int = 1
+    warmup: int | float = 0.05
+    group_by_length: bool = True
+    schedule: str = "linear"
+    weight_decay: float = 0.0
+    eps: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float | None = None
+    mixed_precision: str = "no"
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 50
+    eval_every: int | None = None
+    save_every: int | None = None
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("schedule", self.schedule, ("linear", "cosine", "constant"))
+        check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        for tracker in self.trackers:
+            check_choice("trackers", tracker, ("tensorboard", "wandb"))
+        object.__setattr__(self, "trackers", tuple(self.trackers))
+        object.__setattr__(self, "betas", tuple(self.betas))
+        _check_at_least(self, 1, "max_steps", "batch_size", "accumulation", "log_every", "save_every")
+        _check_at_least(self, 0, "warmup", "weight_decay", "eval_every", "seed")
+        for key in ("lr", "epochs", "eps", "max_grad_norm"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{key}={value!r} must be above 0")
+        if isinstance(self.warmup, float) and self.warmup >= 1:
+            if not self.warmup.is_integer() or self.warmup == 1:
+                raise ConfigError(f"warmup={self.warmup!r} must be an integer (steps) or a fraction below 1")
+            object.__setattr__(self, "warmup", int(self.warmup))
+        if self.batch_size % self.accumulation:
+            raise ConfigError(
+                f"batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}; change one of them"
+            )
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Steps of warm-up out of ``total_steps``; a fraction is rounded to the nearest step."""
+        return self.warmup if isinstance(self.warmup, int) else round(self.warmup * total_steps)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How answers and captions are predicted and scored.
+
+    Attributes:
+        batch_size: examples a batch.
+        num_beams: beams of caption generation in ``evaluate`` and ``caption``; 1 is greedy.
+        val_num_beams: beams while training, when only the choice of a checkpoint depends on it.
+        max_new_tokens: longest caption in tokens.
+        length_penalty: exponent of beam search's length normalisation.
+        metrics: caption metrics of ``evaluate``; null computes all that can run here.
+        caption_tokenizer: of the caption metrics: auto (Java's PTB when there is Java), ptb or python.
+        vqa_rule: official VQA accuracy as since 2021 or as before it (2016).
+    """
+
+    batch_size: int = 64
+    num_beams: int = 5
+    val_num_beams: int = 1
+    max_new_tokens: int = 20
+    length_penalty: float = 1.0
+    metrics: tuple[str, ...] | None = None
+    caption_tokenizer: str = "auto"
+    vqa_rule: str = "2021"
+
+    def __post_init__(self) -> None:
+        check_choice("caption_tokenizer", self.caption_tokenizer, ("auto", "ptb", "python"))
+        check_choice("vqa_rule", self.vqa_rule, ("2021", "2016"))
+        _check_at_least(self, 1, "batch_size", "num_beams", "val_num_beams", "max_new_tokens")
+        if self.metrics is not None:
+            object.__setattr__(self, "metrics", tuple(self.metrics))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run.
+
+    Attributes:
+        task: vqa (ViT and RoBERTa choose one of the answers) or caption (ViT and GPT-2 write).
+        output_dir: run folder: config, environment, logs, adapters, metrics.
+        device: auto (a GPU when there is one) or cpu.
+        model: backbones and head.
+        routing: the trained bottlenecks.
+        data: files.
+        train: optimisation.
+        eval: prediction and scores.
+    """
+
+    task: str = "vqa"
+    output_dir: str = "runs/latest"
+    device: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        check_choice("task", self.task, TASKS)
+        check_choice("device", self.device, ("auto", "cpu"))
+        if not self.output_dir:
+            raise ConfigError("output_dir is empty; name a folder for the run")
+        if self.train.compile and self.model.activation_checkpointing:
+            raise ConfigError("train.compile and model.activation_checkpointing exclude each other; turn one off")
+
+    @property
+    def text_model(self) -> str:
+        """Hub name or folder of the language model."""
+        return self.model.text or DEFAULT_TEXT[self.task]
+
+    @property
+    def max_text_length(self) -> int:
+        """Longest text in tokens."""
+        return self.data.max_text_length or DEFAULT_TEXT_LENGTH[self.task]
+
+    def absolute(self) -> RunConfig:
+        """The same config with every local path made absolute, so that its run works from any folder."""
+
+        def resolved(part: Any, *keys: str) -> Any:
+            paths = {key: value for key in keys if (value := getattr(part, key)) and os.path.exists(value)}
+            return dataclasses.replace(part, **{key: os.path.abspath(value) for key, value in paths.items()})
+
+        data = resolved(self.data, "annotations", "images", "answers")
+        if data.feature_cache is not None:  # may still be to make
+            data = dataclasses.replace(data, feature_cache=os.path.abspath(data.feature_cache))
+        return dataclasses.replace(
+            self,
+            output_dir=os.path.abspath(self.output_dir),
+            model=resolved(self.model, "vision", "text", "tokenizer"),
+            data=data,
+        )
+
+    def check_files(self) -> None:
+        """Raise :class:`ConfigError` when a path of ``data`` is missing, before anything slow starts."""
+        for key, needed in (("annotations", True), ("images", True), ("answers", False)):
+            value = getattr(self.data, key)
+            if value is None:
+                if needed:
+                    raise ConfigError(f"data.{key} is not set; give --data.{key} PATH or set it in the config file")
+            elif not os.path.exists(value):
+                raise ConfigError(f"data.{key}: {value} does not exist; correct the path or run routingvl prepare-data")
+        if (cache := self.data.feature_cache) is not None and os.path.exists(cache) and not os.path.isdir(cache):
+            raise ConfigError(f"data.feature_cache: {cache} is a file; name a folder")
+
+
+PARTS = {
+    "model": ModelConfig,
+    "routing": RoutingConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+}
+
+
+def run_config_from_dict(data: Mapping[str, Any]) -> RunConfig:
+    """Build a :class:`RunConfig` from nested mappings of plain values.
+
+    Raises :class:`ConfigError`, which names the part, for an unknown key or an impossible value.
+    """
+    values = dict(data)
+    for name, cls in PARTS.items():
+        if isinstance(part := values.get(name, {}), Mapping):
+            values[name] = from_dict(cls, part, source=name)
+        elif not isinstance(part, cls):
+            raise ConfigError(f"{name} must hold keys such as {dataclasses.fields(cls)[0].name}, not {part!r}")
+    return from_dict(RunConfig, values, source="run")
+
+
+def known_keys() -> list[str]:
+    """Dotted names of every setting, such as ``train.lr``."""
+    top = [f.name for f in dataclasses.fields(RunConfig) if f.name not in PARTS]
+    return top + [f"{part}.{f.name}" for part, cls in PARTS.items() for f in dataclasses.fields(cls)]
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Nested plain values (lists for tuples) from which :func:`run_config_from_dict` rebuilds the same config."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Every setting under its dotted name, such as ``train.lr``."""
+    values = config_to_dict(config)
+    parts = {name: values.pop(name) for name in PARTS}
+    return values | {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
+
+
+def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (old value, new value) of every setting that differs."""
+    before, after = flatten(old), flatten(new)
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def override(config: RunConfig, **settings: Any) -> RunConfig:
+    """``config`` with some settings changed, each under its dotted name or its last part (``num_beams=1``).
+
+    Raises :class:`ConfigError` for a name that is unknown, or that belongs to several parts, and for impossible values.
+    """
+    values, known = config_to_dict(config), known_keys()
+    for name, value in settings.items():
+        found = [name] if name in known else [key for key in known if key.rsplit(".", 1)[-1] == name]
+        if not found:
+            leaves = [key.rsplit(".", 1)[-1] for key in known]
+            raise ConfigError(f"unknown setting {name!r}{nearest(name, known if '.' in name else leaves)}")
+        if len(found) > 1:
+            raise ConfigError(f"{name!r} could be {' or '.join(found)}; give the dotted name")
+        part, _, key = found[0].rpartition(".")
+        (values[part] if part else values)[key] = value
+    return run_config_from_dict(values)

@@ -1,0 +1,179 @@
+"""Features of many images: looked up in a cache, and computed by the frozen ViT where it lacks them.
+
+    vision_key(vit, kind, preprocessor) -> dict                    what features depend on beside the image
+    FeatureStore(encode, vit, kind, preprocessor, settings)
+        .load(images) -> {image id: Tensor [L, d]}                 .found, .computed count images
+
+The cache is a folder (``data.feature_cache``) or, without one, memory. Several processes (``accelerate launch``) share
+the work; they need a common file system for the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from routingvl.config import ConfigError
+from routingvl.config.schema import DataConfig
+from routingvl.data.collate import collate_images
+from routingvl.data.feature_cache import DTYPES, FeatureCache, FeatureCacheError, FileDigests, MemoryCache, Stat
+from routingvl.data.images import ImageDataset, ImagePreprocessor, ImageRecord
+
+# Entries of a ViT's config that say where it came from and how it is run, not what it computes.
+_IGNORED_CONFIG = ("transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id")
+
+
+def vision_key(vit: nn.Module, kind: str, preprocessor: ImagePreprocessor) -> dict[str, Any]:
+    """Plain values of everything that decides an image's features: the key of a :class:`FeatureCache`.
+
+    All weights and buffers count, bit for bit, with their dtypes; so does the config, but neither the folder it was
+    loaded from nor the device.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vit.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    config = {
+        name: value
+        for name, value in vit.config.to_dict().items()
+        if name not in _IGNORED_CONFIG and not name.startswith("_")
+    }
+    return {"weights": digest.hexdigest(), "config": config, "kind": kind, "preprocessing": preprocessor.to_dict()}
+
+
+class FeatureStore:
+    """Gives the features of images, running the ViT for each content at most once.
+
+    Args:
+        encode: pixel values [B, 3, H, W] on the ViT's device -> [B, L, d], without gradients.
+        vit: the frozen ViT behind ``encode``; put into evaluation mode.
+        kind: which of its outputs ``encode`` gives, see :func:`routingvl.backbones.vision.vit_features`.
+        preprocessor: image file -> pixel values.
+        settings: ``feature_cache``, ``feature_dtype``, ``feature_batch_size``, ``workers`` and ``on_bad_image`` count.
+
+    Attributes:
+        found, computed: images that :meth:`load` took from the cache, and that it ran the ViT for.
+
+    Raises:
+        FeatureCacheError: the folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        vit: nn.Module | None,
+        kind: str,
+        preprocessor: ImagePreprocessor,
+        settings: DataConfig,
+    ) -> None:
+        if vit is None:
+            raise ConfigError("features need a ViT, and the model was built without one")
+        self.encode, self.preprocessor, self.settings = encode, preprocessor, settings
+        self.device = next(vit.parameters()).device
+        vit.eval()
+        self.found = self.computed = 0
+        self.files: FileDigests | None = None
+        dtype = DTYPES[settings.feature_dtype]
+        self.cache: FeatureCache | MemoryCache = MemoryCache(dtype)
+        if settings.feature_cache is not None:
+            shape = encode(torch.zeros(1, 3, *preprocessor.size, device=self.device)).shape[1:]
+            key = vision_key(vit, kind, preprocessor)
+            self.cache = FeatureCache(settings.feature_cache, key, tuple(shape), dtype)
+            self.files = FileDigests(settings.feature_cache)
+
+    def load(
+        self, images: Iterable[ImageRecord], *, on_bad_image: str | None = None, progress: bool = False
+    ) -> dict[int, Tensor]:
+        """Features [L, d] of each image, by id, on the CPU; missing ones are computed and added to the cache first.
+
+        Every row of the cache is checked against its checksum here, when it is first asked for; damaged ones are
+        computed again. Skipped images are left out.
+
+        Raises:
+            ImageError: an image is unreadable and the policy is "fail"; what was computed before is kept.
+            FeatureCacheError: features are not finite in the cache's dtype, or another process's are not to be seen.
+            OSError: the disk is full or cannot be written.
+        """
+        unique = list({image.image_id: image for image in images}.values())
+        process = PartialState()
+        mine = unique[process.process_index :: process.num_processes]
+        computed = self.computed
+        own = self._own_share(mine, on_bad_image or self.settings.on_bad_image, progress)
+        digests: dict[int, bytes] = {}
+        total = 0
+        for part, count in gather_object([(own, self.computed - computed)]):
+            digests |= part
+            total += count
+        if process.num_processes > 1 and isinstance(self.cache, MemoryCache):
+            for rows in gather_object([{digest: self.cache.rows[digest] for digest in own.values()}]):
+                self.cache.rows |= rows
+        self.cache.refresh()
+        self.computed = computed + total
+        self.found += len(digests) - total
+        features = {image_id: self.cache.find(digest) for image_id, digest in digests.items()}
+        if lost := [image_id for image_id, row in features.items() if row is None]:
+            raise FeatureCacheError(
+                f"{self.settings.feature_cache}: features of image {lost[0]} were written but cannot be read; put the "
+                "folder on a file system that all processes share, and start again to compute what is missing"
+            )
+        return features
+
+    def _own_share(self, images: Sequence[ImageRecord], on_bad_image: str, progress: bool) -> dict[int, bytes]:
+        """The digest of each image, by id, whose features are in the cache when this returns."""
+        digests: dict[int, bytes] = {}
+        if self.files is not None:
+            for image in images:
+                digest = None if image.path is None else self.files.known(image.path)
+                if digest is not None and self.cache.find(digest) is not None:
+                    digests[image.image_id] = digest
+        pending = [image for image in images if image.image_id not in digests]
+        try:
+            if pending:
+                digests |= self._encode(pending, on_bad_image, self.cache.digests(), progress)
+                self.cache.refresh()
+                # Listed in the index, so not decoded, but damaged.
+                pending = [i for i in pending if i.image_id in digests and self.cache.find(digests[i.image_id]) is None]
+            if pending:
+                digests |= self._encode(pending, on_bad_image, self.cache.digests(), progress)
+        finally:
+            self.cache.close()
+        return digests
+
+    def _encode(
+        self, images: Sequence[ImageRecord], on_bad_image: str, known: Collection[bytes], progress: bool
+    ) -> dict[int, bytes]:
+        """Read ``images``, compute features of contents that are not ``known``, and return the digest of each image."""
+        loader = DataLoader(
+            ImageDataset(images, self.preprocessor, on_bad_image=on_bad_image, known=known),
+            self.settings.feature_batch_size,
+            num_workers=self.settings.workers,
+            collate_fn=list,
+            # Its own generator: making an iterator would otherwise draw from the one dropout uses.
+            generator=torch.Generator().manual_seed(0),
+        )
+        paths = {image.image_id: image.path for image in images}
+        digests: dict[int, bytes] = {}
+        stats: dict[Path, tuple[Stat, bytes]] = {}
+        try:
+            for batch in tqdm(loader, desc="features", disable=not progress, leave=False, dynamic_ncols=True):
+                items = [item for item in batch if item is not None]
+                new = {item["digest"]: item for item in items if "pixel_values" in item}
+                if new:
+                    pixels = collate_images(list(new.values()))["pixel_values"]
+                    self.cache.add(list(new), self.encode(pixels.to(self.device)))
+                    self.computed += len(new)
+                digests |= {item["image_id"]: item["digest"] for item in items}
+                stats |= {paths[i["image_id"]]: (i["stat"], i["digest"]) for i in items if i["stat"] is not None}
+        finally:
+            if self.files is not None:
+                self.files.remember(stats)
+        return digests

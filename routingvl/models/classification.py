@@ -1,0 +1,151 @@
+"""Visual question answering: a frozen ViT and a RoBERTa that classifies the answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from routingvl.config import ConfigError, RoutingConfig, check_choice
+from routingvl.models.base import ModelOutput, RoutedVLModel
+
+TEXT_EMBEDDINGS = ("published", "single")
+
+
+class ViTRobertaForVQA(RoutedVLModel):
+    """ViT + RoBERTa, a classifier over the answers (arXiv 2403.09377, the VQAv2 experiments).
+
+    Build it with :meth:`from_backbones`. The frozen pooler of RoBERTa reads the first position, which is the image's
+    own when there is a visual prefix.
+
+    Args:
+        vision, text, routing: backbones (modules) and bottlenecks.
+        num_labels: number of answers.
+        classifier_layers: 1 (Linear) or 2 (Linear to 2 d, LayerNorm, GELU, Linear: the published recipe).
+        vision_features: "pooler", "cls", "mean" or "tokens", see :func:`routingvl.backbones.vision.vit_features`.
+        visual_prefix: put the visual tokens in front of the text.
+        text_embedding: how text and prefix are embedded. "published" (default) sends the text through RoBERTa's
+            embedding block twice, once alone and once behind the prefix, as the published code does, so that its
+            recipes and checkpoints carry over; "single" joins plain word embeddings to the prefix and embeds once.
+            Without a prefix the two are the same.
+        vision_width: d of ``vision_features=`` inputs when vision is None.
+        backend: see :func:`routingvl.kernels.lora.api`.
+    """
+
+    language_model_name = "roberta"
+    model_type = "roberta"
+
+    def __init__(
+        self,
+        vision: nn.Module | None,
+        text: nn.Module,
+        routing: RoutingConfig,
+        *,
+        num_labels: int = 3129,
+        classifier_layers: int = 2,
+        vision_features: str = "pooler",
+        visual_prefix: bool = True,
+        text_embedding: str = "published",
+        vision_width: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        check_choice("text_embedding", text_embedding, TEXT_EMBEDDINGS)
+        if classifier_layers not in (1, 2):
+            raise ConfigError(f"classifier_layers={classifier_layers!r} must be 1 or 2")
+        if num_labels < 1:
+            raise ConfigError(f"num_labels={num_labels!r} must be at least 1")
+        text = getattr(text, "roberta", text)  # a RobertaFor... model holds its RobertaModel under this name
+        if getattr(text, "pooler", None) is None:
+            raise ConfigError("the RoBERTa needs its pooler: load it as RobertaModel with add_pooling_layer=True")
+        super().__init__(
+            vision,
+            text,
+            routing,
+            vision_features=vision_features,
+            visual_prefix=visual_prefix,
+            vision_width=vision_width,
+            backend=backend,
+        )
+        self.max_positions -= text.embeddings.padding_idx + 1  # RoBERTa counts positions from padding_idx + 1
+        self.num_labels = num_labels
+        self.classifier_layers = classifier_layers
+        self.text_embedding = text_embedding
+        self.classifier = _classifier(text.config.hidden_size, num_labels, classifier_layers)
+        self.classifier.to(device=self.device, dtype=self.dtype)
+
+    @staticmethod
+    def load_text(name: str) -> nn.Module:
+        """RobertaModel of a hub name or folder, in float32."""
+        from transformers import RobertaModel
+
+        return RobertaModel.from_pretrained(name, dtype=torch.float32)
+
+    def options(self) -> dict[str, Any]:
+        """See :meth:`RoutedVLModel.options`."""
+        return super().options() | {
+            "num_labels": self.num_labels,
+            "classifier_layers": self.classifier_layers,
+            "text_embedding": self.text_embedding,
+        }
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> ModelOutput:
+        """Answer questions.
+
+        Args:
+            pixel_values: [B, 3, H, W] images, or
+            vision_features: [B, L, d_vision] from :meth:`encode_images`.
+            input_ids: [B, T] questions.
+            attention_mask: [B, T] of the text, 1 for tokens to read; None for all.
+            labels: float [B, num_labels] soft scores in [0, 1].
+
+        Returns:
+            Binary cross entropy with logits, mean over batch and answers, and logits [B, num_labels].
+        """
+        features = self.visual_features(pixel_values, vision_features)
+        self.check_text(features, input_ids, attention_mask)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        with self.context.bind(features):
+            if self.visual_prefix:
+                embedded = self._embed(input_ids)
+                pooled = self.roberta(
+                    inputs_embeds=torch.cat([features.to(embedded.dtype), embedded], dim=1),
+                    attention_mask=self.prefix_mask(features, attention_mask),
+                ).pooler_output
+            else:
+                pooled = self.roberta(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        logits = self.classifier(pooled)
+        loss = None
+        if labels is not None:
+            loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return ModelOutput(loss, logits)
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        embeddings = self.roberta.embeddings
+        if self.text_embedding == "published":
+            return embeddings(input_ids=input_ids)
+        return embeddings.word_embeddings(input_ids)
+
+
+def _classifier(width: int, num_labels: int, layers: int) -> nn.Module:
+    """The answer head; weights N(0, 0.02), biases 0."""
+    if layers == 1:
+        head: nn.Module = nn.Linear(width, num_labels)
+    else:
+        head = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, num_labels)
+        )
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+    return head

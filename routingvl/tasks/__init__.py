@@ -1,0 +1,1 @@
+"""The tasks: what each one needs of data, model, scores and files."""

@@ -1,0 +1,65 @@
+"""Filling a feature cache before any training: ``routingvl cache-features``.
+
+cache_features(config, splits=None) -> [(split, images found, images computed), ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from routingvl.backbones.vision import vit_features
+from routingvl.config import ConfigError
+from routingvl.config.schema import RunConfig
+from routingvl.data.feature_store import FeatureStore
+from routingvl.data.images import ImagePreprocessor
+from routingvl.data.vocabulary import AnswerVocabulary
+from routingvl.models.base import RoutedVLModel
+from routingvl.tasks.base import make_task
+from routingvl.training.precision import hush_transformers, make_accelerator
+
+
+def cache_features(
+    config: RunConfig, splits: Sequence[str] | None = None, *, progress: bool = False
+) -> list[tuple[str, int, int]]:
+    """Add to ``data.feature_cache`` the features of every image of ``splits`` that it lacks.
+
+    Args:
+        config: of the run; its ViT, vision_features, preprocessing, data and device count. No language model is loaded.
+        splits: by default data.train_split and data.val_split, with their limits; named ones are taken whole.
+        progress: draw a bar.
+
+    Returns:
+        For each split its name, the number of images found in the cache and the number computed.
+
+    Raises:
+        ConfigError: no feature_cache is set, or a path is missing.
+        DataError, ImageError, FeatureCacheError, OSError: data or cache cannot be read or written.
+    """
+    data = config.data
+    if data.feature_cache is None:
+        raise ConfigError("data.feature_cache is not set; name a folder")
+    config.check_files()
+    hush_transformers(not progress)
+    device = make_accelerator(config).device
+    preprocessor = ImagePreprocessor.from_pretrained(config.model.vision)
+    vocabulary = AnswerVocabulary.load(data.answers or data.annotations) if config.task == "vqa" else None
+    task = make_task(config, None, preprocessor, vocabulary)
+    if splits is None:
+        train, val = task.read_training_splits()
+        loaded = [train] if val is None else [train, val]
+    else:
+        loaded = [task.load_split(split) for split in splits]
+    vit, kind = RoutedVLModel.load_vision(config.model.vision).to(device), config.model.vision_features
+
+    def encode(pixel_values: Tensor) -> Tensor:
+        return vit_features(vit, pixel_values, kind)
+
+    store = FeatureStore(encode, vit, kind, preprocessor, data)
+    counts = []
+    for split in loaded:
+        found, computed = store.found, store.computed
+        store.load(split.images, progress=progress)
+        counts.append((split.name, store.found - found, store.computed - computed))
+    return counts

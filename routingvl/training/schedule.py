@@ -1,0 +1,113 @@
+"""What happens at which step: the order of examples and the learning rate, both pure functions of the settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from routingvl.config import ConfigError
+from routingvl.config.schema import TrainConfig
+
+GROUPING_WINDOW = 50  # batches whose examples are sorted by length together
+
+
+class BatchOrder:
+    """Index lists of the micro-batches of steps ``start`` to ``stop``, for one process.
+
+    Examples form one endless stream, a new seeded permutation for each epoch; step s takes the ``batch_size`` of them
+    from s * batch_size on. Every step so has the full batch, also where epochs meet. With ``lengths`` (tokens of each
+    example) and ``config.group_by_length`` the examples of a step are of like length, see :func:`grouped_by_length`.
+    """
+
+    def __init__(
+        self,
+        examples: int,
+        config: TrainConfig,
+        start: int,
+        stop: int,
+        rank: int = 0,
+        processes: int = 1,
+        lengths: np.ndarray | None = None,
+    ) -> None:
+        if config.batch_size % (config.accumulation * processes):
+            raise ConfigError(
+                f"train.batch_size={config.batch_size} is not divisible by "
+                f"train.accumulation={config.accumulation} x {processes} processes"
+            )
+        if lengths is not None and len(lengths) != examples:
+            raise ValueError(f"{len(lengths)} lengths do not belong to {examples} examples")
+        self.examples, self.config = examples, config
+        self.lengths = lengths if config.group_by_length else None
+        self.start, self.stop, self.rank, self.processes = start, stop, rank, processes
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.config.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size, pieces = self.config.batch_size, self.config.accumulation
+        epoch, order = -1, []
+        for step in range(self.start, self.stop):
+            batch = []
+            for position in range(step * size, (step + 1) * size):
+                if position // self.examples != epoch:
+                    epoch = position // self.examples
+                    order = self.epoch_order(epoch)
+                batch.append(order[position % self.examples])
+            mine = batch[self.rank :: self.processes]
+            width = len(mine) // pieces
+            yield from (mine[i * width : (i + 1) * width] for i in range(pieces))
+
+    def epoch_order(self, epoch: int) -> list[int]:
+        """All examples in the order of one epoch: a function of the seed, the epoch, the lengths and the batch size."""
+        order = permutation(self.examples, self.config.seed, epoch)
+        if self.lengths is None:
+            return order
+        size = self.config.batch_size
+        # The epoch's first examples fill up the step that the epoch before has begun.
+        random = np.random.Generator(np.random.PCG64([self.config.seed, epoch, 1]))
+        return grouped_by_length(order, self.lengths, size, -epoch * self.examples % size, random)
+
+
+def grouped_by_length(
+    order: list[int], lengths: np.ndarray, size: int, skip: int, random: np.random.Generator
+) -> list[int]:
+    """``order`` with examples of like length brought together in batches of ``size`` from position ``skip`` on.
+
+    Only ``GROUPING_WINDOW`` batches at a time are sorted, and then shuffled as whole batches: what meets in a batch
+    still depends on the order, and short texts do not all come first. Examples that fill no batch, at either end, stay
+    where they are; within a batch lengths rise, so that pieces of it are of like length too.
+    """
+    found = np.array(order)
+    stop = skip + max(0, len(order) - skip) // size * size
+    for start in range(skip, stop, GROUPING_WINDOW * size):
+        window = found[start : min(start + GROUPING_WINDOW * size, stop)]
+        batches = window[np.argsort(lengths[window], kind="stable")].reshape(-1, size)
+        window[:] = batches[random.permutation(len(batches))].ravel()
+    return found.tolist()
+
+
+def permutation(n: int, seed: int, epoch: int) -> list[int]:
+    """Order of ``n`` examples in one epoch, the same on every machine."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n).tolist()
+
+
+def total_steps(config: TrainConfig, examples: int) -> int:
+    """Optimiser steps of a run over ``examples`` training examples."""
+    return config.max_steps or max(1, round(config.epochs * examples / config.batch_size))
+
+
+def learning_rate_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
+    """Share of ``config.lr`` as a function of the number of steps done, out of ``steps``."""
+    warmup = config.warmup_steps(steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        if config.schedule == "linear":
+            return 1.0 - progress
+        return 1.0 if config.schedule == "constant" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    return factor

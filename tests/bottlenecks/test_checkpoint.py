@@ -1,0 +1,217 @@
+"""Saving and loading, published state dicts, exchange with PEFT: strict, loud, and exact."""
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import answerer, batch, captioner, randomise, small_gpt2, small_roberta, small_vit
+
+from routingvl import RoutingConfig, ViTGPT2ForCaptioning, ViTRobertaForVQA, inject, load_reference_state_dict
+from routingvl.bottlenecks.checkpoint import CheckpointError, export_peft, import_peft, save_adapter
+from routingvl.models import load_pretrained
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Backbones as local folders, as a user has them."""
+    models = {"vit": small_vit(), "gpt2": small_gpt2(), "roberta": small_roberta()}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / "backbones" / name)
+    return tmp_path
+
+
+def build(folders, cls, **options):
+    text = "gpt2" if cls is ViTGPT2ForCaptioning else "roberta"
+    config = RoutingConfig(rank=4, routing="vllora", relu=True, alpha=6, layers=(0, 1))
+    root = folders / "backbones"
+    return randomise(cls.from_backbones(str(root / "vit"), str(root / text), config, **options)).eval()
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"), [(ViTGPT2ForCaptioning, {"visual_prefix": False}), (ViTRobertaForVQA, {"num_labels": 5})]
+)
+def test_save_and_load_bit_for_bit(folders, cls, options):
+    model, inputs = build(folders, cls, **options), batch()
+    want = model(**inputs).logits
+    model.save_pretrained(folders / "run")
+    assert sorted(p.name for p in (folders / "run").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    for loaded in (cls.from_pretrained(folders / "run"), load_pretrained(folders / "run")):
+        assert type(loaded) is cls
+        assert not loaded.training
+        assert torch.equal(loaded(**inputs).logits, want)
+        assert loaded.report.names == model.report.names
+        assert loaded.routing == model.routing
+
+
+def test_only_what_trains_is_saved(folders):
+    model = build(folders, ViTRobertaForVQA, num_labels=5)
+    model.save_pretrained(folders / "run")
+    saved = load_file(folders / "run" / "adapter_model.safetensors")
+    assert sorted(saved) == sorted(model.report.names)
+    assert sum(t.numel() for t in saved.values()) == model.report.trainable
+
+
+def test_run_and_backbones_can_move_together(folders, tmp_path_factory):
+    model = build(folders, ViTGPT2ForCaptioning)
+    model.save_pretrained(folders / "run")
+    elsewhere = tmp_path_factory.mktemp("moved") / "all"
+    shutil.move(folders, elsewhere)
+    assert torch.equal(load_pretrained(elsewhere / "run")(**batch()).logits, model(**batch()).logits)
+    shutil.rmtree(elsewhere / "backbones")
+    with pytest.raises(CheckpointError, match=r"backbone's folder .* is gone: pass vision="):
+        load_pretrained(elsewhere / "run")
+
+
+def test_backbones_given_as_objects_must_be_given_again(tmp_path):
+    model = randomise(captioner()).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"given as an object without a name: pass vision="):
+        load_pretrained(tmp_path)
+    loaded = load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2())
+    assert torch.equal(loaded(**batch()).logits, model(**batch()).logits)
+
+
+def test_another_backbone_is_noticed(tmp_path):
+    captioner().save_pretrained(tmp_path)
+    other = small_gpt2()
+    with torch.no_grad():
+        other.transformer.h[0].mlp.c_fc.weight.mul_(1.5)
+    with pytest.raises(CheckpointError, match="another text backbone"):
+        load_pretrained(tmp_path, vision=small_vit(), text=other)
+    with pytest.raises(CheckpointError, match="another vision backbone"):
+        load_pretrained(tmp_path, vision=small_vit(16), text=small_gpt2())
+
+
+def damage(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_loud_on_every_misfit(tmp_path):
+    def load():
+        return load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2())
+
+    with pytest.raises(CheckpointError, match=r"adapter_config.json does not exist"):
+        load()
+    captioner().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="holds a ViTGPT2ForCaptioning, not a ViTRobertaForVQA"):
+        ViTRobertaForVQA.from_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    good = load_file(weights)
+    key = "gpt.transformer.h.0.attn.c_attn.lora_A"
+    for change, message in (
+        ({k: v for k, v in good.items() if k != key}, f"missing {key}"),
+        (good | {"extra.weight": torch.zeros(1)}, "unexpected extra.weight"),
+        (good | {key: torch.zeros(3, 32)}, r"lora_A has shape \[3, 32\], the model needs \[8, 32\]"),
+    ):
+        save_file(change, weights)
+        with pytest.raises(CheckpointError, match=message):
+            load()
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load()
+    damage(tmp_path, peft_type="LORA")
+    with pytest.raises(CheckpointError, match="peft_type is 'LORA'"):
+        load()
+    damage(tmp_path, peft_type="ROUTINGVL", format_version=99)
+    with pytest.raises(CheckpointError, match="format_version 99"):
+        load()
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        load()
+
+
+def test_wrong_rank_in_the_configuration(tmp_path):
+    captioner().save_pretrained(tmp_path)
+    routing = json.loads((tmp_path / "adapter_config.json").read_text())["routing"]
+    damage(tmp_path, routing=routing | {"rank": 8})
+    with pytest.raises(CheckpointError, match=r"the model needs \[16, 32\]"):
+        load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2())
+    damage(tmp_path, routing=routing | {"rnak": 8})
+    with pytest.raises(ValueError, match="unknown key 'rnak'; did you mean 'rank'"):
+        load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2())
+
+
+def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
+    model = captioner()
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("routingvl.bottlenecks.checkpoint.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(randomise(model), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(CheckpointError, match="is a file"):
+        save_adapter(model, tmp_path / "adapter_config.json")
+
+
+def test_peft_refuses_a_routed_adapter(tmp_path):
+    captioner().save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="ROUTINGVL"):
+        peft.PeftModel.from_pretrained(small_gpt2(), tmp_path)
+
+
+def test_reference_state_dict_accepts_ddp_names_and_tied_heads():
+    model, other = randomise(captioner()), captioner()
+    state = {f"module.{k}": v for k, v in model.state_dict().items() if not k.startswith("vit.")}
+    assert "module.gpt.lm_head.weight" in state
+    names = load_reference_state_dict(other, state)
+    assert names["module.gpt.transformer.wte.weight"] == "gpt.transformer.wte.weight"
+    assert torch.equal(other.eval()(**batch()).logits, model.eval()(**batch()).logits)
+
+
+def test_reference_state_dict_is_strict():
+    model = answerer()
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("vit.")}
+    before = model.classifier[0].weight.clone()
+    bad = state | {"classifier.0.weight": before + 1}
+    removed = bad.pop("roberta.encoder.layer.1.output.dense.bias")
+    with pytest.raises(CheckpointError, match=r"missing roberta.encoder.layer.1.output.dense.bias"):
+        load_reference_state_dict(model, bad)
+    assert torch.equal(model.classifier[0].weight, before)
+    bad["roberta.encoder.layer.1.output.dense.bias"] = removed
+    with pytest.raises(CheckpointError, match=r"unexpected roberta.surprise"):
+        load_reference_state_dict(model, bad | {"roberta.surprise": removed})
+
+
+@pytest.mark.parametrize(("factory", "targets"), [(small_gpt2, ["c_attn"]), (small_roberta, ["query", "value"])])
+def test_peft_export_runs_the_same_function(factory, targets, tmp_path):
+    config = RoutingConfig(rank=4, alpha=6, routing="none", train_layer_norm=False, train_bias=False)
+    model = factory().eval()
+    inject(model, config)
+    randomise(model)
+    export_peft(model, tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    theirs = peft.PeftModel.from_pretrained(factory().eval(), tmp_path)
+    torch.testing.assert_close(theirs(input_ids=ids)[0], model(input_ids=ids)[0], rtol=1e-5, atol=1e-5)
+    again = factory().eval()
+    inject(again, config)
+    import_peft(again, tmp_path)
+    assert torch.equal(again(input_ids=ids)[0], model(input_ids=ids)[0])
+
+
+def test_peft_export_refuses_what_peft_cannot_run(tmp_path):
+    with pytest.raises(CheckpointError, match="'mul': PEFT would drop the image"):
+        export_peft(captioner(), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="adapters have no PEFT form"):
+        export_peft(captioner(RoutingConfig(method="adapter", rank=4, routing="none")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_peft_import_of_a_foreign_lora(tmp_path):
+    """PEFT's own LoRA on c_attn may change k too, which ours cannot hold: an error, not a silent loss."""
+    theirs = peft.get_peft_model(
+        small_gpt2(), peft.LoraConfig(r=8, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    )
+    theirs.save_pretrained(tmp_path)
+    model = small_gpt2()
+    inject(model, RoutingConfig(rank=4, routing="none"))
+    with pytest.raises(CheckpointError, match="outside the adapted slices"):
+        import_peft(model, tmp_path)

@@ -1,0 +1,235 @@
+"""The files of the feature cache: round trips, writers side by side, breaks at any byte, damage."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from routingvl.data.feature_cache import FeatureCache, FeatureCacheError, FileDigests, file_digest, file_stat
+
+KEY = {"weights": "w", "kind": "pooler"}
+RECORD = 48
+ROOT = Path(__file__).parents[2]
+
+
+def digest(number):
+    return file_digest(str(number).encode())
+
+
+def rows(*numbers, shape=(2, 4)):
+    """Features that tell which image they are of."""
+    return torch.stack([torch.full(shape, float(n)) + torch.arange(shape[1]) / 8 for n in numbers])
+
+
+def opened(root, shape=(2, 4), dtype=torch.float32, **key):
+    return FeatureCache(root, KEY | key, shape, dtype)
+
+
+def filled(root, count=5, **options):
+    cache = opened(root, **options)
+    cache.add([digest(n) for n in range(count)], rows(*range(count)))
+    cache.close()
+    return cache
+
+
+def only(cache, ending):
+    (path,) = cache.directory.glob(f"*{ending}")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_round_trip(tmp_path, dtype):
+    values = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
+    cache = opened(tmp_path, dtype=dtype)
+    cache.add([digest(0), digest(1)], values[:2])
+    cache.add([digest(n) for n in (2, 3, 4)], values[2:])
+    assert cache.find(digest(0)) is None, "found before it was read back"
+    cache.refresh()
+    again = opened(tmp_path, dtype=dtype)
+    for reader in (cache, again):
+        found = torch.stack([reader.find(digest(n)) for n in range(5)])
+        assert found.dtype == dtype
+        assert torch.equal(found, values.to(dtype))
+    assert again.find(digest(9)) is None
+    assert len(again) == 5
+
+
+def test_bad_features_and_folders_are_refused(tmp_path):
+    cache = opened(tmp_path / "half", dtype=torch.float16)
+    with pytest.raises(FeatureCacheError, match=r"not finite as float16; use data.feature_dtype=float32"):
+        cache.add([digest(0)], torch.full((1, 2, 4), 1e5))
+    with pytest.raises(FeatureCacheError, match=r"need features \[1, 2, 4\], not \[1, 2, 5\]"):
+        cache.add([digest(0)], torch.zeros(1, 2, 5))
+    with pytest.raises(FeatureCacheError, match="float64"):
+        opened(tmp_path, dtype=torch.float64)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FeatureCacheError, match="file is a file; name a folder"):
+        opened(tmp_path / "file")
+    (cache.directory / "features.json").write_text("{}")
+    with pytest.raises(FeatureCacheError, match=r"features.json describes other features.*delete the folder"):
+        opened(tmp_path / "half", dtype=torch.float16)
+
+
+@pytest.mark.parametrize("damaged", [b"", b'{"layout', b"\xff\xfe"])
+def test_a_damaged_description_costs_no_features(tmp_path, caplog, damaged):
+    path = filled(tmp_path).directory / "features.json"
+    whole = path.read_bytes()
+    path.write_bytes(damaged)
+    assert len(opened(tmp_path)) == 5
+    assert f"{path} is damaged" in caplog.text
+    assert path.read_bytes() == whole
+
+
+def test_another_key_is_a_miss(tmp_path):
+    filled(tmp_path)
+    others = [{"weights": "x"}, {"kind": "tokens"}, {"dtype": torch.float16}, {"shape": (4, 2)}, {"extra": 1}]
+    for other in others:
+        assert len(opened(tmp_path, **other)) == 0
+    assert len(opened(tmp_path)) == 5
+
+
+def test_index_cut_at_every_byte(tmp_path):
+    cache = filled(tmp_path / "whole")
+    whole = only(cache, ".index").stat().st_size
+    assert whole == 5 * RECORD
+    for size in range(whole + 1):
+        shutil.rmtree(tmp_path / "cut", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+        cut = tmp_path / "cut" / cache.directory.name
+        os.truncate(next(cut.glob("*.index")), size)
+        reader = opened(tmp_path / "cut")
+        found = [reader.find(digest(n)) for n in range(5)]
+        for n, row in enumerate(found):
+            assert (row is not None) == (n < size // RECORD)
+            assert row is None or torch.equal(row, rows(n)[0])
+        # Continuing fills the gap, and the torn end stays out of the way.
+        reader.add([digest(n) for n in range(5) if found[n] is None], rows(*range(5))[size // RECORD :])
+        reader.close()
+        again = opened(tmp_path / "cut")
+        assert all(torch.equal(again.find(digest(n)), rows(n)[0]) for n in range(5))
+
+
+def test_rows_cut_at_every_byte(tmp_path, caplog):
+    cache = filled(tmp_path / "whole")
+    row_bytes = cache.row_bytes
+    for size in range(5 * row_bytes):
+        shutil.rmtree(tmp_path / "cut", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+        cut = next((tmp_path / "cut" / cache.directory.name).glob("*.rows"))
+        os.truncate(cut, size)
+        caplog.clear()
+        reader = opened(tmp_path / "cut")
+        assert [reader.find(digest(n)) is not None for n in range(5)] == [n < size // row_bytes for n in range(5)]
+        assert f"{cut} is shorter than its index says" in caplog.text
+    cut.unlink()
+    assert len(opened(tmp_path / "cut")) == 0
+
+
+def test_damage_is_found_named_and_repaired(tmp_path, caplog):
+    cache = filled(tmp_path)
+    for ending, position, lost in ((".rows", 2 * cache.row_bytes + 7, 2), (".index", 3 * RECORD + 5, 3)):
+        path = only(cache, ending)
+        data = bytearray(path.read_bytes())
+        data[position] ^= 1
+        path.write_bytes(data)
+        caplog.clear()
+        reader = opened(tmp_path)
+        assert reader.find(digest(lost)) is None
+        assert reader.find(digest(4)) is not None
+        assert str(path) in caplog.text
+    reader.find(digest(2))
+    reader.add([digest(2), digest(3)], rows(2, 3))
+    reader.close()
+    again = opened(tmp_path)
+    assert all(torch.equal(again.find(digest(n)), rows(n)[0]) for n in range(5))
+
+
+def test_after_a_failed_write_the_next_rows_go_elsewhere(tmp_path, monkeypatch):
+    cache = filled(tmp_path)
+    cache.add([digest(5)], rows(5))
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("routingvl.data.feature_cache.os.fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            cache.add([digest(6)], rows(6))
+    cache.add([digest(7)], rows(7))
+    cache.close()
+    again = opened(tmp_path)
+    assert [again.find(digest(n)) is not None for n in range(8)] == [True] * 6 + [False, True]
+    assert torch.equal(again.find(digest(7)), rows(7)[0])
+
+
+WRITER = """
+import sys
+sys.path[:0] = [{tests!r}]
+from test_feature_cache import digest, opened, rows
+cache = opened({root!r})
+for n in range(int(sys.argv[1]), int(sys.argv[2])):
+    cache.add([digest(n)], rows(n))
+"""
+
+
+def test_two_processes_write_at_once(tmp_path):
+    code = WRITER.format(tests=str(ROOT / "tests"), root=str(tmp_path))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ranges = (("0", "30"), ("20", "50"))  # ten images by both
+    writers = [subprocess.Popen([sys.executable, "-c", code, *span], env=environment) for span in ranges]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    cache = opened(tmp_path)
+    assert len(cache) == 50
+    assert len(list(cache.directory.glob("*.rows"))) == 2
+    assert all(torch.equal(cache.find(digest(n)), rows(n)[0]) for n in range(50))
+
+
+def test_killed_writers_lose_nothing_that_was_added(tmp_path):
+    code = WRITER.format(tests=str(ROOT / "tests"), root=str(tmp_path)) + "    print(n, flush=True)\n"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    added = []
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, start, "1000000000"], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for start in ("0", "500000000")
+    ]
+    for writer in writers:
+        for _ in range(20):
+            writer.stdout.readline()
+        writer.kill()
+        last = writer.communicate(timeout=60)[0].splitlines()
+        added.append(int(last[-1]) if last else None)
+    cache = opened(tmp_path)
+    for start, last in zip((0, 500000000), added, strict=True):
+        numbers = range(start, (start + 19 if last is None else last) + 1)
+        assert all(torch.equal(cache.find(digest(n)), rows(n)[0]) for n in numbers)
+
+
+def test_digests_of_files_are_remembered_until_the_file_changes(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"one")
+    long_ago = (0, 10**18, 10**18)
+    memory = FileDigests(tmp_path / "cache")
+    memory.remember({path: (file_stat(path), digest(1))})
+    assert memory.known(path) is None, "a file changed just now may change again unseen"
+    memory.remember({path: (long_ago, digest(1))})
+    assert FileDigests(tmp_path / "cache").known(path) is None, "size and times differ"
+    (listed,) = memory.directory.glob("*.jsonl")
+    stat = file_stat(path)
+    listed.write_text(json.dumps([str(path), stat, digest(1).hex()]) + '\n["torn')
+    again = FileDigests(tmp_path / "cache")
+    assert again.known(path) == digest(1)
+    path.write_bytes(b"two")
+    os.utime(path, ns=(stat[1], stat[1]))  # same size, old time of change put back
+    assert again.known(path) is None
+    path.unlink()
+    assert again.known(path) is None

@@ -1,0 +1,131 @@
+"""The table of tiles: it fits every device, has an answer for unknown ones, and never looks at the exact row count."""
+
+import itertools
+
+import pytest
+import torch
+
+from routingvl.kernels.triton_common.tiles import (
+    DECODE_ROWS,
+    KINDS,
+    SHARED_MEMORY,
+    UNKNOWN_SHARED_MEMORY,
+    Tile,
+    arch_of,
+    column_splits,
+    family_of,
+    padded_rank,
+    precision_of,
+    shared_memory,
+    shrunken,
+    tile_for,
+    tiles_for,
+)
+
+EVERY = list(itertools.product(KINDS, (1, 13, 16, 64, 100, 128, 256), ("half", "tf32", "ieee"), (False, True)))
+SMALLEST = {warps: Tile(16, 16, 16, warps, 1) for warps in (4, 8)}
+
+
+@pytest.mark.parametrize("arch", [*SHARED_MEMORY, "sm_70", "gfx1100", "default"])
+def test_every_tile_fits(arch: str) -> None:
+    limit = SHARED_MEMORY.get(arch, UNKNOWN_SHARED_MEMORY)
+    for kind, rank, precision, decode in EVERY:
+        tiles = tiles_for(kind, rank, precision, decode, arch)
+        assert tiles
+        for tile in tiles:
+            need = shared_memory(kind, tile, rank, 2 if precision == "half" else 4, arch)
+            assert need <= limit or tile == SMALLEST[tile.num_warps]
+            sizes = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
+            assert all(size & (size - 1) == 0 for size in sizes)
+            assert min(sizes[:3]) >= 16
+            assert tile.num_stages >= 1
+
+
+def test_each_alternative_is_smaller() -> None:
+    for kind, rank, precision, decode in EVERY:
+        if not kind.startswith("rank_one"):
+            tiles = tiles_for(kind, rank, precision, decode, "sm_90")
+            needs = [shared_memory(kind, tile, rank, 2, "sm_90") for tile in tiles]
+            assert needs == sorted(needs, reverse=True)
+            assert len(needs) > 1
+
+
+def test_shrunken_ends_with_the_smallest_tile() -> None:
+    tiles = list(shrunken(Tile(64, 64, 32, 8, 3)))
+    assert tiles[0] == Tile(64, 64, 32, 8, 2)
+    assert tiles[-1] == Tile(16, 16, 16, 8, 1)
+    assert len(set(tiles)) == len(tiles)
+
+
+def test_less_shared_memory_gives_smaller_tiles() -> None:
+    def need(arch: str) -> int:
+        return shared_memory(
+            "adapter_forward", tile_for("adapter_forward", 256, torch.bfloat16, 4096, arch), 256, 2, arch
+        )
+
+    assert need("sm_90") > SHARED_MEMORY["sm_75"]
+    assert all(need(arch) < need("sm_90") for arch in ("sm_75", "sm_86", "sm_120", "gfx942"))
+
+
+def test_few_rows_take_the_decode_tile_and_no_other_count_matters() -> None:
+    for kind in ("lora_forward", "adapter_forward"):
+        assert tile_for(kind, 128, torch.bfloat16, 40, "sm_90").block_m == 16
+        assert tile_for(kind, 128, torch.bfloat16, DECODE_ROWS + 1, "sm_90").block_m == 64
+        assert (
+            len({tile_for(kind, 128, torch.bfloat16, rows, "sm_90") for rows in range(DECODE_ROWS + 1, 5000, 7)}) == 1
+        )
+
+
+@pytest.mark.parametrize(
+    ("arch", "family"),
+    [
+        ("sm_75", "sm_80"),
+        ("sm_86", "sm_80"),
+        ("sm_90", "sm_90"),
+        ("sm_103", "sm_100"),
+        ("sm_120", "sm_80"),
+        ("gfx942", "gfx942"),
+        ("gfx90a", "gfx942"),
+        ("gfx1100", "default"),
+        ("default", "default"),
+    ],
+)
+def test_family(arch: str, family: str) -> None:
+    assert family_of(arch) == family
+
+
+def test_a_cpu_is_no_known_architecture() -> None:
+    assert arch_of(torch.device("cpu")) == "default"
+
+
+def test_precision_obeys_torch() -> None:
+    assert precision_of(torch.float16, "sm_90") == "half"
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        assert precision_of(torch.float32, "sm_90") == "ieee"
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert precision_of(torch.float32, "sm_90") == "tf32"
+        assert precision_of(torch.float32, "sm_75") == precision_of(torch.float32, "gfx942") == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_padded_rank() -> None:
+    assert [padded_rank(rank) for rank in (1, 16, 17, 96, 128, 129, 256)] == [16, 16, 32, 128, 128, 256, 256]
+    for rank in (0, 257):
+        with pytest.raises(ValueError, match=f"ranks 1 to 256, got {rank}"):
+            padded_rank(rank)
+
+
+def test_an_unknown_kind_is_an_error() -> None:
+    with pytest.raises(KeyError, match="lora_sideways"):
+        tile_for("lora_sideways", 16, torch.float32, 1000, "sm_90")
+
+
+def test_column_splits_fill_the_device_when_rows_are_few() -> None:
+    tile = Tile(64, 64, 64, 4, 3)
+    assert column_splits(tile, 10240, 768, 132) == 1
+    assert column_splits(tile, 2040, 768, 132) == 5
+    assert column_splits(tile, 100, 100, 132) == 2  # no program without columns
+    assert column_splits(Tile(16, 64, 64, 4, 3), 40, 4096, 132) == 32
