@@ -85,8 +85,8 @@ def inject(
     (``train_bias``) and the LayerNorms inside the transformer layers (``train_layer_norm``).
 
     Args:
-        model: a language model of transformers (or one that contains it). A family of ``routingvl.bottlenecks.families`` knows
-            its own places; any other model needs ``config.targets`` and method "lora".
+        model: a language model of transformers (or one that contains it). A family of ``bottlenecks/families.py`` knows its own
+            places; any other model needs ``config.targets`` and method "lora".
         config: what to build, and where.
         context: where the bottlenecks read the image from; None makes a new one. Bind it around the model's call.
         backend: None, "eager" or "triton" for every bottleneck, see :func:`routingvl.kernels.lora.api`.
@@ -271,8 +271,8 @@ def _plan_adapters(model, family, config, context, backend) -> list[tuple[str, n
     """(module name, replacement) for each adapter and for each module it is hung on."""
     if family is None:
         raise SurgeryError(
-            f"model type {_model_type(model)!r} is not in routingvl.bottlenecks.families ({', '.join(FAMILIES)}), so the "
-            "places of its adapters are not known: add an entry there, or use method='lora' with targets=[...]"
+            f"model type {_model_type(model)!r} is not in routingvl.bottlenecks.families ({', '.join(FAMILIES)}), "
+            "so the places of its adapters are not known: add an entry there, or use method='lora' with targets=[...]"
         )
     activation_name = getattr(model.config, family.activation_key)
     if activation_name not in ACTIVATIONS:

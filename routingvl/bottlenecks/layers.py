@@ -79,7 +79,7 @@ class _Routed(nn.Module):
         raise NotImplementedError
 
     def prepare(self, readers: Sequence[_Routed], features: torch.Tensor, decoding: bool) -> list[ImageCode | None]:
-        """See :class:`~routingvl.bottlenecks.context.Reader`: one product for all layers whose weights and options are alike."""
+        """See :class:`~routingvl.bottlenecks.context.Reader`: one product for all layers that are alike."""
         alike: dict[tuple, list[int]] = {}
         for index, reader in enumerate(readers):
             if reader.can_prepare(features):

@@ -181,7 +181,7 @@ for n in range(int(sys.argv[1]), int(sys.argv[2])):
 
 
 def test_two_processes_write_at_once(tmp_path):
-    code = WRITER.format(tests=str(ROOT / "tests"), root=str(tmp_path))
+    code = WRITER.format(tests=str(Path(__file__).parent), root=str(tmp_path))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ranges = (("0", "30"), ("20", "50"))  # ten images by both
     writers = [subprocess.Popen([sys.executable, "-c", code, *span], env=environment) for span in ranges]
@@ -193,7 +193,7 @@ def test_two_processes_write_at_once(tmp_path):
 
 
 def test_killed_writers_lose_nothing_that_was_added(tmp_path):
-    code = WRITER.format(tests=str(ROOT / "tests"), root=str(tmp_path)) + "    print(n, flush=True)\n"
+    code = WRITER.format(tests=str(Path(__file__).parent), root=str(tmp_path)) + "    print(n, flush=True)\n"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     added = []
     writers = [
