@@ -85,8 +85,8 @@ def inject(
     (``train_bias``) and the LayerNorms inside the transformer layers (``train_layer_norm``).
 
     Args:
-        model: a language model of transformers (or one that contains it). A family of ``bottlenecks/families.py`` knows its own
-            places; any other model needs ``config.targets`` and method "lora".
+        model: a language model of transformers (or one that contains it). A family of ``bottlenecks/families.py`` knows
+            its own places; any other model needs ``config.targets`` and method "lora".
         config: what to build, and where.
         context: where the bottlenecks read the image from; None makes a new one. Bind it around the model's call.
         backend: None, "eager" or "triton" for every bottleneck, see :func:`routingvl.kernels.lora.api`.
