@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
-from torch.utils.data import Dataset
-from tqdm import tqdm
+from accelerate.utils import broadcast_object_list
 
+from routingvl.atomic_files import write_json
 from routingvl.config import ConfigError
 from routingvl.config.schema import RunConfig, changed_settings, override
+from routingvl.environment import environment
 from routingvl.metrics.results import coco_results_name, vqa_results_name, write_coco_results, write_vqa_results
-from routingvl.tasks.base import Task, load_task
+from routingvl.tasks.base import load_task
+from routingvl.tasks.predictions import predict_dataset
 from routingvl.training.precision import hush_transformers, make_accelerator
-from routingvl.training.run_folder import RunFolder, environment, write_json
+from routingvl.training.run_folder import RunFolder
 
 # What evaluation may change; everything else was decided when the run was trained.
 FREE_IN_EVALUATION = ("data.", "eval.", "device", "model.backend", "train.mixed_precision")
@@ -103,31 +101,3 @@ def write_predictions(target: Path, task: str, split: str, method: str, predicti
     if task == "caption":
         return write_coco_results(target / coco_results_name(split, method), predictions)
     return write_vqa_results(target / vqa_results_name(split, method), predictions)
-
-
-def predict_dataset(
-    task: Task, dataset: Dataset, accelerator: Accelerator, *, num_beams: int, progress: bool = False
-) -> dict[int, str]:
-    """Predictions for every example of ``dataset`` by image or question id, the same in every process.
-
-    Each process takes every n-th example, so none is predicted twice and no padding has to be removed again.
-    """
-    task.model.eval()
-    mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    batches = list(_chunks(mine, task.config.eval.batch_size))
-    found: dict[int, str] = {}
-    show = progress and accelerator.is_main_process
-    with torch.inference_mode(), accelerator.autocast():
-        for batch in tqdm(
-            task.loader(dataset, batches), desc="predict", disable=not show, leave=False, dynamic_ncols=True
-        ):
-            if batch is not None:
-                found |= task.predict(batch, num_beams)
-    merged: dict[int, str] = {}
-    for part in gather_object([found]):
-        merged |= part
-    return merged
-
-
-def _chunks(indices: range, size: int) -> Iterable[list[int]]:
-    return (list(indices[start : start + size]) for start in range(0, len(indices), size))

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from routingvl.atomic_files import replacing
 from routingvl.config import ConfigError
 from routingvl.config.schema import RunConfig
-from routingvl.evaluate import predict_dataset
 from routingvl.tasks.base import Task, build_task
+from routingvl.tasks.predictions import predict_dataset
 from routingvl.training.compile import check_compiler, compiled, compiled_inputs
 from routingvl.training.precision import (
     hush_transformers,

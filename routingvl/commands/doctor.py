@@ -57,8 +57,8 @@ def examine() -> dict[str, dict[str, Any]]:
     """Every finding by section; a value that starts with PROBLEM needs action."""
     import torch
 
+    from routingvl.environment import git_state, hardware, package_versions
     from routingvl.kernels.dispatch import select_backend
-    from routingvl.training.run_folder import git_state, hardware, package_versions
 
     devices = hardware()
     devices["cuda"] = devices["cuda"] or "this torch is built without CUDA"

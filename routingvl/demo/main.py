@@ -21,7 +21,7 @@ from routingvl.demo.report import write_report
 from routingvl.demo.search import best_rates, load_search, search, write_search
 from routingvl.demo.shapes import ShapesConfig, write_shapes
 from routingvl.demo.variants import QUICK_VARIANTS, VARIANTS, DemoSettings, Job, Variant
-from routingvl.training.run_folder import environment
+from routingvl.environment import environment
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def write_report(
         records: this run's results.
         committed: a search result (see :func:`routingvl.demo.search.load_search`).
         quality: of the backbones, as ``build_backbones`` returns it.
-        environment: as ``routingvl.training.run_folder.environment`` returns it.
+        environment: as ``routingvl.environment.environment`` returns it.
         seconds: wall time of "data", "backbones" and "all".
     """
     results = _Results(at_best_rate(records), summarise(committed["runs"], [s for c in COLUMNS.values() for s in c]))

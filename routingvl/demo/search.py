@@ -16,7 +16,7 @@ from typing import Any
 from routingvl.atomic_files import write_text
 from routingvl.demo.jobs import Record
 from routingvl.demo.variants import VARIANTS, DemoSettings, Job, Variant, settings_to_dict
-from routingvl.training.run_folder import environment
+from routingvl.environment import environment
 
 COMMITTED = Path(__file__).with_name("search.json")
 RunJobs = Callable[[Sequence[Job]], list[Record]]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from routingvl.atomic_files import write_json
 from routingvl.config import ConfigError, check_choice
 from routingvl.config.schema import RunConfig
 from routingvl.data.coco import CaptionDataset, CaptionSplit, load_captions
@@ -32,7 +33,7 @@ from routingvl.metrics import caption_scores, soft_score_report, vqa_report
 from routingvl.metrics.captions import METRICS
 from routingvl.metrics.ptb import find_java
 from routingvl.models import RoutedVLModel, ViTGPT2ForCaptioning, ViTRobertaForVQA, load_pretrained
-from routingvl.training.run_folder import RunFolder, write_json
+from routingvl.training.run_folder import RunFolder
 
 Batch = dict[str, Any]
 Split = CaptionSplit | VQASplit

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,11 +15,8 @@ from routingvl.atomic_files import write_json, write_text
 from routingvl.config import ConfigError
 from routingvl.config.files import config_to_yaml, load_config
 from routingvl.config.schema import RunConfig, changed_settings, flatten
+from routingvl.environment import environment
 
-PACKAGES = (
-    "routingvl torch triton transformers accelerate safetensors numpy Pillow jsonargparse PyYAML tqdm matplotlib "
-    "pycocoevalcap tokenizers tensorboard wandb peft"
-).split()
 # Settings that say where and how fast, not what: a resumed run may change them and stays the same run.
 FREE_ON_RESUME = (
     "output_dir device data.annotations data.images data.answers data.workers data.feature_batch_size "
@@ -102,60 +95,6 @@ class RunFolder:
                 f"{self.path} has no config.yaml, so it is no run folder; give the output_dir of a training run"
             )
         return load_config(self.config_file)
-
-
-def package_versions() -> dict[str, str | None]:
-    """Installed version of every package that can matter to a number; None when it is absent."""
-
-    def version(name: str) -> str | None:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {name: version(name) for name in PACKAGES}
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit and whether tracked files differ from it, when routingvl runs from a checkout; None elsewhere."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, timeout=20, check=True)
-        return done.stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def hardware() -> dict[str, Any]:
-    """Processors and accelerators that torch sees."""
-    import torch
-
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return {
-        "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in gpus],
-        "cuda": torch.version.cuda,
-    }
-
-
-def environment() -> dict[str, Any]:
-    """What a reader needs to repeat a run: versions, commit, hardware, command and time (UTC)."""
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "packages": package_versions(),
-        "git": git_state(),
-        "hardware": hardware(),
-    }
 
 
 class RunLog:
