@@ -66,6 +66,110 @@ def gram_of(u: Tensor, relu: bool) -> Tensor:
     return (F.relu(wide) if relu else wide).mT @ wide
 
 
+def project_lora_image(
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    routing: str,
+    scaling: float = 1.0,
+    relu: bool = False,
+    groups: int = 1,
+    placement: str = "bottleneck",
+    backend: str | None = None,
+    decoding: bool = False,
+) -> ImageCode | None:
+    """Project the image for one LoRA bottleneck, differentiable in v, a and b.
+
+    Args:
+        v: visual tokens [B, L, K].
+        a: down-projection [G*R, K].
+        b: up-projection [G*n, R].
+        routing, scaling, relu, groups, placement, backend: as in :func:`routingvl.kernels.lora.api`.
+        decoding: prepare for many calls with few rows of text each; needs no gradients then.
+
+    Returns:
+        None where there is nothing to prepare: the routing reads no image, or has no closed form in the output space.
+    """
+    row = find_routing(routing)
+    if not row.uses_image or not has_closed_form(row, v.shape[1], relu, placement):
+        return None
+    device = v.device.type
+    v, a = cast_for_autocast(device, v, a)
+    name, _ = select_backend(device, backend, dtype=v.dtype, width=a.shape[0])
+    rank_one = is_rank_one(row, v.shape[1]) and not (relu and name == "triton")
+    b = cast_for_autocast(device, b)[0] if rank_one else b
+    with without_autocast(device):
+        if not rank_one:
+            return _with_gram(F.linear(v, a), row, relu, decoding)
+        u = F.linear(v.squeeze(1), a)  # matrices from here on: fewer operations and autograd nodes than [B, 1, C]
+        o = _up(u, b, groups)
+        if placement == "output":
+            # <x a' b', probe> = x . (a' (b' probe)): both expansions move to the image's side.
+            p = torch.mm(_up_transposed(row.probe(o), b, groups), a)
+        elif relu:
+            p = F.relu(row.probe(u))
+        else:
+            p = torch.mm(row.probe(u), a)
+        return ImageCode(u.unsqueeze(1), (p, o if scaling == 1 else o * scaling))
+
+
+def project_adapter_image(
+    v: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    *,
+    routing: str,
+    relu: bool = False,
+    decoding: bool = False,
+) -> ImageCode | None:
+    """Project the image for one Adapter, differentiable in v and the weights.
+
+    Args:
+        v: visual tokens [B, L, K].
+        down_weight: D [R, K].
+        down_bias: d [R], or None.
+        routing, relu: as in :func:`routingvl.kernels.adapter.api`.
+        decoding: as in :func:`project_lora_image`.
+
+    Returns:
+        None where the routing reads no image.
+    """
+    row = find_routing(routing)
+    if not row.uses_image:
+        return None
+    device = v.device.type
+    v, down_weight, down_bias = cast_for_autocast(device, v, down_weight, down_bias)
+    with without_autocast(device):
+        if relu or not is_rank_one(row, v.shape[1]):
+            return _with_gram(F.linear(v, down_weight, down_bias), row, relu, decoding)
+        u = F.linear(v.squeeze(1), down_weight, down_bias)
+        p = row.probe(u)
+        k = p.new_zeros(p.shape[0]) if down_bias is None else torch.mv(p, down_bias)
+        return ImageCode(u.unsqueeze(1), (torch.mm(p, down_weight), k))
+
+
+def _with_gram(u: Tensor, row: Routing, relu: bool, decoding: bool) -> ImageCode:
+    wanted = decoding and u.shape[1] > 1 and row.max_visual_tokens is None and not u.requires_grad
+    return ImageCode(u, None, gram_of(u, relu) if wanted else None)
+
+
+def _up(u: Tensor, b: Tensor, groups: int) -> Tensor:
+    """Each group's share of u [B, G*R] times its rows of b [G*n, R]: [B, G*n]."""
+    if groups == 1:
+        return F.linear(u, b)
+    pairs = zip(u.chunk(groups, 1), b.chunk(groups, 0), strict=True)
+    return torch.cat([F.linear(part, rows) for part, rows in pairs], 1)
+
+
+def _up_transposed(wide: Tensor, b: Tensor, groups: int) -> Tensor:
+    """The transpose of :func:`_up`: wide [B, G*n] gives [B, G*R]."""
+    if groups == 1:
+        return torch.mm(wide, b)
+    pairs = zip(wide.chunk(groups, 1), b.chunk(groups, 0), strict=True)
+    return torch.cat([torch.mm(part, rows) for part, rows in pairs], 1)
+
+
 def project_lora_images(
     v: Tensor,
     a: Sequence[Tensor],

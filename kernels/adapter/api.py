@@ -7,7 +7,7 @@ from torch import Tensor
 from ..activations import find_activation
 from ..arguments import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, fold_beams, without_autocast
 from ..dispatch import NoTileFitsError, eager_instead, select_backend
-from ..image_code import ImageCode, project_adapter_images
+from ..image_code import ImageCode, project_adapter_image
 from ..routing import find_routing
 from .eager import eager_adapter
 
@@ -44,7 +44,7 @@ def routed_adapter(
         relu: ReLU on both factors of vllora's inner product.
         backend: "eager", "triton", or None for the default of :func:`routingvl.kernels.dispatch.select_backend`.
 
-        image: what :func:`routingvl.kernels.project_adapter_images` made of v for these weights, so that v is not
+        image: what :func:`routingvl.kernels.project_adapter_image` made of v for these weights, so that v is not
             projected again; None without.
 
     Returns:
@@ -77,8 +77,7 @@ def routed_adapter(
     options = {"row": row, "activation": activation, "relu": relu}
     with without_autocast(device):
         if v is not None:
-            bias = None if weights[1] is None else [weights[1]]
-            made = image or project_adapter_images(v, [weights[0]], bias, routing=routing, relu=relu)[0]
+            made = image or project_adapter_image(v, *weights[:2], routing=routing, relu=relu)
             image = made.to(narrow.dtype)
         # A float32 residual stream keeps its precision under autocast, as it would in the plain sum.
         inside = residual and narrow.dtype == x.dtype

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..arguments import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, fold_beams, without_autocast
 from ..dispatch import NoTileFitsError, eager_instead, select_backend
-from ..image_code import ImageCode, has_closed_form, project_lora_images
+from ..image_code import ImageCode, has_closed_form, project_lora_image
 from ..routing import Routing, find_routing
 from .eager import eager_lora
 
@@ -113,7 +113,7 @@ def routed_lora_linear(
         weight_layout: "nk" or "kn".
         dropout: probability of dropping a component of the bottleneck's inputs (text and image drawn separately, kept
             ones scaled by 1 / (1 - dropout)); 0 outside training. The frozen projection sees x whole.
-        image: what :func:`routingvl.kernels.project_lora_images` made of v for these weights, so that v is not
+        image: what :func:`routingvl.kernels.project_lora_image` made of v for these weights, so that v is not
             projected again; None without. Not together with dropout, which draws a mask for v in every call.
 
     Returns:
@@ -175,7 +175,7 @@ def _run(
         v = F.dropout(v, dropout) if dropout > 0 and v is not None else v
         if v is not None and closed:
             form = {"scaling": scaling, "relu": relu, "groups": groups, "placement": placement}
-            made = image or project_lora_images(v, [a], [b], routing=row.name, backend=name, **form)[0]
+            made = image or project_lora_image(v, a, b, routing=row.name, backend=name, **form)
             image = made.to(x.dtype)
         if fused:
             from .fused import fused_lora  # here, because it needs triton

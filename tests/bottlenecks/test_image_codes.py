@@ -167,10 +167,10 @@ def products(monkeypatch):
 
         return project
 
-    functions = {"project_lora_images": routed_lora, "project_adapter_images": routed_adapter}
+    functions = {"project_lora_image": routed_lora, "project_adapter_image": routed_adapter}
     for name, function in functions.items():
         home = sys.modules[function.__module__]
-        monkeypatch.setattr(layers, name, counted(getattr(layers, name)))
+        monkeypatch.setattr(layers, f"{name}s", counted(getattr(layers, f"{name}s")))
         monkeypatch.setattr(home, name, single(getattr(home, name)))
     return counts
 
@@ -246,11 +246,11 @@ def test_bound_without_gradients_and_used_with_them():
     context = VisualContext()
     model = small_gpt2().eval()
     inject(model, RoutingConfig(rank=4, routing="expand"), context)
-    randomise(model)
+    randomise(model).double()
     found = []
     for grad_at_bind in (True, False):
         model.zero_grad()
-        with torch.set_grad_enabled(grad_at_bind), context.bind(torch.ones(1, 1, WIDTH)), torch.enable_grad():
+        with torch.set_grad_enabled(grad_at_bind), context.bind(torch.ones(1, 1, WIDTH).double()), torch.enable_grad():
             model(torch.tensor([[1, 2]])).logits.square().mean().backward()
         found.append([p.grad.clone() for p in model.parameters() if p.requires_grad and p.grad is not None])
     assert_alike(*found, 1e-5)
