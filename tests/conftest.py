@@ -1,6 +1,7 @@
 """Settings of every test: offline, one thread, GPU tests only where there is a GPU, elsewhere Triton's interpreter."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# transformers looks for a public package of this name. The folders kernels/ of this repository and of its tests, which
+# Python would find, are not that package.
+sys.modules.setdefault("kernels", None)
 
 # Triton reads this once, at import. A device file tells whether there is a GPU without importing torch.
 HAS_GPU_DEVICE = any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
@@ -60,6 +64,14 @@ def cure_interpreter() -> None:
         return handle_of((rounded >> np.uint32(16)).astype(np.uint16), tl.bfloat16)
 
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what :func:`tiny.write_tiny` writes, for all tests together: nobody changes it."""
+    from tiny import write_tiny
+
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

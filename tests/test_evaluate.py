@@ -4,9 +4,8 @@ import json
 import shutil
 
 import pytest
-import torch
 from PIL import Image
-from tiny import SPLITS, tiny_config, write_tiny
+from tiny import SPLITS, tiny_config
 
 from routingvl.config import ConfigError
 from routingvl.evaluate import evaluate
@@ -16,12 +15,6 @@ from routingvl.train import train
 from routingvl.training.run_folder import RunError
 
 PYTHON_METRICS = {"metrics": ["CIDEr", "BLEU-4"], "caption_tokenizer": "python"}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    torch.set_num_threads(1)
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

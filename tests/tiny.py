@@ -1,5 +1,5 @@
-"""Tiny inputs for end-to-end tests: random backbones of width 32 with their tokenizers, and generated images in COCO's
-and VQAv2's forms. Everything is made in a folder of the test; nothing is downloaded.
+"""The one place where tests get small inputs: random models that are built in a fraction of a second, the same in
+folders with tokenizers, and generated images in COCO's and VQAv2's forms. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -21,13 +21,83 @@ from transformers import (
     ViTModel,
 )
 
+from routingvl import RoutingConfig, ViTGPT2ForCaptioning, ViTRobertaForVQA
 from routingvl.config.schema import RunConfig, override, run_config_from_dict
 from routingvl.data.images import ImagePreprocessor
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 220), "white": (240, 240, 240)}
 SPLITS = {"train": 12, "val": 4, "test": 5}
 QUESTION = "what color is it?"
-WIDTH, SIZE = 32, 16
+WIDTH, SIZE, WORDS, POSITIONS = 32, 16, 50, 40  # width, pixels of an image's side, vocabulary, longest text
+# Of random weights in memory: large enough for an image, a mask or a word to show in the outputs. Those that are
+# trained have transformers' own 0.02.
+SPREAD = 0.3
+
+
+# ------------------------------------------------------------------------------------------------------- random models
+
+
+def small_vit(width: int = WIDTH) -> ViTModel:
+    """Two layers, four patches an image."""
+    torch.manual_seed(1)
+    shape = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    return ViTModel(ViTConfig(image_size=SIZE, patch_size=8, **shape)).eval()
+
+
+def small_gpt2(dropout: float = 0.0, *, words: int = WORDS, end: int = WORDS - 1, spread: float = SPREAD):
+    """A GPT2LMHeadModel of two layers, whose texts begin and end with token ``end``."""
+    torch.manual_seed(2)
+    shape = {"vocab_size": words, "n_positions": POSITIONS, "n_embd": WIDTH, "n_layer": 2, "n_head": 4}
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    return GPT2LMHeadModel(GPT2Config(bos_token_id=end, eos_token_id=end, initializer_range=spread, **shape, **drops))
+
+
+def small_roberta(dropout: float = 0.0, *, words: int = WORDS, spread: float = SPREAD) -> RobertaModel:
+    """Two layers; token 1 pads, as in RoBERTa."""
+    torch.manual_seed(3)
+    shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    shape |= {"vocab_size": words, "max_position_embeddings": POSITIONS, "type_vocab_size": 1}
+    drops = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
+    return RobertaModel(RobertaConfig(initializer_range=spread, **shape, **drops))
+
+
+def captioner(config: RoutingConfig | None = None, vit_width: int = WIDTH, **options) -> ViTGPT2ForCaptioning:
+    """The captioning model, by default with LoRA of rank 4 and mul."""
+    config = RoutingConfig(rank=4, alpha=8, routing="mul") if config is None else config
+    return ViTGPT2ForCaptioning.from_backbones(small_vit(vit_width), small_gpt2(), config, **options)
+
+
+def answerer(config: RoutingConfig | None = None, vit_width: int = WIDTH, **options) -> ViTRobertaForVQA:
+    """The model of questions, by default with LoRA of rank 4 and mul, and 7 answers."""
+    config = RoutingConfig(rank=4, alpha=8, routing="mul") if config is None else config
+    options = {"num_labels": 7} | options
+    return ViTRobertaForVQA.from_backbones(small_vit(vit_width), small_roberta(), config, **options)
+
+
+def randomise(model: torch.nn.Module, scale: float = 0.3) -> torch.nn.Module:
+    """Give every trained parameter a random value, so that nothing hides behind a zero up-projection."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def batch(rows: int = 3, tokens: int = 6) -> dict[str, torch.Tensor]:
+    """pixel_values, input_ids and attention_mask with one padded row."""
+    generator = torch.Generator().manual_seed(5)
+    mask = torch.ones(rows, tokens, dtype=torch.long)
+    mask[-1, tokens // 2 :] = 0
+    ids = torch.randint(3, 48, (rows, tokens), generator=generator)
+    return {
+        "pixel_values": torch.randn(rows, 3, SIZE, SIZE, generator=generator),
+        "input_ids": ids.masked_fill(mask == 0, 1),
+        "attention_mask": mask,
+    }
+
+
+# ------------------------------------------------------------------------------- folders of backbones and of a data set
 
 
 def write_tiny(folder: Path) -> Path:
@@ -38,39 +108,16 @@ def write_tiny(folder: Path) -> Path:
 
 
 def write_backbones(folder: Path) -> None:
-    torch.manual_seed(0)
-    # No dropout of the backbones' own: it would make a batch and its pieces differ.
-    silent = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    common = silent | {
-        "hidden_size": WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 2 * WIDTH,
-    }
-    vit = ViTModel(ViTConfig(image_size=SIZE, patch_size=8, **common))
-    vit.save_pretrained(folder / "vit")
+    """Backbones, preprocessing and tokenizers. No dropout: with it a batch and its micro-batches would differ."""
+    small_vit().save_pretrained(folder / "vit")
     preprocessor = ImagePreprocessor(size=SIZE).to_dict()
     (folder / "vit" / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    roberta = tokenizer("<s>", "<pad>", "</s>", "<unk>", "<mask>")
-    roberta.save_pretrained(folder / "roberta")
-    RobertaModel(
-        RobertaConfig(vocab_size=len(roberta), max_position_embeddings=40, pad_token_id=1, type_vocab_size=1, **common)
-    ).save_pretrained(folder / "roberta")
-    gpt2 = tokenizer("<|endoftext|>")
-    gpt2.save_pretrained(folder / "gpt2")
-    config = GPT2Config(
-        vocab_size=len(gpt2),
-        n_positions=40,
-        n_embd=WIDTH,
-        n_layer=2,
-        n_head=2,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=gpt2.bos_token_id,
-        eos_token_id=gpt2.eos_token_id,
-    )
-    GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
+    words = tokenizer("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+    words.save_pretrained(folder / "roberta")
+    small_roberta(words=len(words), spread=0.02).save_pretrained(folder / "roberta")
+    words = tokenizer("<|endoftext|>")
+    words.save_pretrained(folder / "gpt2")
+    small_gpt2(words=len(words), end=words.eos_token_id, spread=0.02).save_pretrained(folder / "gpt2")
 
 
 def tokenizer(*special: str) -> PreTrainedTokenizerFast:

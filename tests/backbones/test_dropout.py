@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import answerer, captioner
+from tiny import answerer, captioner
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import answerer, batch, captioner, randomise, small_gpt2, small_roberta, small_vit
+from tiny import answerer, batch, captioner, randomise, small_gpt2, small_roberta, small_vit
 
 from routingvl import RoutingConfig, ViTGPT2ForCaptioning, ViTRobertaForVQA, inject, load_reference_state_dict
 from routingvl.bottlenecks.checkpoint import CheckpointError, export_peft, import_peft, save_adapter

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import PROCESSES, needs_gloo, run_in_processes
-from small_models import answerer, batch, captioner, randomise, small_roberta, small_vit
+from tiny import answerer, batch, captioner, randomise, small_roberta, small_vit
 from tolerances import relative_rms
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

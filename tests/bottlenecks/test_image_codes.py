@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import WIDTH, answerer, batch, captioner, randomise, small_gpt2
+from tiny import WIDTH, answerer, batch, captioner, randomise, small_gpt2
 from tolerances import relative_rms
 
 from routingvl import RoutingConfig, VisualContext, inject

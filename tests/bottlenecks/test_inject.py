@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_models import small_gpt2, small_roberta
+from tiny import small_gpt2, small_roberta
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 

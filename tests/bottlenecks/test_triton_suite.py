@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_models import answerer, batch, captioner, randomise
+from tiny import answerer, batch, captioner, randomise
 
 from routingvl import RoutingConfig
 from routingvl.kernels.optional_triton import interpreted

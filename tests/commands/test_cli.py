@@ -8,21 +8,14 @@ import time
 from importlib.metadata import version
 
 import pytest
-import torch
 import torch.distributed as dist
 from processes import needs_gloo
-from tiny import tiny_config, write_tiny
+from tiny import tiny_config
 
 from routingvl.cli import COMMANDS, main
 from routingvl.commands import doctor
 from routingvl.config.files import config_to_yaml
 from routingvl.train import train
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    torch.set_num_threads(1)
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

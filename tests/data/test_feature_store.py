@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_config, write_tiny
+from tiny import tiny_config
 from torch.utils.data import DataLoader
 
 from routingvl.backbones.vision import vit_features
@@ -22,12 +22,6 @@ from routingvl.evaluate import evaluate
 from routingvl.predict import Predictor
 from routingvl.train import train
 from routingvl.training.cache_features import cache_features
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    torch.set_num_threads(1)
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

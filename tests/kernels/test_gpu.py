@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from golden_cases import LAYER_CASES, Tensors, build_layer
-from small_models import answerer, batch, captioner, randomise
+from tiny import answerer, batch, captioner, randomise
 from tolerances import relative_rms
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

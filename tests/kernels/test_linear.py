@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_routed_lora import defined_linear, options, tensors
+from routed_cases import defined_linear, options, tensors
 from tolerances import assert_as_good_as, relative_rms
 from torch import Tensor
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import batch, captioner, randomise
+from tiny import batch, captioner, randomise
 from torch.nn import functional as F
 
 from routingvl.models import losses

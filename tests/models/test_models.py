@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from small_models import WIDTH, answerer, batch, captioner, randomise, small_gpt2, small_roberta, small_vit
+from tiny import WIDTH, answerer, batch, captioner, randomise, small_gpt2, small_roberta, small_vit
 from torch import nn
 
 from routingvl import RoutingConfig, ViTGPT2ForCaptioning, ViTRobertaForVQA

@@ -5,22 +5,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from small_models import answerer, batch, captioner
-from test_train import losses, weights
-from tiny import tiny_config, write_tiny
+from tiny import answerer, batch, captioner, tiny_config
 from torch._dynamo.utils import counters
+from training_runs import losses, weights
 
 from routingvl.backbones.dropout import LaneDropout
 from routingvl.config import ConfigError
 from routingvl.models import load_pretrained
 from routingvl.train import train
 from routingvl.training import compile as compilation
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    torch.set_num_threads(1)
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(autouse=True)

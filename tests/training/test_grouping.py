@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_train import assert_same_weights, losses, run, weights
-from tiny import write_tiny
+from training_runs import assert_same_weights, losses, run, weights
 
 from routingvl.config.schema import TrainConfig
 from routingvl.data.collate import CaptionCollator, VQACollator
@@ -12,12 +11,6 @@ from routingvl.data.tokens import PART, TokenTable
 from routingvl.tasks.base import load_tokenizer
 from routingvl.train import Trainer
 from routingvl.training.schedule import BatchOrder
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    torch.set_num_threads(1)
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def order(lengths, start, stop, rank=0, processes=1, **settings):

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import answerer, batch, captioner, randomise
-from tiny import tiny_config, write_tiny
+from tiny import answerer, batch, captioner, randomise, tiny_config, write_tiny
 from torch import nn
 
 from routingvl import train as train_module

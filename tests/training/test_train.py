@@ -10,8 +10,8 @@ from importlib.metadata import version
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from tiny import tiny_config, write_tiny
+from tiny import tiny_config
+from training_runs import assert_same_weights, losses, run, weights
 
 from routingvl.config import ConfigError
 from routingvl.config.files import config_to_yaml
@@ -23,30 +23,6 @@ from routingvl.training.run_folder import RunError, read_metrics
 from routingvl.training.schedule import BatchOrder, learning_rate_factor, total_steps
 
 TASKS = ("vqa", "caption")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    torch.set_num_threads(1)
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-def run(tiny, output, task, log="quiet", resume=False, overwrite=False, **settings):
-    return train(tiny_config(tiny, output, task, **settings), log=log, resume=resume, overwrite=overwrite)
-
-
-def losses(result):
-    return [record["loss"] for record in result.history if record["kind"] == "train"]
-
-
-def weights(run_dir, name="last"):
-    return load_file(run_dir / name / "adapter_model.safetensors")
-
-
-def assert_same_weights(one, other):
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
 
 
 @pytest.mark.parametrize("task", TASKS)

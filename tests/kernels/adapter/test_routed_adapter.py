@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_routed_lora import CASES, DTYPES, ShapeRecorder
+from routed_cases import CASES, DTYPES, ShapeRecorder
 from tolerances import assert_as_good_as, run
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
