@@ -10,13 +10,14 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from routingvl.atomic_files import write_json
+from routingvl.backbones.loading import hide_loading_bars
 from routingvl.config import ConfigError
 from routingvl.config.schema import RunConfig, changed_settings, override
 from routingvl.environment import environment
 from routingvl.metrics.results import coco_results_name, vqa_results_name, write_coco_results, write_vqa_results
 from routingvl.tasks.base import load_task
 from routingvl.tasks.predictions import predict_dataset
-from routingvl.training.precision import hush_transformers, make_accelerator
+from routingvl.training.accelerator import make_accelerator
 from routingvl.training.run_folder import RunFolder
 
 # What evaluation may change; everything else was decided when the run was trained.
@@ -60,7 +61,7 @@ def evaluate(
     folder = RunFolder(Path(run_dir))
     config = evaluation_config(folder, **overrides)
     config.check_files()
-    hush_transformers(log == "quiet")
+    hide_loading_bars(log == "quiet")
     accelerator = make_accelerator(config)
     task = load_task(folder, config, checkpoint, accelerator.device)
     loaded = task.load_split(split, limit)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from routingvl.backbones.loading import hide_loading_bars
 from routingvl.config import ConfigError
 from routingvl.evaluate import evaluation_config
 from routingvl.tasks.base import CaptionTask, VQATask, load_task
-from routingvl.training.precision import hush_transformers, make_accelerator
+from routingvl.training.accelerator import make_accelerator
 from routingvl.training.run_folder import RunFolder
 
 
@@ -30,7 +31,7 @@ class Predictor:
     def __init__(self, run_dir: str | Path, *, checkpoint: str = "best", **overrides: Any) -> None:
         folder = RunFolder(Path(run_dir))
         self.config = evaluation_config(folder, **overrides)
-        hush_transformers(quiet=True)
+        hide_loading_bars(quiet=True)
         self.accelerator = make_accelerator(self.config)
         self.task = load_task(folder, self.config, checkpoint, self.accelerator.device)
         self.task.model.eval()

@@ -1,1 +1,1 @@
-"""The frozen backbones: vision towers and language models."""
+"""The frozen backbones: vision towers and language models, a table row per kind. Imports nothing of this library."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from routingvl.bottlenecks.inject import replace_modules
-
 LANES = 2**16  # values of the 16 random bits that decide about one component
 
 
@@ -32,8 +30,6 @@ class LaneDropout(nn.Dropout):
 
 def lighten_dropout(model: nn.Module) -> None:
     """Replace every nn.Dropout below ``model`` by :class:`LaneDropout` of the same probability."""
-
-    def replacement(module: nn.Module) -> nn.Module | None:
-        return LaneDropout(module.p, module.inplace).train(module.training) if type(module) is nn.Dropout else None
-
-    replace_modules(model, replacement)
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if name and type(module) is nn.Dropout:
+            model.set_submodule(name, LaneDropout(module.p, module.inplace).train(module.training))

@@ -26,7 +26,7 @@ def run(args: Sequence[str]) -> int:
         raise ConfigError("cache-features: no folder given; add --feature-cache FOLDER or set data.feature_cache")
     config.check_files()
 
-    from routingvl.training.cache_features import cache_features
+    from routingvl.cache_features import cache_features
 
     progress = not namespace.quiet and sys.stderr.isatty()
     for split, found, computed in cache_features(config, namespace.splits, progress=progress):

@@ -1,7 +1,7 @@
 """The settings of one run: frozen dataclasses with one default each, every value checked when it is made.
 
-routingvl/config_file.py reads them from YAML and the command line. The four published recipes are files in
-``configs/``; docs/configuration.md explains every key.
+The bottlenecks' settings are in config/routing.py; config/files.py reads all from YAML and the command line. The four
+published recipes are files in ``configs/``; docs/configuration.md explains every key.
 """
 
 from __future__ import annotations
@@ -12,13 +12,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from routingvl.backbones.vision import FEATURES
 from routingvl.config.checks import ConfigError, check_choice, from_dict, nearest
 from routingvl.config.routing import RoutingConfig
+from routingvl.kernels.dispatch import BACKENDS
 
 TASKS = ("vqa", "caption")
 DEFAULT_VISION = "google/vit-base-patch16-224-in21k"
 DEFAULT_TEXT = {"vqa": "roberta-base", "caption": "gpt2"}
 DEFAULT_TEXT_LENGTH = {"vqa": 20, "caption": 50}
+
+
+# Names of choices that other modules look up; each is declared here and nowhere else.
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # -> transformers' name
+MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # -> torch's name
+FEATURE_DTYPES = ("float32", "float16", "bfloat16")
+TRACKERS = ("tensorboard", "wandb")
+ON_BAD_IMAGE = ("fail", "skip")
 
 
 def _check_at_least(config: Any, minimum: float, *keys: str) -> None:
@@ -58,11 +68,11 @@ class ModelConfig:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        check_choice("vision_features", self.vision_features, ("pooler", "cls", "mean", "tokens"))
+        check_choice("vision_features", self.vision_features, tuple(FEATURES))
         check_choice("text_embedding", self.text_embedding, ("published", "single"))
         check_choice("caption_loss", self.caption_loss, ("sound", "reference"))
         if self.backend is not None:
-            check_choice("backend", self.backend, ("eager", "triton"))
+            check_choice("backend", self.backend, BACKENDS)
         if self.classifier_layers not in (1, 2):
             raise ConfigError(f"classifier_layers={self.classifier_layers!r} must be 1 or 2")
 
@@ -80,10 +90,10 @@ class DataConfig:
         max_text_length: longest text in tokens, special tokens included and the prefix not; null takes 20 (vqa) or 50.
         padding: pad texts to the longest of their batch (longest) or to max_text_length (max_length).
         on_bad_image: an unreadable image stops the run (fail) or drops its example and is counted (skip).
-        precompute_features: run the frozen ViT once an image at the start and keep its output in memory.
+        precompute_features: run the frozen ViT once per image at the start and keep its output in memory.
         feature_cache: folder that keeps the ViT's output of each image for all runs; missing images are added first.
         feature_dtype: type in which features are kept: float32, float16 or bfloat16.
-        feature_batch_size: images a batch while features are computed.
+        feature_batch_size: images per batch while features are computed.
         workers: processes that load batches; 0 loads in the training process.
         train_limit: use only the first so many captions or questions for training.
         val_limit: use only the first so many images (caption) or questions (vqa) for validation.
@@ -107,8 +117,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_choice("padding", self.padding, ("longest", "max_length"))
-        check_choice("on_bad_image", self.on_bad_image, ("fail", "skip"))
-        check_choice("feature_dtype", self.feature_dtype, ("float32", "float16", "bfloat16"))
+        check_choice("on_bad_image", self.on_bad_image, ON_BAD_IMAGE)
+        check_choice("feature_dtype", self.feature_dtype, FEATURE_DTYPES)
         if self.feature_cache == "":
             raise ConfigError("feature_cache is empty; name a folder, or null for none")
         _check_at_least(self, 1, "max_text_length", "feature_batch_size", "train_limit", "val_limit")
@@ -116,7 +126,7 @@ class DataConfig:
 
     @property
     def keeps_features(self) -> bool:
-        """Whether the ViT runs once an image, before the first step, instead of in each step."""
+        """Whether the ViT runs once per image, before the first step, instead of in each step."""
         return self.precompute_features or self.feature_cache is not None
 
 
@@ -128,10 +138,10 @@ class TrainConfig:
         lr: highest learning rate.
         epochs: passes over the training examples; may be a fraction.
         max_steps: optimiser steps; when given it decides instead of epochs.
-        batch_size: examples of one optimiser step, over all processes and accumulated pieces together.
-        accumulation: pieces in which each process computes its share of a batch, to save memory.
+        batch_size: examples of one optimiser step, over all processes and micro-batches together.
+        accumulation: micro-batches into which each process splits its share of a batch, to save memory.
         warmup: steps of linear warm-up when an integer (5000), share of all steps when a fraction (0.05).
-        group_by_length: fill a step with texts of like length, which saves padding.
+        group_by_length: fill a step with texts of similar length, which saves padding.
         schedule: learning rate after the warm-up: linear (to zero), cosine (to zero) or constant.
         weight_decay: of AdamW.
         eps: of AdamW.
@@ -167,10 +177,10 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_choice("schedule", self.schedule, ("linear", "cosine", "constant"))
-        check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        check_choice("schedule", self.schedule, tuple(SCHEDULES))
+        check_choice("mixed_precision", self.mixed_precision, tuple(MIXED_PRECISION))
         for tracker in self.trackers:
-            check_choice("trackers", tracker, ("tensorboard", "wandb"))
+            check_choice("trackers", tracker, TRACKERS)
         object.__setattr__(self, "trackers", tuple(self.trackers))
         object.__setattr__(self, "betas", tuple(self.betas))
         _check_at_least(self, 1, "max_steps", "batch_size", "accumulation", "log_every", "save_every")
@@ -198,7 +208,7 @@ class EvalConfig:
     """How answers and captions are predicted and scored.
 
     Attributes:
-        batch_size: examples a batch.
+        batch_size: examples per batch.
         num_beams: beams of caption generation in ``evaluate`` and ``caption``; 1 is greedy.
         val_num_beams: beams while training, when only the choice of a checkpoint depends on it.
         max_new_tokens: longest caption in tokens.

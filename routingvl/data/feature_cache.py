@@ -38,10 +38,11 @@ import torch
 from torch import Tensor
 
 from routingvl.atomic_files import replacing, write_json
+from routingvl.config.schema import FEATURE_DTYPES
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in FEATURE_DTYPES}
 DESCRIPTION = "features.json"
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 LAYOUT = 1  # of the files; part of every key

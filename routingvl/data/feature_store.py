@@ -56,7 +56,7 @@ class FeatureStore:
     Args:
         encode: pixel values [B, 3, H, W] on the ViT's device -> [B, L, d], without gradients.
         vit: the frozen ViT behind ``encode``; put into evaluation mode.
-        kind: which of its outputs ``encode`` gives, see :func:`routingvl.backbones.vision.vit_features`.
+        kind: which of its outputs ``encode`` gives, see :func:`routingvl.backbones.vision.image_features`.
         preprocessor: image file -> pixel values.
         settings: ``feature_cache``, ``feature_dtype``, ``feature_batch_size``, ``workers`` and ``on_bad_image`` count.
 

@@ -31,13 +31,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from routingvl.config.schema import ON_BAD_IMAGE
 from routingvl.data.feature_cache import file_digest, file_stat
 from routingvl.data.files import DataError
 
 logger = logging.getLogger(__name__)
 
 Features = Mapping[int, Tensor] | Callable[[int], Tensor]
-BAD_IMAGE_POLICIES = ("fail", "skip")
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _WORKER_SLOTS = 257  # of the counter of skipped images: the main process, then one a DataLoader worker
 
@@ -232,8 +232,8 @@ class PictureSource:
     ):
         if preprocessor is None and features is None:
             raise ValueError("give a preprocessor (to read image files) or features (image id -> [L, d])")
-        if on_bad_image not in BAD_IMAGE_POLICIES:
-            raise ValueError(f"on_bad_image={on_bad_image!r} is not one of {', '.join(BAD_IMAGE_POLICIES)}")
+        if on_bad_image not in ON_BAD_IMAGE:
+            raise ValueError(f"on_bad_image={on_bad_image!r} is not one of {', '.join(ON_BAD_IMAGE)}")
         self.preprocessor = preprocessor
         self.features = features
         self.on_bad_image = on_bad_image

@@ -16,7 +16,7 @@ from routingvl.atomic_files import write_text
 from routingvl.data.coco import load_captions
 from routingvl.demo.pool import worker_pool
 from routingvl.demo.variants import SCORES, DemoSettings, Job
-from routingvl.training.run_folder import read_metrics
+from routingvl.training.log import read_metrics
 
 Record = dict[str, Any]
 SAMPLES = 24  # test images whose predictions a record keeps for the report

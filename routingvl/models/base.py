@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 
 from routingvl.backbones.dropout import lighten_dropout
-from routingvl.backbones.vision import VISION_FEATURES, vit_features
+from routingvl.backbones.loading import BackboneError
+from routingvl.backbones.text import load_text, position_limit, text_body
+from routingvl.backbones.vision import FEATURES, image_features, load_tower, tower_of, tower_width
 from routingvl.bottlenecks import checkpoint
 from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.inject import TrainableReport, inject, trainable_report
@@ -47,12 +50,9 @@ class RoutedVLModel(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_choice("vision_features", vision_features, VISION_FEATURES)
-        found = getattr(getattr(text, "config", None), "model_type", None)
-        if found != self.model_type:
-            raise ConfigError(f"{type(self).__name__} needs a text model of type {self.model_type!r}, not {found!r}")
-        if vision is not None and not hasattr(vision.config, "patch_size"):
-            raise ConfigError(f"vision must be a ViT of transformers (ViTModel), not {type(vision).__name__}")
+        text = text_body(self.model_type, text)
+        features = FEATURES if vision is None else tower_of(vision).features
+        check_choice("vision_features", vision_features, tuple(features))
         if vision is None and vision_width is None:
             vision_width = text.config.hidden_size
         # Checked here for the kind of feature, and again for the tensor of each call.
@@ -60,7 +60,7 @@ class RoutedVLModel(nn.Module):
         self.routing = routing
         self.vision_features = vision_features
         self.visual_prefix = visual_prefix
-        self.vision_width = vision.config.hidden_size if vision is not None else vision_width
+        self.vision_width = vision_width if vision is None else tower_width(vision)
         self.context = VisualContext()
         self.vit = vision
         setattr(self, self.language_model_name, text)
@@ -74,7 +74,7 @@ class RoutedVLModel(nn.Module):
                 self.vision_width, text.config.hidden_size, device=self.device, dtype=self.dtype
             )
         # How many positions (prefix and text together) the text model has embeddings for.
-        self.max_positions = text.config.max_position_embeddings
+        self.max_positions = position_limit(text)
         self.backbones: dict[str, str | None] = {"vision": None, "text": None}
         self.train(text.training)
 
@@ -95,27 +95,18 @@ class RoutedVLModel(nn.Module):
             ConfigError: an option is unknown, or the parts do not fit each other.
             OSError: a name or folder holds no model (transformers' message names it).
         """
-        vision_model, vision_name = _resolve(vision, cls.load_vision)
-        text_model, text_name = _resolve(text, cls.load_text)
         known = checkpoint.keyword_names(cls.__init__)
         for name in options:
             if name not in known:
                 raise ConfigError(checkpoint.unknown_key(f"{cls.__name__}.from_backbones", name, known))
-        model = cls(vision_model, text_model, config, **options)
+        try:
+            vision_model, vision_name = _resolve(vision, load_tower)
+            text_model, text_name = _resolve(text, partial(load_text, cls.model_type))
+            model = cls(vision_model, text_model, config, **options)
+        except BackboneError as error:
+            raise ConfigError(str(error)) from error
         model.backbones = {"vision": vision_name, "text": text_name}
         return model
-
-    @staticmethod
-    def load_vision(name: str) -> nn.Module:
-        """The ViT of a hub name or folder, in evaluation mode and float32."""
-        from transformers import ViTModel
-
-        return ViTModel.from_pretrained(name, dtype=torch.float32).eval()
-
-    @staticmethod
-    def load_text(name: str) -> nn.Module:
-        """The language model of a hub name or folder, in float32."""
-        raise NotImplementedError
 
     @property
     def language_model(self) -> nn.Module:
@@ -151,7 +142,7 @@ class RoutedVLModel(nn.Module):
         """
         if self.vit is None:
             raise ValueError("the model was built without a ViT: pass vision_features= instead of pixel_values=")
-        return vit_features(self.vit, pixel_values, self.vision_features)
+        return image_features(self.vit, pixel_values, self.vision_features)
 
     def visual_features(self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None) -> torch.Tensor:
         """Features [B, L, d] in the language model's width and type, from exactly one of the two inputs.

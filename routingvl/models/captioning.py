@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.activations import NewGELUActivation
 
-from routingvl.bottlenecks.inject import replace_modules
+from routingvl.backbones.text import fuse_gelu
 from routingvl.config import RoutingConfig, check_choice
 from routingvl.models.base import ModelOutput, RoutedVLModel
 from routingvl.models.losses import IGNORED, linear_cross_entropy
@@ -25,7 +24,7 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
 
     Args:
         vision, text, routing: backbones (modules) and bottlenecks.
-        vision_features: "pooler", "cls", "mean" or "tokens", see :func:`routingvl.backbones.vision.vit_features`.
+        vision_features: "pooler", "cls", "mean" or "tokens", see :func:`routingvl.backbones.vision.image_features`.
         visual_prefix: put the visual tokens in front of the text.
         caption_loss: "sound" (default): every token is predicted from what stands before it, the first one from the
             last visual token; labels of -100 do not count. "reference": the published loss, which never supervises
@@ -60,14 +59,7 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
             backend=backend,
         )
         self.caption_loss = caption_loss
-        _fuse_activation(text)
-
-    @staticmethod
-    def load_text(name: str) -> nn.Module:
-        """GPT2LMHeadModel of a hub name or folder, in float32."""
-        from transformers import GPT2LMHeadModel
-
-        return GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32)
+        fuse_gelu(text)
 
     def options(self) -> dict[str, Any]:
         """See :meth:`RoutedVLModel.options`."""
@@ -192,11 +184,6 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         start = torch.full((batch, 1), self.gpt.config.bos_token_id, dtype=torch.long, device=features.device)
         ids = start if input_ids is None else torch.cat([start, input_ids], dim=1)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _fuse_activation(text: nn.Module) -> None:
-    """Give GPT-2 torch's GELU with tanh, one pass over memory, for transformers' eight operations of that formula."""
-    replace_modules(text, lambda part: nn.GELU(approximate="tanh") if isinstance(part, NewGELUActivation) else None)
 
 
 def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

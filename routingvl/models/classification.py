@@ -24,7 +24,7 @@ class ViTRobertaForVQA(RoutedVLModel):
         vision, text, routing: backbones (modules) and bottlenecks.
         num_labels: number of answers.
         classifier_layers: 1 (Linear) or 2 (Linear to 2 d, LayerNorm, GELU, Linear: the published recipe).
-        vision_features: "pooler", "cls", "mean" or "tokens", see :func:`routingvl.backbones.vision.vit_features`.
+        vision_features: "pooler", "cls", "mean" or "tokens", see :func:`routingvl.backbones.vision.image_features`.
         visual_prefix: put the visual tokens in front of the text.
         text_embedding: how text and prefix are embedded. "published" (default) sends the text through RoBERTa's
             embedding block twice, once alone and once behind the prefix, as the published code does, so that its
@@ -56,9 +56,6 @@ class ViTRobertaForVQA(RoutedVLModel):
             raise ConfigError(f"classifier_layers={classifier_layers!r} must be 1 or 2")
         if num_labels < 1:
             raise ConfigError(f"num_labels={num_labels!r} must be at least 1")
-        text = getattr(text, "roberta", text)  # a RobertaFor... model holds its RobertaModel under this name
-        if getattr(text, "pooler", None) is None:
-            raise ConfigError("the RoBERTa needs its pooler: load it as RobertaModel with add_pooling_layer=True")
         super().__init__(
             vision,
             text,
@@ -68,19 +65,11 @@ class ViTRobertaForVQA(RoutedVLModel):
             vision_width=vision_width,
             backend=backend,
         )
-        self.max_positions -= text.embeddings.padding_idx + 1  # RoBERTa counts positions from padding_idx + 1
         self.num_labels = num_labels
         self.classifier_layers = classifier_layers
         self.text_embedding = text_embedding
-        self.classifier = _classifier(text.config.hidden_size, num_labels, classifier_layers)
+        self.classifier = _classifier(self.roberta.config.hidden_size, num_labels, classifier_layers)
         self.classifier.to(device=self.device, dtype=self.dtype)
-
-    @staticmethod
-    def load_text(name: str) -> nn.Module:
-        """RobertaModel of a hub name or folder, in float32."""
-        from transformers import RobertaModel
-
-        return RobertaModel.from_pretrained(name, dtype=torch.float32)
 
     def options(self) -> dict[str, Any]:
         """See :meth:`RoutedVLModel.options`."""

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
-import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from routingvl.atomic_files import write_json, write_text
-from routingvl.config import ConfigError
 from routingvl.config.files import config_to_yaml, load_config
-from routingvl.config.schema import RunConfig, changed_settings, flatten
+from routingvl.config.schema import RunConfig, changed_settings
 from routingvl.environment import environment
 
 # Settings that say where and how fast, not what: a resumed run may change them and stays the same run.
@@ -95,100 +89,3 @@ class RunFolder:
                 f"{self.path} has no config.yaml, so it is no run folder; give the output_dir of a training run"
             )
         return load_config(self.config_file)
-
-
-class RunLog:
-    """Records of a run: metrics.jsonl and train.log always, and TensorBoard, W&B, the terminal or a function if asked.
-
-    Args:
-        folder: the run.
-        config: names the trackers.
-        log: "quiet" prints nothing, a function is called with each record, None prints messages.
-        resume_step: keep earlier records up to this step; None starts a new log.
-        active: False makes an instance that records nothing (processes other than the first).
-    """
-
-    def __init__(
-        self,
-        folder: RunFolder,
-        config: RunConfig,
-        log: str | Callable[[dict[str, Any]], None] | None = None,
-        resume_step: int | None = None,
-        active: bool = True,
-    ) -> None:
-        self.folder, self.active = folder, active
-        self.callback = log if callable(log) else None
-        self.quiet = log == "quiet" or not active
-        self.history: list[dict[str, Any]] = []
-        self._trackers = []
-        if not active:
-            return
-        if resume_step is not None:
-            # What an interrupted run logged after its last saved state will be logged again.
-            self.history = [row for row in read_metrics(folder.metrics_file) if row["step"] <= resume_step]
-        write_text(folder.metrics_file, "".join(json.dumps(row) + "\n" for row in self.history))
-        self._trackers = [_TRACKERS[name](folder, config) for name in config.train.trackers]
-
-    def record(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Append one record, for instance ``record("train", 50, {"loss": 0.7})``."""
-        if not self.active:
-            return
-        row = {"kind": kind, "step": step, **values}
-        self.history.append(row)
-        with self.folder.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        for tracker in self._trackers:
-            tracker(kind, step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
-        if self.callback:
-            self.callback(row)
-
-    def message(self, text: str) -> None:
-        """Add a line to train.log, and to the terminal unless quiet."""
-        if not self.active:
-            return
-        with self.folder.log_file.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        if not self.quiet and self.callback is None:
-            from tqdm import tqdm
-
-            tqdm.write(text, file=sys.stderr)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl; an empty list when there is none. A last line cut off by a crash is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def _tensorboard(folder: RunFolder, config: RunConfig) -> Callable[[str, int, Mapping[str, float]], None]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "train.trackers: tensorboard is not installed; pip install tensorboard or leave it out"
-        ) from error
-    writer = SummaryWriter(str(folder.path / "tensorboard"))
-
-    def write(kind: str, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            writer.add_scalar(f"{kind}/{name}", value, step)
-        writer.flush()
-
-    return write
-
-
-def _wandb(folder: RunFolder, config: RunConfig) -> Callable[[str, int, Mapping[str, float]], None]:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError("train.trackers: wandb is not installed; pip install wandb or leave it out") from error
-    run = wandb.init(project="routingvl", name=folder.path.name, dir=str(folder.path), config=flatten(config))
-    return lambda kind, step, values: run.log({f"{kind}/{name}": v for name, v in values.items()}, step=step)
-
-
-_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}

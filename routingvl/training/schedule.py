@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
 
 from routingvl.config import ConfigError
-from routingvl.config.schema import TrainConfig
+from routingvl.config.schema import SCHEDULES, TrainConfig
 
 GROUPING_WINDOW = 50  # batches whose examples are sorted by length together
 
@@ -16,8 +18,8 @@ GROUPING_WINDOW = 50  # batches whose examples are sorted by length together
 class BatchOrder:
     """Index lists of the micro-batches of steps ``start`` to ``stop``, for one process.
 
-    Examples form one endless stream, a new seeded permutation for each epoch; step s takes the ``batch_size`` of them
-    from s * batch_size on. Every step so has the full batch, also where epochs meet. With ``lengths`` (tokens of each
+    Examples form one endless stream, a new seeded permutation per epoch; step s takes the ``batch_size`` of them
+    from s * batch_size on, so every step has the full batch, also where epochs meet. With ``lengths`` (tokens of each
     example) and ``config.group_by_length`` the examples of a step are of like length, see :func:`grouped_by_length`.
     """
 
@@ -46,7 +48,7 @@ class BatchOrder:
         return (self.stop - self.start) * self.config.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        size, pieces = self.config.batch_size, self.config.accumulation
+        size = self.config.batch_size
         epoch, order = -1, []
         for step in range(self.start, self.stop):
             batch = []
@@ -55,9 +57,9 @@ class BatchOrder:
                     epoch = position // self.examples
                     order = self.epoch_order(epoch)
                 batch.append(order[position % self.examples])
-            mine = batch[self.rank :: self.processes]
-            width = len(mine) // pieces
-            yield from (mine[i * width : (i + 1) * width] for i in range(pieces))
+            own = batch[self.rank :: self.processes]
+            width = len(own) // self.config.accumulation
+            yield from (own[i : i + width] for i in range(0, len(own), width))
 
     def epoch_order(self, epoch: int) -> list[int]:
         """All examples in the order of one epoch: a function of the seed, the epoch, the lengths and the batch size."""
@@ -73,11 +75,11 @@ class BatchOrder:
 def grouped_by_length(
     order: list[int], lengths: np.ndarray, size: int, skip: int, random: np.random.Generator
 ) -> list[int]:
-    """``order`` with examples of like length brought together in batches of ``size`` from position ``skip`` on.
+    """``order`` with examples of similar length brought together in batches of ``size`` from position ``skip`` on.
 
     Only ``GROUPING_WINDOW`` batches at a time are sorted, and then shuffled as whole batches: what meets in a batch
     still depends on the order, and short texts do not all come first. Examples that fill no batch, at either end, stay
-    where they are; within a batch lengths rise, so that pieces of it are of like length too.
+    where they are; within a batch lengths rise, so that its micro-batches hold similar lengths too.
     """
     found = np.array(order)
     stop = skip + max(0, len(order) - skip) // size * size
@@ -98,16 +100,9 @@ def total_steps(config: TrainConfig, examples: int) -> int:
     return config.max_steps or max(1, round(config.epochs * examples / config.batch_size))
 
 
-def learning_rate_factor(config: TrainConfig, steps: int) -> Callable[[int], float]:
-    """Share of ``config.lr`` as a function of the number of steps done, out of ``steps``."""
-    warmup = config.warmup_steps(steps)
+def learning_rate_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
+    """The learning rate of ``optimizer`` as a share of ``config.lr`` that depends on the number of steps done.
 
-    def factor(step: int) -> float:
-        if step < warmup:
-            return step / warmup
-        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-        if config.schedule == "linear":
-            return 1.0 - progress
-        return 1.0 if config.schedule == "constant" else 0.5 * (1.0 + math.cos(math.pi * progress))
-
-    return factor
+    Linear from zero over the warm-up, then as ``config.schedule`` says until ``steps``; its ``step`` counts one.
+    """
+    return get_scheduler(SCHEDULES[config.schedule], optimizer, config.warmup_steps(steps), steps)

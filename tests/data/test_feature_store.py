@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from tiny import tiny_config
 from torch.utils.data import DataLoader
 
-from routingvl.backbones.vision import vit_features
+from routingvl.backbones.vision import image_features
+from routingvl.cache_features import cache_features
 from routingvl.cli import main
 from routingvl.config import ConfigError
 from routingvl.config.schema import DataConfig
@@ -21,7 +22,6 @@ from routingvl.data.images import ImageError, ImagePreprocessor, ImageRecord
 from routingvl.evaluate import evaluate
 from routingvl.predict import Predictor
 from routingvl.train import train
-from routingvl.training.cache_features import cache_features
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def load_vit(tiny):
 def store(vit, root, kind="pooler", preprocessor=None, **settings):
     data = DataConfig(feature_cache=None if root is None else str(root), feature_batch_size=3, **settings)
     preprocessor = preprocessor or ImagePreprocessor(size=16)
-    return FeatureStore(lambda pixels: vit_features(vit, pixels, kind), vit, kind, preprocessor, data)
+    return FeatureStore(lambda pixels: image_features(vit, pixels, kind), vit, kind, preprocessor, data)
 
 
 def records(folder, count=5):
@@ -76,7 +76,7 @@ def test_features_are_the_vits(tiny, tmp_path, kind, on_disk):
     root = tmp_path / "cache" if on_disk else None
     features = store(vit, root, kind).load(images)
     pixels = torch.stack([ImagePreprocessor(size=16)(image.path) for image in images])
-    expected = vit_features(vit, pixels, kind)
+    expected = image_features(vit, pixels, kind)
     found = torch.stack([features[i] for i in range(5)])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert found.shape == (5, 1 if kind == "pooler" else 5, 32)

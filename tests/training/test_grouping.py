@@ -9,7 +9,7 @@ from routingvl.config.schema import TrainConfig
 from routingvl.data.collate import CaptionCollator, VQACollator
 from routingvl.data.tokens import PART, TokenTable
 from routingvl.tasks.base import load_tokenizer
-from routingvl.train import Trainer
+from routingvl.training.loop import Trainer
 from routingvl.training.schedule import BatchOrder
 
 

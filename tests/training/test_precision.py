@@ -15,7 +15,7 @@ from routingvl.config import RoutingConfig
 from routingvl.config.schema import override
 from routingvl.models import load_pretrained
 from routingvl.train import train
-from routingvl.training.precision import lower_frozen_weights
+from routingvl.training.precision import frozen_weights_lowered, lower_frozen_weights
 
 
 def loss_and_gradients(model, inputs):
@@ -91,6 +91,6 @@ def test_the_model_is_on_its_device_before_shared_weights_are_cast():
     # A cast copy of a shared weight is a plain tensor, which model.to would leave behind.
     model = captioner(RoutingConfig(rank=4))
     accelerator = SimpleNamespace(mixed_precision="bf16", device=torch.device("meta"))
-    with train_module.frozen_weights_lowered(SimpleNamespace(model=model), accelerator, keep=False):
+    with frozen_weights_lowered(model, accelerator, keep=False):
         head = model.gpt.lm_head.weight
         assert (head.device.type, head.dtype) == ("meta", torch.bfloat16)

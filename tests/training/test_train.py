@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from training_runs import assert_same_weights, losses, run, weights
 
 from routingvl.config import ConfigError
 from routingvl.config.files import config_to_yaml
-from routingvl.config.schema import TrainConfig, override
+from routingvl.config.schema import override
 from routingvl.data.images import ImageError
 from routingvl.models import load_pretrained
-from routingvl.train import Trainer, train
-from routingvl.training.run_folder import RunError, read_metrics
-from routingvl.training.schedule import BatchOrder, learning_rate_factor, total_steps
+from routingvl.train import train
+from routingvl.training.log import read_metrics
+from routingvl.training.loop import Trainer
+from routingvl.training.run_folder import RunError
 
 TASKS = ("vqa", "caption")
 
@@ -193,7 +195,14 @@ def test_two_processes_equal_one(tiny, tmp_path, task):
 def test_tensorboard(tiny, tmp_path):
     pytest.importorskip("tensorboard")
     result = run(tiny, tmp_path / "run", "vqa", max_steps=1, trackers=["tensorboard"])
-    assert list((result.run_dir / "tensorboard").iterdir())
+    assert list((result.run_dir / "tensorboard").rglob("events.*"))
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r"train.trackers: wandb is not installed; pip install wandb"):
+        run(tiny, tmp_path / "run", "vqa", trackers=["wandb"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_unreadable_images(tiny, tmp_path):
@@ -226,47 +235,3 @@ def test_bad_input_leaves_nothing(tiny, tmp_path):
 def test_divergence_is_reported(tiny, tmp_path):
     with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step \d+; lower train.lr"):
         run(tiny, tmp_path / "run", "vqa", max_steps=20, lr=1e30)
-
-
-def order(examples, start, stop, rank=0, processes=1, **settings):
-    return list(BatchOrder(examples, TrainConfig(**settings), start, stop, rank, processes))
-
-
-def test_order_of_examples():
-    # 2 epochs of 10 in steps of 4: each epoch holds every example once, in another order.
-    batches = order(10, 0, 5, batch_size=4)
-    stream = [index for batch in batches for index in batch]
-    assert [len(batch) for batch in batches] == [4] * 5
-    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
-    assert stream[:10] != stream[10:]
-    assert order(10, 3, 5, batch_size=4) == batches[3:]
-    shares = [order(10, 0, 5, rank, 2, batch_size=4, accumulation=2) for rank in range(2)]
-    joined = [sorted(shares[0][i] + shares[0][i + 1] + shares[1][i] + shares[1][i + 1]) for i in range(0, 10, 2)]
-    assert joined == [sorted(batch) for batch in batches]
-    with pytest.raises(ConfigError, match=r"train.batch_size=4 is not divisible by train.accumulation=1 x 3 processes"):
-        BatchOrder(10, TrainConfig(batch_size=4), 0, 1, 0, 3)
-
-
-def test_batch_larger_than_the_data():
-    batches = order(3, 0, 2, batch_size=7)
-    assert [len(batch) for batch in batches] == [7, 7]
-    assert sorted(batches[0][:3]) == [0, 1, 2]
-
-
-def test_number_of_steps():
-    assert total_steps(TrainConfig(epochs=20, batch_size=512), 605_102) == 23_637
-    assert total_steps(TrainConfig(epochs=0.5, batch_size=4), 40) == 5
-    assert total_steps(TrainConfig(epochs=1, max_steps=3), 1_000) == 3
-    assert total_steps(TrainConfig(epochs=1, batch_size=64), 2) == 1
-
-
-def test_learning_rate():
-    linear = learning_rate_factor(TrainConfig(warmup=4), 14)
-    assert [linear(step) for step in (0, 1, 4, 9, 14, 20)] == pytest.approx([0, 0.25, 1, 0.5, 0, 0])
-    fraction = learning_rate_factor(TrainConfig(warmup=0.25), 16)
-    steps = learning_rate_factor(TrainConfig(warmup=4), 16)
-    assert [fraction(step) for step in range(17)] == [steps(step) for step in range(17)]
-    cosine = learning_rate_factor(TrainConfig(warmup=0, schedule="cosine"), 10)
-    assert [cosine(step) for step in (0, 5, 10)] == pytest.approx([1, 0.5, 0])
-    constant = learning_rate_factor(TrainConfig(warmup=2, schedule="constant"), 10)
-    assert [constant(step) for step in (0, 1, 2, 10)] == [0, 0.5, 1, 1]

@@ -1,7 +1,4 @@
-"""Filling a feature cache before any training: ``routingvl cache-features``.
-
-cache_features(config, splits=None) -> [(split, images found, images computed), ...]
-"""
+"""Filling a feature cache before any training, from Python: what ``routingvl cache-features`` calls."""
 
 from __future__ import annotations
 
@@ -9,15 +6,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from routingvl.backbones.vision import vit_features
+from routingvl.backbones.loading import hide_loading_bars
+from routingvl.backbones.vision import image_features, load_tower
 from routingvl.config import ConfigError
 from routingvl.config.schema import RunConfig
 from routingvl.data.feature_store import FeatureStore
 from routingvl.data.images import ImagePreprocessor
 from routingvl.data.vocabulary import AnswerVocabulary
-from routingvl.models.base import RoutedVLModel
 from routingvl.tasks.base import make_task
-from routingvl.training.precision import hush_transformers, make_accelerator
+from routingvl.training.accelerator import make_accelerator
 
 
 def cache_features(
@@ -26,7 +23,8 @@ def cache_features(
     """Add to ``data.feature_cache`` the features of every image of ``splits`` that it lacks.
 
     Args:
-        config: of the run; its ViT, vision_features, preprocessing, data and device count. No language model is loaded.
+        config: of the run; its vision tower, vision_features, preprocessing, data and device matter. No language model
+            is loaded.
         splits: by default data.train_split and data.val_split, with their limits; named ones are taken whole.
         progress: draw a bar.
 
@@ -41,7 +39,7 @@ def cache_features(
     if data.feature_cache is None:
         raise ConfigError("data.feature_cache is not set; name a folder")
     config.check_files()
-    hush_transformers(not progress)
+    hide_loading_bars(not progress)
     device = make_accelerator(config).device
     preprocessor = ImagePreprocessor.from_pretrained(config.model.vision)
     vocabulary = AnswerVocabulary.load(data.answers or data.annotations) if config.task == "vqa" else None
@@ -51,12 +49,12 @@ def cache_features(
         loaded = [train] if val is None else [train, val]
     else:
         loaded = [task.load_split(split) for split in splits]
-    vit, kind = RoutedVLModel.load_vision(config.model.vision).to(device), config.model.vision_features
+    vision, kind = load_tower(config.model.vision).to(device), config.model.vision_features
 
     def encode(pixel_values: Tensor) -> Tensor:
-        return vit_features(vit, pixel_values, kind)
+        return image_features(vision, pixel_values, kind)
 
-    store = FeatureStore(encode, vit, kind, preprocessor, data)
+    store = FeatureStore(encode, vision, kind, preprocessor, data)
     counts = []
     for split in loaded:
         found, computed = store.found, store.computed
