@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cases import DTYPES
 from .environment import describe_environment
+from .layer_cases import DTYPES
 from .timing import Timer, append_rows, cpu_threads, default_clock, quantiles
 
 # By type of device: bytes copied, side of the square product, rows and columns of the addmm.

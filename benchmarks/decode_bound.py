@@ -25,7 +25,7 @@ from routingvl.kernels import ROUTINGS
 from routingvl.models import ViTGPT2ForCaptioning
 
 from .environment import describe_environment
-from .models import SIZES, build_model, write_captions
+from .random_models import SIZES, build_model, write_captions
 from .timing import Timer, append_rows, cpu_threads, quantiles
 
 

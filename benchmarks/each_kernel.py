@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import DTYPES, Case, Layer, definition, make_tensors
 from .gate import failures
-from .providers import ours
+from .layer_cases import DTYPES, Case, Layer, definition, make_tensors
+from .layer_providers import ours
 
 
 @dataclass(frozen=True)

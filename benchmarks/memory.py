@@ -1,15 +1,18 @@
-"""Peak memory: of the running process, libraries and all (Linux, where /proc can reset it), and of tensors."""
+"""Peak memory: of the running process, libraries and all (Linux, where /proc can reset it), and of tensors; and what
+autograd keeps for the backward pass.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 PROC = Path("/proc/self")
@@ -58,6 +61,23 @@ def tensor_peak(call: Callable[[], object], device: torch.device) -> float:
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(np.cumsum([event.nbytes() for event in events]).max(initial=0), 0) / 2**20
+
+
+def saved_mib(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> float:
+    """MiB that autograd keeps for the backward pass of ``forward`` beyond the tensors ``given``."""
+    inputs = {tensor.untyped_storage().data_ptr() for tensor in given}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in inputs:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    del result  # until here everything kept was alive, so that no two tensors had one address
+    return round(sum(kept.values()) / 2**20, 3)
 
 
 def _reset_peak() -> None:

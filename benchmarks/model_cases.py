@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from routingvl.kernels import ROUTINGS
 
-from .cases import GPU
+from .layer_cases import GPU
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ModelCase:
         level: "step" (forward and backward pass, features given), "train" (whole training steps against the published
             recipe's), "generate" (beam search).
         task: "vqa" (RoBERTa) or "caption" (GPT-2).
-        size: key of benchmarks.models.SIZES.
+        size: key of benchmarks.random_models.SIZES.
         B, T, R: batch, tokens of every text (of the published recipe's texts at level "train"), rank of the LoRA.
         routings: the routing functions measured.
         beams, tokens: of level "generate", which writes captions of this many tokens.

@@ -14,8 +14,8 @@ from routingvl.bottlenecks.inject import remove
 from routingvl.bottlenecks.layers import RoutedLoRALinear
 from routingvl.models.base import RoutedVLModel
 
-from .models import autocast
 from .published_models import PublishedLoRALinear, published_model
+from .random_models import autocast
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Side:
 
 
 def make_side(name: str, model: RoutedVLModel) -> Side:
-    """The side ``name`` of benchmarks.providers.PROVIDERS, on a copy of ``model`` (LoRA)."""
+    """The side ``name`` of benchmarks.layer_providers.PROVIDERS, on a copy of ``model`` (LoRA)."""
     if name == "compile":
         return _compiled(published_model(model))
     if name == "peft":

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .report import Key, Results
+from routingvl.kernels import ROUTINGS
+
+from .results import Key, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # How lines are told apart: the routing function by colour, who computes it by strokes, the layer by marks.
-COLOURS = {"none": "tab:gray", "add": "tab:blue", "mul": "tab:red", "expand": "tab:green", "vllora": "tab:purple"}
+_PALETTE = ("gray", "blue", "red", "green", "purple", "orange", "brown", "pink", "olive", "cyan")
+COLOURS = {name: f"tab:{colour}" for name, colour in zip(ROUTINGS, itertools.cycle(_PALETTE), strict=False)}
 STROKES = {"eager": "-", "triton": "-.", "compile": "--", "peft": ":"}
 MARKS = {"lora": "o", "merged_lora": "s", "adapter": "^"}
 

@@ -19,7 +19,7 @@ from routingvl.bottlenecks.inject import replace_modules
 from routingvl.bottlenecks.layers import RoutedLoRALinear
 from routingvl.models.base import RoutedVLModel
 
-from .published import published_lora_linear, published_merged_linear
+from .published_layers import published_lora_linear, published_merged_linear
 
 
 class RepeatingContext(VisualContext):

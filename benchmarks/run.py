@@ -21,13 +21,13 @@ import torch
 
 from routingvl.kernels import ROUTINGS
 
-from .bench import Bench
-from .cases import CASES as LAYER_CASES
-from .cases import DTYPES, LEVELS, Case
-from .level import TIME_LIMIT
+from .comparison import TIME_LIMIT
+from .layer_cases import CASES as LAYER_CASES
+from .layer_cases import DTYPES, LEVELS, Case
+from .layer_providers import COMPETITORS, PROVIDERS
 from .model_cases import MODEL_CASES, ModelCase
-from .providers import COMPETITORS, PROVIDERS
 from .report import read_rows, summarise
+from .suite_run import SuiteRun
 from .suites import SUITES, Plan, Suite
 from .timing import CLOCKS, append_rows, cpu_threads
 
@@ -172,12 +172,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     before, rows = measured_before(known, args.cuda_graphs), []
     with cpu_threads(args.threads):
-        bench = Bench(suite, args.threads)
+        suite_run = SuiteRun(suite, args.threads)
         for case, routing, plan in work_of(suite, args):
-            group = before.get(identity(bench.fields(case, routing, plan)))
+            group = before.get(identity(suite_run.fields(case, routing, plan)))
             if group is None:
                 print(f"{case.name} {routing} {plan.dtype} dropout {plan.dropout:g} ...", file=sys.stderr)
-                group = list(bench.rows(case, routing, plan))
+                group = list(suite_run.rows(case, routing, plan))
                 # One write, and only of a whole case: a run that is stopped leaves what it has measured until then.
                 append_rows(args.output, group)
             rows += group

@@ -24,7 +24,7 @@ from routingvl.models.base import RoutedVLModel
 
 from .environment import describe_environment
 from .gate import relative_rms
-from .models import build_model, step_inputs, write_captions
+from .random_models import build_model, step_inputs, write_captions
 from .timing import Timer, append_rows, cpu_threads, quantiles
 
 WAYS = {"stacked": True, "per_layer": False}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .providers import PROVIDERS
+from .layer_providers import PROVIDERS
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Plan:
     """One pass over the cases.
 
     Attributes:
-        dtype: key of benchmarks.cases.DTYPES; half types run under autocast.
+        dtype: key of benchmarks.layer_cases.DTYPES; half types run under autocast.
         dropout: of the inputs of LoRA layers; cases that have none are left out of a pass with dropout.
         clock: as in benchmarks.timing, None for the device's default.
         compiled: whether the compiled reference takes part.
@@ -35,7 +35,7 @@ class Suite:
         plans: the passes, the most telling first; all cases of layers are before those of models.
         time_limit: seconds after which nothing new is begun (None: no limit); nothing is compiled after half of them.
         quick: the cases marked quick only.
-        providers: names of benchmarks.providers.PROVIDERS.
+        providers: names of benchmarks.layer_providers.PROVIDERS.
         graphs: whether forward and backward pass are timed as a CUDA graph too.
     """
 

@@ -30,10 +30,10 @@ from routingvl.training.compile import compiler_obstacle
 
 from .environment import describe_environment
 from .memory import can_measure, process_peak, tensor_peak
-from .models import routed_model
 from .published_models import published_model
+from .random_models import routed_model
 from .timing import Timer, append_rows, cpu_threads
-from .training import (
+from .training_steps import (
     PUBLISHED_STEPS,
     STEPS,
     TASKS,

@@ -38,8 +38,8 @@ from routingvl.kernels.triton_common.tiles import (
     shared_memory,
 )
 
-from .cases import make_tensors
 from .each_kernel import CALLS, SIZES, Call, case_of, launches_through, layer_of, missed_by
+from .layer_cases import make_tensors
 
 DTYPES = {"half": torch.bfloat16, "ieee": torch.float32}
 CHECKED = {"B": 16, "T": 20, "K": 768, "N": 768}  # sizes of the check of the results

@@ -35,10 +35,10 @@ def python_files() -> dict[str, Path]:
 
 
 def imported_names(name: str, path: Path) -> set[str]:
-    """Dotted names that a module imports anywhere, with ``from a import b`` as ``a.b``."""
+    """Dotted names that a module imports anywhere, for types alone too, with ``from a import b`` as ``a.b``."""
     names = set()
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -51,34 +51,91 @@ def imported_names(name: str, path: Path) -> set[str]:
 
 
 def documented_rows() -> dict[str, int]:
-    """{unit: row} as the table in docs/architecture.md has it."""
+    """{package or module: row} as the table in docs/architecture.md has it, without ``routingvl.``."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", text, re.MULTILINE)
-    return {unit: int(row) for row, units in rows for unit in re.findall(r"`(\w+)`", units)}
+    return {unit: int(row) for row, units in rows for unit in re.findall(r"`([\w.]+)`", units)}
+
+
+def module_of(name: str) -> str:
+    """The module of ours in which an imported name stands, or "" for other people's."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def unit_of(module: str) -> str:
+    """What the table calls a module of ours: itself, or the nearest package around it; "" if neither is there."""
+    unit = module.partition(".")[2]
+    while unit and unit not in ROWS:
+        unit = unit.rpartition(".")[0]
+    return unit
 
 
 MODULES = python_files()
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 IMPORTS = {name: imported_names(name, path) for name, path in MODULES.items()}
+NEEDS = {name: {module_of(imported) for imported in names} - {"", name} for name, names in IMPORTS.items()}
 ROWS = documented_rows()
 
 
-def unit_of(name: str) -> str:
-    """``models`` for ``routingvl.models.classification.ViTRobertaForVQA``, and "" for names of ``routingvl`` itself."""
-    parts = name.split(".")
-    return parts[1] if len(parts) > 1 and f"routingvl.{parts[1]}" in MODULES else ""
-
-
 def test_every_module_has_a_row_and_every_row_its_modules():
-    assert {unit_of(name) for name in MODULES} - {""} == set(ROWS)
+    assert [name for name in MODULES if not unit_of(name)] == ["routingvl"]
+    assert [unit for unit in ROWS if f"routingvl.{unit}" not in MODULES] == []
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_imports_point_down(name):
     unit = unit_of(name)
-    for imported in IMPORTS[name]:
-        other = unit_of(imported) if imported.split(".")[0] == "routingvl" else ""
+    for needed in NEEDS[name]:
+        other = unit_of(needed)
         if other and unit and other != unit:
-            assert ROWS[other] < ROWS[unit], f"{name} (row {ROWS[unit]}) imports {imported} (row {ROWS[other]})"
+            assert ROWS[other] < ROWS[unit], f"{name} (row {ROWS[unit]}) imports {needed} (row {ROWS[other]})"
+
+
+def circle(needs: dict[str, set[str]]) -> list[str]:
+    """Modules of which each imports the next and the last the first; empty when there is no such circle."""
+    done: set[str] = set()
+
+    def follow(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return path[path.index(name) :]
+        found: list[str] = []
+        for needed in sorted(needs.get(name, ())):
+            if needed not in done and not found:
+                found = follow(needed, [*path, name])
+        done.add(name)
+        return found
+
+    return next(filter(None, (follow(name, []) for name in sorted(needs))), [])
+
+
+def test_no_modules_import_each_other():
+    assert circle(NEEDS) == []
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b", "d"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == ["b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}) == []
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def private_names(name: str) -> list[str]:
+    """What a module takes from others of ours although it is private there: by import, or as an attribute."""
+    found = [imported for imported in IMPORTS[name] if is_private(imported.rpartition(".")[2]) and module_of(imported)]
+    modules = {imported.rpartition(".")[2] for imported in IMPORTS[name] if imported in MODULES}
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            found += [f"{node.value.id}.{node.attr}"] if is_private(node.attr) else []
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_private_names_stay_in_their_module(name):
+    assert private_names(name) == []
 
 
 def roots(prefix: str) -> set[str]:
@@ -94,8 +151,8 @@ def roots(prefix: str) -> set[str]:
 def test_third_party_imports():
     standard = set(sys.stdlib_module_names)
     assert roots("routingvl.kernels") - standard <= {"torch", "triton", "routingvl"}
-    kernels_use = {unit_of(name) for module, names in IMPORTS.items() if unit_of(module) == "kernels" for name in names}
-    assert kernels_use <= {"kernels", ""}
+    in_kernels = [name for name in MODULES if f"{name}.".startswith("routingvl.kernels.")]
+    assert {needed for name in in_kernels for needed in NEEDS[name]} <= set(in_kernels)
     assert "transformers" not in roots("routingvl.bottlenecks.layers")
     assert not {"torch", "transformers"} & roots("routingvl.metrics")
     assert not {"torchvision", "kernels", "benchmarks", "configs"} & roots("routingvl")

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from routingvl.benchmarks import ceilings, main, report
-from routingvl.benchmarks.bench import Bench
-from routingvl.benchmarks.cases import Case
-from routingvl.benchmarks.measure import Pass
+from routingvl.benchmarks.layer_cases import Case
 from routingvl.benchmarks.model_cases import ModelCase
+from routingvl.benchmarks.passes import Pass
 from routingvl.benchmarks.run import measured_before
+from routingvl.benchmarks.suite_run import SuiteRun
 from routingvl.benchmarks.suites import Plan, Suite
 
 LAYER = Case("layer", "lora", B=2, T=3, L=1, K=8, N=8, R=4)
@@ -65,7 +65,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
 
 
 def rows_of(case: Case | ModelCase, plan: Plan = SUITE.plans[0]) -> list[dict]:
-    return list(Bench(replace(SUITE, plans=(plan,)), 1).rows(case, "add", plan))
+    return list(SuiteRun(replace(SUITE, plans=(plan,)), 1).rows(case, "add", plan))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -131,7 +131,7 @@ def test_cuda_graphs_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("case", [LAYER, ModelCase("step", "step", "vqa", "tiny", B=2, T=3, R=4)])
 def test_graphs_on_a_gpu(case: Case | ModelCase) -> None:
     suite = replace(SUITE, device="cuda", plans=(Plan(clock="gpu"),), providers=("eager", "triton"))
-    rows = list(Bench(suite, 1).rows(case, "add", suite.plans[0]))
+    rows = list(SuiteRun(suite, 1).rows(case, "add", suite.plans[0]))
     graphs = [row for row in rows if row.get("graphs")]
     assert {"reference", "eager", "triton"} <= {row["provider"] for row in graphs}
     assert {row["gate"] for row in graphs} == {"passed"}

@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from routingvl.benchmarks import main, model_levels, model_providers, report, run
-from routingvl.benchmarks.cases import LEVELS
-from routingvl.benchmarks.level import TIME_LIMIT, Setting
+from routingvl.benchmarks import main, model_comparisons, model_providers, report, run
+from routingvl.benchmarks.comparison import TIME_LIMIT, Setting
+from routingvl.benchmarks.layer_cases import LEVELS
+from routingvl.benchmarks.layer_providers import PROVIDERS
 from routingvl.benchmarks.model_cases import ALL, MODEL_CASES, ModelCase
-from routingvl.benchmarks.models import SIZES, autocast, errors_of, loss_and_gradients, routed_model, step_inputs
-from routingvl.benchmarks.providers import PROVIDERS
+from routingvl.benchmarks.random_models import SIZES, autocast, errors_of, loss_and_gradients, routed_model, step_inputs
 from routingvl.benchmarks.suites import SUITES, Plan
 from routingvl.benchmarks.timing import Timer
-from routingvl.benchmarks.training import TASKS
+from routingvl.benchmarks.training_steps import TASKS
 from routingvl.bottlenecks.layers import RoutedLoRALinear
 from routingvl.kernels.reference import reference_lora
 
@@ -159,13 +159,13 @@ def test_a_wrong_layer_shuts_the_gate(
 
 
 def test_other_captions_shut_the_gate(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, calls = model_levels.write_captions, []
+    write, calls = model_comparisons.write_captions, []
 
     def spoiled(*args, **options):
         calls.append(args)
         return write(*args, **options) + (len(calls) > 2)  # after both searches of the reference
 
-    monkeypatch.setattr(model_levels, "write_captions", spoiled)
+    monkeypatch.setattr(model_comparisons, "write_captions", spoiled)
     rows = rows_of(tmp_path, "--case", "writing", "--provider", "eager", status=1)
     assert rows[0]["gate_missed"] == ["100.0% of the tokens are others"]
 
@@ -173,14 +173,14 @@ def test_other_captions_shut_the_gate(tiny: None, tmp_path: Path, monkeypatch: p
 def test_a_model_that_cannot_be_built_is_a_failure_of_its_case_alone(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = model_levels.routed_model
+    build = model_comparisons.routed_model
 
     def poor(task, *args, **options):
         if task == "vqa":
             raise torch.OutOfMemoryError("none left")
         return build(task, *args, **options)
 
-    monkeypatch.setattr(model_levels, "routed_model", poor)
+    monkeypatch.setattr(model_comparisons, "routed_model", poor)
     rows = rows_of(tmp_path, "--quick", "--provider", "eager", status=1)
     assert rows[0]["gate_missed"] == ["OutOfMemoryError: none left"]
     assert {(row["case"], row["gate"]) for row in rows} == {("answers", "failed"), ("writing", "passed")}
@@ -189,18 +189,20 @@ def test_a_model_that_cannot_be_built_is_a_failure_of_its_case_alone(
 def test_the_vit_is_timed_in_the_dtype_of_the_pass() -> None:
     seen = []
     for dtype in ("float32", "bfloat16"):
-        level = model_levels.StepLevel(TINY[0], "none", Setting(Plan(dtype), CPU, (), lambda share: False, None))
-        level.gated()
-        layer = next(module for module in level.vit.modules() if isinstance(module, torch.nn.Linear))
+        setting = Setting(Plan(dtype), CPU, (), lambda share: False, None)
+        comparison = model_comparisons.StepComparison(TINY[0], "none", setting)
+        comparison.gated()
+        layer = next(module for module in comparison.vit.modules() if isinstance(module, torch.nn.Linear))
         layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-        found = level.seconds(["reference"], Timer(CPU, 1), 2)
+        found = comparison.seconds(["reference"], Timer(CPU, 1), 2)
         assert len(found["base"]["vit"]) == 2
     assert seen == [torch.float32] * 3 + [torch.bfloat16] * 3
 
 
 def test_the_time_limit_is_looked_at_before_each_provider() -> None:
-    level = model_levels.StepLevel(TINY[0], "add", Setting(Plan(), CPU, PROVIDERS, lambda share: share <= 1, None))
-    skipped, gate = level.gated()
+    setting = Setting(Plan(), CPU, PROVIDERS, lambda share: share <= 1, None)
+    comparison = model_comparisons.StepComparison(TINY[0], "add", setting)
+    skipped, gate = comparison.gated()
     assert skipped == dict.fromkeys(("compile", "peft", "eager", "triton"), TIME_LIMIT)
     assert list(gate) == ["reference"]
 
@@ -228,7 +230,7 @@ def test_the_cases_of_models() -> None:
     assert len({case.name for case in run.CASES}) == len(run.CASES)
     assert all(case.devices == ("cuda",) for case in MODEL_CASES if case.size == "large")
     for case in MODEL_CASES:
-        assert case.level in model_levels.MODEL_LEVELS
+        assert case.level in model_comparisons.MODEL_COMPARISONS
         assert case.size in SIZES
         if case.level == "train":  # the recipe's sizes, as in benchmarks.training_speed
             assert (TASKS[case.task][0], TASKS[case.task][4]) == (case.B, case.T)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from routingvl.benchmarks import plots, report
-from routingvl.benchmarks.cases import CASES
+from routingvl.benchmarks import plots, report, results
+from routingvl.benchmarks.layer_cases import CASES
 
 MACHINE = {"device": "some CPU", "threads": 1, "torch": "2.6", "commit": "abc1234", "dirty": False}
 FIXED = {"dtype": "float32", "gate": "passed", "saved_mib": 1.0, "peak_mib": 2.0, "clock": "cpu", **MACHINE}
@@ -39,7 +39,7 @@ def model_rows() -> list[dict]:
 
 
 def test_every_plot_has_something_to_show(tmp_path: Path) -> None:
-    written = plots.draw(report.collect([*layer_rows(), *model_rows()]), tmp_path / "new")
+    written = plots.draw(results.collect([*layer_rows(), *model_rows()]), tmp_path / "new")
     assert [file.stem for file in written] == list(plots.PLOTS)
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in written)
 
@@ -48,7 +48,7 @@ def test_every_plot_has_something_to_show(tmp_path: Path) -> None:
 def test_series_are_joined(name: str) -> None:
     """The series of cases are lines of their own, and nothing of two layers or routings is joined."""
     axes = Figure().add_subplot()
-    plots.PLOTS[name](report.collect([*layer_rows(), *model_rows()]), axes)
+    plots.PLOTS[name](results.collect([*layer_rows(), *model_rows()]), axes)
     lines = {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
     found = {routing: [] for routing in SERIES[name]}
     for label, line in lines.items():
@@ -72,16 +72,16 @@ def test_series_are_joined(name: str) -> None:
     ],
 )
 def test_plots_of_the_committed_results(tmp_path: Path, name: str, drawn: list[str]) -> None:
-    rows = report.read_rows([Path(report.__file__).parent / "results" / f"{name}.jsonl"])
-    written = plots.draw(report.collect(rows), tmp_path / "new")
+    rows = results.read_rows([Path(report.__file__).parent / "results" / f"{name}.jsonl"])
+    written = plots.draw(results.collect(rows), tmp_path / "new")
     assert [file.stem for file in written] == drawn
 
 
 def test_rows_from_before_some_fields_were_there_are_drawn_without_them(tmp_path: Path) -> None:
-    rows = report.read_rows([Path(report.__file__).parent / "results" / "cpu_layers.jsonl"])
+    rows = results.read_rows([Path(report.__file__).parent / "results" / "cpu_layers.jsonl"])
     later = {"level", "dropout", "first_call_s", "limit", "limit_ms", "limit_percent"}
     cases = ("roberta_lora_m1280", "linear_lora_m2040")
     kept = [row for row in rows if row["case"] in cases and not row.get("dropout") and row["gate"] == "passed"]
     old = [{field: value for field, value in row.items() if field not in later} for row in kept]
-    written = plots.draw(report.collect(old), tmp_path / "new")
+    written = plots.draw(results.collect(old), tmp_path / "new")
     assert [file.stem for file in written] == ["speed_up", "by_tokens", "overhead", "saved"]

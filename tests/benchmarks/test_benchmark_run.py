@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from routingvl.benchmarks import bench, ceilings, layer_level, main, run
-from routingvl.benchmarks.cases import Case
+from routingvl.benchmarks import ceilings, layer_comparison, main, run, suite_run
+from routingvl.benchmarks.layer_cases import Case
 
 CASES = (
     Case("first", "lora", B=2, T=3, L=1, K=8, N=8, R=4, routings=("add", "mul"), quick=True),
@@ -21,7 +21,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> dict:
     environment = {"device": "some CPU", "threads": 1, "torch": "2", "commit": "abc1234", "dirty": False}
     monkeypatch.setattr(run, "CASES", CASES)
     monkeypatch.setitem(ceilings.SIZES, "cpu", (2**16, 32, 32, 32))
-    monkeypatch.setattr(bench, "describe_environment", lambda device, threads: dict(environment))
+    monkeypatch.setattr(suite_run, "describe_environment", lambda device, threads: dict(environment))
     return environment
 
 
@@ -34,19 +34,19 @@ def test_an_interrupted_run_leaves_whole_cases_and_is_resumed(
     clean: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "rows.jsonl"
-    measure = layer_level.measure
+    measure = layer_comparison.measure
 
     def interrupted(case, *args):
         if case.name == "second":
             raise KeyboardInterrupt
         return measure(case, *args)
 
-    monkeypatch.setattr(layer_level, "measure", interrupted)
+    monkeypatch.setattr(layer_comparison, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main([*COMMAND, "--output", str(output)])
     first = [("first", routing) for routing in ("add", "mul") for _ in range(9)]  # three providers in three modes
     assert groups(output) == first
-    monkeypatch.setattr(layer_level, "measure", measure)
+    monkeypatch.setattr(layer_comparison, "measure", measure)
     assert main([*COMMAND, "--output", str(output), "--resume"]) == 0
     assert groups(output) == first + [("second", "add")] * 6
     printed = capsys.readouterr()
@@ -76,18 +76,18 @@ def test_what_failed_or_came_too_late_is_measured_again(
     output = tmp_path / "rows.jsonl"
     command = [*COMMAND, "--case", "second", "--output", str(output), "--resume"]
     assert main([*command, "--time-limit", "1e-9"]) == 0
-    right = layer_level.check
+    right = layer_comparison.check
 
     def shut(*args):
         found = right(*args)
         found["eager"].missed.append("y bad")
         return found
 
-    monkeypatch.setattr(layer_level, "check", shut)
+    monkeypatch.setattr(layer_comparison, "check", shut)
     assert main(command) == 1
     gates = [json.loads(line)["gate"] for line in output.read_text().splitlines()]
     assert gates == ["skipped", "failed", "passed", "passed", "passed"]
-    monkeypatch.setattr(layer_level, "check", right)
+    monkeypatch.setattr(layer_comparison, "check", right)
     assert main(command) == 0
     assert len(groups(output)) == 11
 

@@ -11,9 +11,9 @@ import torch._inductor.config
 from tolerances import assert_as_good_as
 
 from routingvl.benchmarks import ceilings, gate, main, report, run
-from routingvl.benchmarks import providers as providers_module
-from routingvl.benchmarks.cases import CASES, Case, definition, make_tensors
-from routingvl.benchmarks.providers import providers
+from routingvl.benchmarks import layer_providers as providers_module
+from routingvl.benchmarks.layer_cases import CASES, Case, definition, make_tensors
+from routingvl.benchmarks.layer_providers import providers
 from routingvl.benchmarks.suites import SUITES
 from routingvl.benchmarks.timing import Timer
 from routingvl.kernels.lora import eager as eager_lora

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.activations import NewGELUActivation
 
 from routingvl.backbones.dropout import LaneDropout
-from routingvl.benchmarks import published_models, training, training_speed
+from routingvl.benchmarks import published_models, training_speed, training_steps
 from routingvl.benchmarks.memory import can_measure, process_peak, tensor_peak
 from routingvl.bottlenecks.layers import RoutedLoRALinear
 from routingvl.training import compile as compilation
@@ -94,7 +94,7 @@ def test_published_model_computes_the_same_with_none_of_our_layers(task):
 
 
 def test_lengths_have_the_stated_distribution():
-    captions, questions = (training.text_lengths(task, 50_000) for task in ("caption", "vqa"))
+    captions, questions = (training_steps.text_lengths(task, 50_000) for task in ("caption", "vqa"))
     assert captions.mean() == pytest.approx(12, abs=0.2)
     assert np.mean(captions < 25) == pytest.approx(0.99, abs=0.005)
     assert questions.mean() == pytest.approx(8, abs=0.2)

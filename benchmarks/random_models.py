@@ -13,9 +13,9 @@ from routingvl.config import RoutingConfig
 from routingvl.models import ViTGPT2ForCaptioning, ViTRobertaForVQA
 from routingvl.models.base import RoutedVLModel
 
-from .cases import DTYPES
 from .gate import relative_rms
-from .measure import half_autocast
+from .layer_cases import DTYPES
+from .passes import half_autocast
 
 
 @dataclass(frozen=True)

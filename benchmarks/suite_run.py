@@ -9,28 +9,28 @@ from contextlib import closing
 
 import torch
 
-from .cases import DTYPES, Case
 from .ceilings import Limits, measure_ceilings
+from .comparison import TIME_LIMIT, Comparison, Setting
+from .cuda_graphs import gated_graph, measure_replays
 from .environment import describe_environment
-from .graphs import gated_graph, measure_replays
-from .layer_level import LayerLevel
-from .level import TIME_LIMIT, Level, Setting
-from .measure import Checked
+from .layer_cases import DTYPES, Case
+from .layer_comparison import LayerComparison
 from .model_cases import ModelCase
+from .passes import Checked
 from .suites import Plan, Suite
 from .timing import Timer, quantiles
 
 
-def level_of(case: Case | ModelCase) -> type[Level]:
+def comparison_of(case: Case | ModelCase) -> type[Comparison]:
     """Who measures a case."""
     if isinstance(case, Case):
-        return LayerLevel
-    from .model_levels import MODEL_LEVELS  # here, because it needs transformers
+        return LayerComparison
+    from .model_comparisons import MODEL_COMPARISONS  # here, because it needs transformers
 
-    return MODEL_LEVELS[case.level]
+    return MODEL_COMPARISONS[case.level]
 
 
-class Bench:
+class SuiteRun:
     """One run of a suite: its device, clocks, ceilings and what time is left."""
 
     def __init__(self, suite: Suite, threads: int) -> None:
@@ -58,20 +58,20 @@ class Bench:
 
     def rows(self, case: Case | ModelCase, routing: str, plan: Plan) -> Iterator[dict]:
         """Gate and measure one case: a row for each provider and mode, one for each provider left out."""
-        shared, kind = self.fields(case, routing, plan), level_of(case)
+        shared, kind = self.fields(case, routing, plan), comparison_of(case)
         if why := TIME_LIMIT if self.is_late() else kind.obstacle(plan.dtype):
             yield {**shared, "provider": "all", "gate": "skipped", "skipped": why}
             return
         torch.compiler.reset()  # else the compiler gives up after some cases that share their code
         setting = Setting(plan, self.device, self.suite.providers, self.is_late, lambda: self.limits)
-        with closing(kind(case, routing, setting)) as level:
-            yield from self._rows_of(level, shared)
+        with closing(kind(case, routing, setting)) as comparison:
+            yield from self._rows_of(comparison, shared)
 
-    def _rows_of(self, level: Level, shared: dict) -> Iterator[dict]:
-        skipped, gate = level.gated()
+    def _rows_of(self, comparison: Comparison, shared: dict) -> Iterator[dict]:
+        skipped, gate = comparison.gated()
         if "compile" in gate and gate["compile"].raised:  # the compiler's failure is none of the layer
             skipped["compile"] = gate.pop("compile").missed[0]
-            del level.sides["compile"]
+            del comparison.sides["compile"]
         missed = {name: found.missed for name, found in gate.items() if found.missed}
         for name, what in missed.items():
             yield {**shared, "provider": name, "gate": "failed", "gate_missed": what}
@@ -79,24 +79,24 @@ class Bench:
             yield {**shared, "provider": name, "gate": "skipped", "skipped": why}
         if "reference" in missed:
             return  # nothing to compare with
-        timer = self.timers[level.setting.plan.clock]
-        repeats = self.suite.repeats if isinstance(level, LayerLevel) else self.suite.model_repeats
-        names = [name for name in level.sides if name not in missed]
-        seconds = level.seconds(names, timer, repeats)
+        timer = self.timers[comparison.setting.plan.clock]
+        repeats = self.suite.repeats if isinstance(comparison, LayerComparison) else self.suite.model_repeats
+        names = [name for name in comparison.sides if name not in missed]
+        seconds = comparison.seconds(names, timer, repeats)
         for provider, modes in seconds.items():
-            kept = level.memory(provider)
+            kept = comparison.memory(provider)
             for mode, values in modes.items():
                 fields = {**shared, "provider": provider, "mode": mode, **quantiles(values), **kept}
-                fields |= level.rates(provider, mode, fields["ms_p50"] / 1e3)
+                fields |= comparison.rates(provider, mode, fields["ms_p50"] / 1e3)
                 yield {**fields, "repeats": repeats, **_passed(gate.get(provider))}
         if self.suite.graphs:
-            yield from self._graph_rows(level, names, {**shared, "graphs": True}, repeats)
+            yield from self._graph_rows(comparison, names, {**shared, "graphs": True}, repeats)
 
-    def _graph_rows(self, level: Level, names: list[str], shared: dict, repeats: int) -> Iterator[dict]:
+    def _graph_rows(self, comparison: Comparison, names: list[str], shared: dict, repeats: int) -> Iterator[dict]:
         """Forward and backward pass of the sides named, replayed from a CUDA graph."""
-        plan, replays, gate = level.setting.plan, {}, {}
+        plan, replays, gate = comparison.setting.plan, {}, {}
         for name in names:
-            whole = level.pass_of(name)
+            whole = comparison.pass_of(name)
             if whole is None or self.is_late():
                 why = TIME_LIMIT if whole else "this level has no pass to capture in a CUDA graph"
                 yield {**shared, "provider": name, "gate": "skipped", "skipped": why}
@@ -111,7 +111,7 @@ class Bench:
                 replays[name], gate[name] = replay, found
         for provider, values in measure_replays(replays, self.timers[plan.clock], repeats).items():
             fields = {**shared, "provider": provider, "mode": "fwdbwd", **quantiles(values)}
-            fields |= level.rates(provider, "fwdbwd", fields["ms_p50"] / 1e3)
+            fields |= comparison.rates(provider, "fwdbwd", fields["ms_p50"] / 1e3)
             yield {**fields, "repeats": repeats, **_passed(gate[provider])}
 
 

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .comparison import Comparison, Setting
 from .gate import relative_rms
-from .level import Level, Setting
-from .measure import Checked, Pass, attempt, measure_passes, saved_mib, turns
-from .memory import tensor_peak
+from .layer_providers import PROVIDERS, provider_obstacle
+from .memory import saved_mib, tensor_peak
 from .model_cases import ModelCase
 from .model_providers import Side, make_side, use_backend
-from .models import autocast, errors_of, loss_and_gradients, routed_model, step_inputs, write_captions
-from .providers import PROVIDERS, provider_obstacle
+from .passes import Checked, Pass, attempt, measure_passes, turns
 from .published_models import published_model
+from .random_models import autocast, errors_of, loss_and_gradients, routed_model, step_inputs, write_captions
 from .timing import Timer
-from .training import (
+from .training_steps import (
     PUBLISHED_STEPS,
     STEPS,
     TOLERANCES,
@@ -36,7 +36,7 @@ from .training import (
 WARM_UP = 1  # after the gate's own pass
 
 
-class ModelLevel(Level):
+class ModelComparison(Comparison):
     """What the levels of models share: which sides there are, and that the gate is the published model in float32."""
 
     case: ModelCase
@@ -87,7 +87,7 @@ class ModelLevel(Level):
         return None if error <= limit else f"{what} relative RMS error {error:.2e} is above {limit:.2e}"
 
 
-class StepLevel(ModelLevel):
+class StepComparison(ModelComparison):
     """Forward and backward pass of the whole model, features given: the same inputs, weights and loss on every side."""
 
     sides: dict[str, Side]
@@ -145,8 +145,8 @@ class StepLevel(ModelLevel):
         return {"examples_s": round(self.case.B / seconds, 3) if mode in ("fwdbwd", "vit") else None}
 
 
-class TrainLevel(ModelLevel):
-    """A training step with cached features against the published recipe's, see benchmarks/training.py."""
+class TrainComparison(ModelComparison):
+    """A training step with cached features against the published recipe's, see benchmarks/training_steps.py."""
 
     def __init__(self, case: ModelCase, routing: str, setting: Setting) -> None:
         super().__init__(case, routing, setting)
@@ -203,7 +203,7 @@ class TrainLevel(ModelLevel):
         return {"examples_s": round(self.case.B / seconds, 3), "published_dtype": "float32"}
 
 
-class GenerateLevel(ModelLevel):
+class GenerateComparison(ModelComparison):
     """Beam search to captions of one length, features given."""
 
     sides: dict[str, Side]
@@ -267,4 +267,8 @@ class GenerateLevel(ModelLevel):
         return {"captions_s": round(self.case.B / seconds, 3)}
 
 
-MODEL_LEVELS: dict[str, type[ModelLevel]] = {"step": StepLevel, "train": TrainLevel, "generate": GenerateLevel}
+MODEL_COMPARISONS: dict[str, type[ModelComparison]] = {
+    "step": StepComparison,
+    "train": TrainComparison,
+    "generate": GenerateComparison,
+}

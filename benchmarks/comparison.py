@@ -1,4 +1,6 @@
-"""What a level of the benchmark has to be able to do: gate its providers, time them in turns, say what they take."""
+"""A case with its providers side by side: what every level can do, to gate them, time them in turns, and say what they
+take.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 
 from .ceilings import Limits
-from .measure import Checked, Pass
+from .passes import Checked, Pass
 from .suites import Plan
 from .timing import Timer
 
@@ -42,7 +44,7 @@ class Setting:
         return TIME_LIMIT if self.is_late(0.5 if provider == "compile" else 1.0) else None
 
 
-class Level(ABC):
+class Comparison(ABC):
     """One case with one routing function in one setting.
 
     Attributes:

@@ -13,9 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from routingvl.kernels import ROUTINGS
+
 
 def published_route(t: Tensor, u: Tensor | None, routing: str) -> Tensor:
-    """Routing as the published code computes it: t [B, T, R], u [B, L, R] -> [B, T, R]."""
+    """Routing as the published code computes it: t [B, T, R], u [B, L, R] -> z [B, T, R].
+
+    A function that the published code does not have is computed as its row of the table defines it.
+    """
     if routing == "none":
         return t
     if routing == "add":
@@ -26,7 +31,7 @@ def published_route(t: Tensor, u: Tensor | None, routing: str) -> Tensor:
         return torch.bmm(t, u.expand(-1, t.shape[-1], -1))
     if routing == "vllora":
         return torch.bmm(torch.bmm(t, u.transpose(1, 2)), u)
-    raise ValueError(f"the published code has no routing {routing!r}")
+    return ROUTINGS[routing].route(t, u, False)
 
 
 def published_lora(
@@ -37,7 +42,7 @@ def published_lora(
     ``dropout`` is drawn for text and image separately, as in training.
     """
     t = _drop(x, dropout) @ a.transpose(0, 1)
-    u = _drop(v, dropout) @ a.transpose(0, 1) if routing != "none" else None
+    u = _drop(v, dropout) @ a.transpose(0, 1) if ROUTINGS[routing].uses_image else None
     return (published_route(t, u, routing) @ b.transpose(0, 1)) * scaling
 
 
@@ -81,7 +86,7 @@ def published_merged_linear(
     """
     result = F.linear(x, weight.transpose(0, 1), bias)
     t = F.linear(_drop(x, dropout), a)
-    u = F.linear(_drop(v, dropout), a) if routing != "none" else None
+    u = F.linear(_drop(v, dropout), a) if ROUTINGS[routing].uses_image else None
     z = published_route(t, u, routing)
     up = F.conv1d(z.transpose(-2, -1), b.unsqueeze(-1), groups=groups).transpose(-2, -1)
     width = b.shape[0] // groups
@@ -112,7 +117,7 @@ def published_adapter(
 ) -> Tensor:
     """Adapter: x [B, T, K], down_weight [R, K], up_weight [K, R] -> [B, T, K]."""
     t = F.linear(x, down_weight, down_bias)
-    u = F.linear(v, down_weight, down_bias) if routing != "none" else None
+    u = F.linear(v, down_weight, down_bias) if ROUTINGS[routing].uses_image else None
     z = published_route(t, u, routing)
     y = F.linear(_activate(z, activation), up_weight, up_bias)
     return y + x if residual else y

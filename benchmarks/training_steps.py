@@ -25,8 +25,8 @@ from routingvl.training.compile import compiled, compiled_inputs
 from routingvl.training.precision import lower_frozen_weights
 from routingvl.training.schedule import BatchOrder
 
-from .models import autocast, errors_of, loss_and_gradients
 from .published_models import published_optimizer
+from .random_models import autocast, errors_of, loss_and_gradients
 from .timing import Timer
 
 # batch, mean and 99th percentile of the lengths, special tokens a text, fixed text length of the published recipe

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from .gate import CAPS, relative_rms
-from .measure import Checked, Pass, attempt, turns
+from .passes import Checked, Pass, attempt, turns
 from .timing import Timer
 
 WARM_UP = 3

@@ -1,6 +1,6 @@
 """Who computes a case's layer: the published chain, the same compiled, PEFT, and our two backends.
 
-A provider takes the tensors of benchmarks/cases.py by name and gives y [B, T, N]. One that cannot run says why.
+A provider takes the tensors of benchmarks/layer_cases.py by name and gives y [B, T, N]. One that cannot run says why.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from routingvl.kernels import routed_adapter, routed_lora, routed_lora_linear
 from routingvl.training.compile import compiler_obstacle
 
-from .cases import Case, Layer, frozen_conv1d, frozen_linear
-from .published import published_adapter, published_lora, published_lora_linear, published_merged_linear
+from .layer_cases import Case, Layer, frozen_conv1d, frozen_linear
+from .published_layers import published_adapter, published_lora, published_lora_linear, published_merged_linear
 
 PROVIDERS = ("base", "reference", "compile", "peft", "eager", "triton")
 COMPETITORS = ("compile", "peft")  # not ours, and not what ratios are taken to: the exit status is none of theirs

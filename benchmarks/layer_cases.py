@@ -93,6 +93,7 @@ class Case:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GPU = ("cuda",)
+MANY_TOKENS = tuple(name for name, row in ROUTINGS.items() if row.max_visual_tokens is None)
 BASE = Case("roberta_lora_m1280", "lora", B=64, T=20, L=1, K=768, N=768, R=128, quick=True)
 FEW = replace(BASE, quick=False, B=16)  # M = 320
 CASES = (
@@ -107,7 +108,7 @@ CASES = (
     Case("adapter_op_m1280", "adapter", B=64, T=20, L=1, K=768, N=768, R=64, residual=False, level="op"),
     # The same layer with more and fewer ranks, visual tokens and text tokens, as series through the first case.
     *(replace(BASE, name=f"{BASE.name}_r{r}", R=r, routings=("add", "mul"), quick=False) for r in (16, 64, 256)),
-    *(replace(FEW, name=f"roberta_lora_m320_l{tokens}", L=tokens, routings=("vllora",)) for tokens in (16, 64, 197)),
+    *(replace(FEW, name=f"roberta_lora_m320_l{tokens}", L=tokens, routings=MANY_TOKENS) for tokens in (16, 64, 197)),
     replace(FEW, name="roberta_lora_m320", routings=("mul", "vllora")),
     replace(BASE, name="roberta_lora_m5120", B=256, routings=("mul",), quick=False),
     # The sizes of the targets on a GPU; a training step there has no trouble with 512 questions.
@@ -115,7 +116,7 @@ CASES = (
     Case("adapter_m10240", "adapter", B=512, T=20, L=1, K=768, N=768, R=128, devices=GPU),
     Case("lora_op_m10240", "lora", B=512, T=20, L=1, K=768, N=768, R=128, level="op", devices=GPU),
     Case(
-        "roberta_lora_m10240_l197", "lora", B=512, T=20, L=197, K=768, N=768, R=128, routings=("vllora",), devices=GPU
+        "roberta_lora_m10240_l197", "lora", B=512, T=20, L=197, K=768, N=768, R=128, routings=MANY_TOKENS, devices=GPU
     ),
 )
 LEVELS = ("op", "layer", "step", "train", "generate")  # the last three are those of benchmarks/model_cases.py
