@@ -47,7 +47,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         'triton>=3.4; platform_system == "Linux"',
-        "transformers>=5,<6",
+        "transformers>=5.4,<6",  # the first with ViTImageProcessorPil
         "accelerate>=1.1",
         "safetensors>=0.4.3",
         "Pillow>=10",

@@ -8,10 +8,10 @@
     PictureSource(preprocessor=None, features=None, on_bad_image="fail")    used by every dataset, as .pictures
         (ImageRecord) -> {"pixel_values": [3, H, W]} | {"vision_features": [L, d]} | None when skipped
         .skipped, .reset_skipped()
-    ImageDataset(records, preprocessor, on_bad_image="fail", known=())      one item an image, to compute features
+    ImageDataset(records, preprocessor, on_bad_image="fail", known=())      one item per image, to compute features
 
-Values are bit for bit those of transformers' ``ViTImageProcessorPil``; torchvision is never needed. EXIF rotation is
-not applied, as there.
+Reading is ours, because transformers' image processors take RGB only, and errors have to name the file. torchvision is
+never needed. EXIF rotation is not applied.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 Features = Mapping[int, Tensor] | Callable[[int], Tensor]
 PREPROCESSOR_FILE = "preprocessor_config.json"
-_WORKER_SLOTS = 257  # of the counter of skipped images: the main process, then one a DataLoader worker
+_WORKER_SLOTS = 257  # of the counter of skipped images: the main process, then one per DataLoader worker
 
 
 class ImageError(ValueError):
@@ -77,7 +77,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImagePreprocessor:
-    """Resize, rescale and normalise an image: ``(pixel * rescale - mean) / std`` per channel.
+    """Read an image and let transformers' ``ViTImageProcessorPil`` resize, rescale and normalise it.
+
+    Each channel becomes ``(pixel * rescale - mean) / std``.
 
     Attributes:
         size: height and width in pixels; one integer for a square.
@@ -91,7 +93,7 @@ class ImagePreprocessor:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     resample: int = 2
     rescale: float = 1 / 255
-    _table: np.ndarray = field(init=False, repr=False, compare=False)
+    _processor: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
@@ -106,18 +108,15 @@ class ImagePreprocessor:
         if not all(self.std):
             raise ValueError(f"std={self.std!r} must not contain zero")
         object.__setattr__(self, "size", size)
-        # An 8-bit channel has 256 intensities, so their normalised values are tabled: the rounding steps of
-        # transformers (float64 product, then float32), done 256 times instead of once a pixel.
-        intensities = (np.arange(256, dtype=np.float64) * self.rescale).astype(np.float32)
-        mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.mean, self.std))
-        object.__setattr__(self, "_table", (intensities - mean) / std)
+        # Here, because importing it takes seconds; this class by its name, because others ask for torchvision.
+        from transformers import ViTImageProcessorPil
+
+        object.__setattr__(self, "_processor", ViTImageProcessorPil.from_dict(self.to_dict()))
 
     def __call__(self, image: Image.Image | str | os.PathLike[str]) -> Tensor:
         """Preprocess an image, or the file at a path, to float32 [3, H, W]. Raises :class:`ImageError`."""
         image = to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
-        height, width = self.size
-        pixels = np.asarray(image.resize((width, height), resample=self.resample))
-        return torch.from_numpy(np.stack([self._table[channel][pixels[..., channel]] for channel in range(3)]))
+        return self._processor(image, return_tensors="pt")["pixel_values"][0]
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as transformers writes them to ``preprocessor_config.json``."""
@@ -189,7 +188,7 @@ def _pretrained_file(name_or_dir: str | os.PathLike[str], file_name: str) -> Pat
     folder = Path(name_or_dir)
     if folder.is_dir():
         return folder / file_name if (folder / file_name).is_file() else None
-    from transformers.utils import cached_file  # here, because a local folder needs no transformers
+    from transformers.utils import cached_file
 
     try:
         found = cached_file(os.fspath(name_or_dir), file_name, _raise_exceptions_for_missing_entries=False)
@@ -279,7 +278,7 @@ class PictureSource:
 
 
 class ImageDataset(Dataset):
-    """One item an image, or None for a skipped one; made for running the frozen ViT once over the images of a split.
+    """One item per image, or None for a skipped one; made for running the frozen tower once over a split's images.
 
     Items are ``{"image_id": int, "digest": SHA-256 of the file, "stat": as of file_stat or None when the file changed
     meanwhile, "pixel_values": float32 [3, H, W]}``. The file is read once, so the digest belongs to the very bytes that

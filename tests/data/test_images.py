@@ -116,6 +116,14 @@ class TestPreprocessor:
         assert actual.is_contiguous()
         assert torch.equal(actual, expected)
 
+    def test_values_are_the_formula_to_the_bit(self):
+        mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+        resized = np.asarray(picture().resize((30, 20), resample=3)).transpose(2, 0, 1)
+        rescaled = (resized * np.float64(1 / 255)).astype(np.float32)
+        columns = [np.array(values, dtype=np.float32)[:, None, None] for values in (mean, std)]
+        found = ImagePreprocessor(size=(20, 30), mean=mean, std=std, resample=3)(picture())
+        assert torch.equal(found, torch.from_numpy((rescaled - columns[0]) / columns[1]))
+
     @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA"])
     def test_file_and_image_of_any_mode(self, tmp_path, mode):
         path = tmp_path / "image.tif"

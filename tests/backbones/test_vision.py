@@ -1,0 +1,98 @@
+"""Vision towers: what is taken of a ViT, another tower as one more row, and folders of kinds that have none."""
+
+import json
+
+import pytest
+import torch
+from tiny import tiny_config, write_tiny
+from training_runs import losses
+from transformers import CLIPVisionConfig, CLIPVisionModel, DeiTConfig, DeiTModel, ViTModel
+
+from routingvl.backbones.loading import BackboneError
+from routingvl.backbones.vision import FEATURES, TOWERS, VisionTower, image_features, load_tower, tower_width
+from routingvl.cache_features import cache_features
+from routingvl.config import ConfigError
+from routingvl.data.images import ImagePreprocessor
+from routingvl.evaluate import evaluate
+from routingvl.train import train
+
+WIDTH, SIZE = 24, 16  # another width than the language model's, so that it is projected
+SHAPE = {
+    "hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+    "image_size": SIZE, "patch_size": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    torch.set_num_threads(1)
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def save(model, folder):
+    """Save a tower with its preprocessing; returns the folder."""
+    model.save_pretrained(folder)
+    preprocessing = ImagePreprocessor(size=SIZE).to_dict()
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    return folder
+
+
+def test_features_of_a_vit(tiny):
+    vit = load_tower(str(tiny / "vit"))
+    assert type(vit) is ViTModel
+    assert not vit.training
+    pixels = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = vit(pixel_values=pixels)
+    tokens = output.last_hidden_state
+    expected = {"pooler": output.pooler_output[:, None], "cls": tokens[:, :1], "tokens": tokens}
+    expected["mean"] = tokens[:, 1:].sum(dim=1, keepdim=True) / 4
+    assert expected.keys() == FEATURES.keys()
+    for kind, want in expected.items():
+        found = image_features(vit, pixels, kind)
+        torch.testing.assert_close(found, want)
+        assert not found.requires_grad
+
+
+def test_a_vit_without_pooler_says_what_to_take(tiny):
+    vit = ViTModel.from_pretrained(tiny / "vit", add_pooling_layer=False)
+    with pytest.raises(BackboneError, match="no pooler: choose vision_features='cls'"):
+        image_features(vit, torch.zeros(1, 3, SIZE, SIZE), "pooler")
+
+
+@pytest.mark.parametrize("kind", ["pooler", "mean"])
+def test_another_tower_is_one_more_row(tiny, tmp_path, monkeypatch, kind):
+    # DeiT has a distillation token beside the class token.
+    monkeypatch.setitem(TOWERS, "deit", VisionTower("deit", "DeiTModel", prefix_tokens=2))
+    torch.manual_seed(0)
+    folder = save(DeiTModel(DeiTConfig(**SHAPE)), tmp_path / "deit")
+    tower = load_tower(str(folder))
+    assert type(tower) is DeiTModel
+    assert tower_width(tower) == WIDTH
+    settings = {"vision": str(folder), "vision_features": kind, "feature_cache": str(tmp_path / "cache")}
+    config = tiny_config(tiny, tmp_path / "run", "vqa", max_steps=2, **settings)
+    assert cache_features(config)[0][2] > 0
+    kept = train(config, log="quiet")
+    read = train(tiny_config(tiny, tmp_path / "read", "vqa", max_steps=2, **settings | {"feature_cache": None}))
+    assert losses(kept) == pytest.approx(losses(read), rel=1e-5)
+    assert evaluate(kept.run_dir, log="quiet")["n"] == 5
+    pixels = torch.randn(2, 3, SIZE, SIZE)
+    patches = tower(pixel_values=pixels).last_hidden_state[:, 2:]
+    assert patches.shape[1] == (SIZE // 8) ** 2
+    torch.testing.assert_close(image_features(tower, pixels, "mean"), patches.mean(dim=1, keepdim=True))
+
+
+def test_a_tower_may_lack_a_feature(tiny, monkeypatch):
+    row = VisionTower("vit", "ViTModel", features={"mean": FEATURES["mean"]})
+    monkeypatch.setitem(TOWERS, "vit", row)
+    with pytest.raises(BackboneError, match=r"vision_features='cls': a vit has only 'mean'"):
+        image_features(load_tower(str(tiny / "vit")), torch.zeros(1, 3, SIZE, SIZE), "cls")
+
+
+def test_a_folder_of_another_kind_is_no_vit(tiny, tmp_path):
+    folder = save(CLIPVisionModel(CLIPVisionConfig(**SHAPE)), tmp_path / "clip")
+    with pytest.raises(BackboneError, match=r"clip is of model type 'clip_vision_model', .*known here \('vit'\)"):
+        load_tower(str(folder))
+    with pytest.raises(ConfigError, match="'clip_vision_model'"):
+        train(tiny_config(tiny, tmp_path / "run", "vqa", vision=str(folder)), log="quiet")
+    assert not (tmp_path / "run").exists()
