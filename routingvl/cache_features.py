@@ -12,8 +12,7 @@ from routingvl.config import ConfigError
 from routingvl.config.schema import RunConfig
 from routingvl.data.feature_store import FeatureStore
 from routingvl.data.images import ImagePreprocessor
-from routingvl.data.vocabulary import AnswerVocabulary
-from routingvl.tasks.base import make_task
+from routingvl.tasks.base import find_task
 from routingvl.training.accelerator import make_accelerator
 
 
@@ -38,12 +37,12 @@ def cache_features(
     data = config.data
     if data.feature_cache is None:
         raise ConfigError("data.feature_cache is not set; name a folder")
+    task_class = find_task(config.task)
     config.check_files()
     hide_loading_bars(not progress)
     device = make_accelerator(config).device
     preprocessor = ImagePreprocessor.from_pretrained(config.model.vision)
-    vocabulary = AnswerVocabulary.load(data.answers or data.annotations) if config.task == "vqa" else None
-    task = make_task(config, None, preprocessor, vocabulary)
+    task = task_class(config, None, preprocessor)
     if splits is None:
         train, val = task.read_training_splits()
         loaded = [train] if val is None else [train, val]

@@ -16,6 +16,7 @@ from routingvl import __version__
 COMMANDS = {
     "train": ("train", "train routed bottlenecks from a YAML config and command-line overrides"),
     "evaluate": ("evaluate", "score a run on a split and write its predictions"),
+    "predict": ("predict", "predict for image files, with a text where the task takes one, by a run of any task"),
     "caption": ("caption", "caption image files with a run"),
     "answer": ("answer", "answer a question about an image with a run"),
     "cache-features": ("cache_features", "run the frozen ViT once over the images of a run and keep its output"),

@@ -14,7 +14,6 @@ from routingvl.backbones.loading import hide_loading_bars
 from routingvl.config import ConfigError
 from routingvl.config.schema import RunConfig, changed_settings, override
 from routingvl.environment import environment
-from routingvl.metrics.results import coco_results_name, vqa_results_name, write_coco_results, write_vqa_results
 from routingvl.tasks.base import load_task
 from routingvl.tasks.predictions import predict_dataset
 from routingvl.training.accelerator import make_accelerator
@@ -36,7 +35,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a run on a split; nothing that the run was trained with is repeated.
 
-    Writes ``metrics.json`` and the predictions (COCO's or EvalAI's form) into ``output``, by default
+    Writes ``metrics.json`` and the predictions, in the form that the task has for them, into ``output``, by default
     ``run_dir/eval-<split>``.
 
     Args:
@@ -44,7 +43,7 @@ def evaluate(
         split: name of the split, as in ``data.train_split``.
         checkpoint: "best" or "last".
         output: folder for the results.
-        limit: only the first so many images or questions.
+        limit: only the first so many examples.
         log: "quiet" shows no progress bar.
         **overrides: settings of ``data``, ``eval``, ``device`` or ``model.backend`` to change, by dotted name or last
             part (``num_beams=1``).
@@ -63,7 +62,7 @@ def evaluate(
     config.check_files()
     hide_loading_bars(log == "quiet")
     accelerator = make_accelerator(config)
-    task = load_task(folder, config, checkpoint, accelerator.device)
+    task = load_task(folder.path, folder.adapter(checkpoint), config, accelerator.device)
     loaded = task.load_split(split, limit)
     task.precompute(loaded.images)
     dataset = task.dataset(loaded, training=False)
@@ -75,7 +74,7 @@ def evaluate(
     if accelerator.is_main_process:
         target = Path(output) if output is not None else folder.path / f"eval-{split}"
         # Before scoring, so that no failure there costs the predictions.
-        file = write_predictions(target, config.task, split, folder.path.name, predictions)
+        file = task.write_predictions(target, split, folder.path.name, predictions)
         metrics |= task.scores(loaded, predictions)
         metrics |= {
             "skipped": len(dataset) - len(predictions),
@@ -95,10 +94,3 @@ def evaluation_config(folder: RunFolder, **overrides: Any) -> RunConfig:
         if not key.startswith(FREE_IN_EVALUATION):
             raise ConfigError(f"{key} is fixed by the run {folder.path}; train another run to change it")
     return config
-
-
-def write_predictions(target: Path, task: str, split: str, method: str, predictions: dict[int, str]) -> Path:
-    """Write the result file of a task under the name that servers expect; returns its path."""
-    if task == "caption":
-        return write_coco_results(target / coco_results_name(split, method), predictions)
-    return write_vqa_results(target / vqa_results_name(split, method), predictions)

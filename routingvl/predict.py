@@ -11,7 +11,7 @@ import torch
 from routingvl.backbones.loading import hide_loading_bars
 from routingvl.config import ConfigError
 from routingvl.evaluate import evaluation_config
-from routingvl.tasks.base import CaptionTask, VQATask, load_task
+from routingvl.tasks.base import load_task
 from routingvl.training.accelerator import make_accelerator
 from routingvl.training.run_folder import RunFolder
 
@@ -33,34 +33,57 @@ class Predictor:
         self.config = evaluation_config(folder, **overrides)
         hide_loading_bars(quiet=True)
         self.accelerator = make_accelerator(self.config)
-        self.task = load_task(folder, self.config, checkpoint, self.accelerator.device)
+        self.task = load_task(folder.path, folder.adapter(checkpoint), self.config, self.accelerator.device)
         self.task.model.eval()
+
+    def predict(
+        self, images: Sequence[str | Path], text: str | Sequence[str] | None = None, top: int = 5
+    ) -> list[dict[str, Any]]:
+        """What the task of the run says of each image file, in plain values.
+
+        Args:
+            images: any number of image files.
+            text: the question or statement about each of them, or a pair of sentences; None for a captioning run.
+            top: how many of the choices are listed with their probabilities.
+
+        Returns:
+            For each image ``{"caption": str}``, ``{"answer": str, "probabilities": {answer: probability}}`` or
+            ``{"label": str, "probabilities": {label: probability}}``, the likeliest first.
+
+        Raises:
+            ImageError: a file cannot be read; the message names it.
+            ConfigError: the task needs a text and there is none, or the other way round, or ``top`` is below 1.
+        """
+        if self.task.takes_text is (text is None):
+            raise ConfigError(f"a run of task {self.task.name!r} needs {'a' if self.task.takes_text else 'no'} text")
+        sentences = [text] if isinstance(text, str) else list(text or ())
+        if len(sentences) > 2 or not all(part.strip() for part in sentences):
+            raise ConfigError(f"the text must be a sentence or two, none of them empty, not {text!r}")
+        if top < 1:
+            raise ConfigError(f"top={top} must be at least 1")
+        size, collate, rows = self.config.eval.batch_size, self.task.collator(), []
+        for start in range(0, len(images), size):
+            pictures = self.task.encode_files(images[start : start + size])
+            (name, tensors), item = next(iter(pictures.items())), self.task.single_item(*sentences)
+            batch = collate([item | {name: tensor} for tensor in tensors])
+            with torch.inference_mode(), self.accelerator.autocast():
+                rows += self.task.predict_single(batch, self.config.eval.num_beams, top)
+        return rows
 
     def caption(self, images: Sequence[str | Path]) -> list[str]:
         """A caption of each image file; raises ImageError naming a file that cannot be read."""
-        if not isinstance(self.task, CaptionTask):
-            raise ConfigError("this run answers questions; use routingvl answer, or a captioning run")
-        size, captions = self.config.eval.batch_size, []
-        for start in range(0, len(images), size):
-            pictures = self.task.encode_files(images[start : start + size])
-            with torch.inference_mode(), self.accelerator.autocast():
-                inputs = self.task.model_inputs(pictures, self.accelerator.device)
-                captions += self.task.write(self.config.eval.num_beams, **inputs)
-        return captions
+        self._check_command("caption")
+        return [row["caption"] for row in self.predict(images)]
 
     def answer(self, image: str | Path, question: str, top: int = 5) -> list[tuple[str, float]]:
         """The ``top`` likeliest answers to ``question`` about an image file, each with its probability in [0, 1]."""
-        if not isinstance(self.task, VQATask):
-            raise ConfigError("this run writes captions; use routingvl caption, or a VQA run")
+        self._check_command("answer")
         if not question.strip():
             raise ConfigError("the question is empty")
-        if top < 1:
-            raise ConfigError(f"top={top} must be at least 1")
-        item = {"image_id": 0, "question_id": 0, "question": question, "target": None}
-        pictures = {key: rows[0] for key, rows in self.task.encode_files([image]).items()}
-        batch = self.task.collator()([item | pictures])
-        with torch.inference_mode(), self.accelerator.autocast():
-            probabilities = self.task.probabilities(batch)[0]
-        best = probabilities.topk(min(top, len(probabilities)))
-        answers = self.task.vocabulary.answers
-        return [(answers[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        return list(self.predict([image], question, top)[0]["probabilities"].items())
+
+    def _check_command(self, command: str) -> None:
+        if self.task.command != command:
+            raise ConfigError(
+                f"this run's task is {self.task.name!r}: use routingvl {self.task.command}, or a run for {command}"
+            )

@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from routingvl.backbones.loading import hide_loading_bars
 from routingvl.config import ConfigError
 from routingvl.config.schema import RunConfig
-from routingvl.tasks.base import build_task
+from routingvl.tasks.base import build_task, find_task
 from routingvl.training.accelerator import make_accelerator
 from routingvl.training.compile import check_compiler, compiled
 from routingvl.training.log import Log, check_trackers
@@ -55,6 +55,7 @@ def train(
         raise ConfigError(f"log={log!r} must be None, 'quiet' or a function of one record")
     if resume and overwrite:
         raise ConfigError("resume continues a run and overwrite replaces it; choose one")
+    find_task(config.task)
     config.check_files()
     config = config.absolute()
     folder = RunFolder(Path(config.output_dir))
@@ -73,7 +74,7 @@ def train(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not resume:
         folder.start(config)
-        task.save_files(folder)
+        task.save_files(folder.path)
     through_compiler = compiled(task.model) if config.train.compile else nullcontext()
     with through_compiler, frozen_weights_lowered(task.model, accelerator, keep=model is not None):
         trainer = Trainer(config, task, accelerator, folder, log, resume)

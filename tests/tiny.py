@@ -182,7 +182,7 @@ def write_data(folder: Path) -> None:
 
 def tiny_config(folder: Path, output_dir: Path, task: str, **settings: object) -> RunConfig:
     """A few steps on the tiny data; ``settings`` override by name, see :func:`routingvl.config.schema.override`."""
-    text = "roberta" if task == "vqa" else "gpt2"
+    text = "gpt2" if task == "caption" else "roberta"
     config = run_config_from_dict(
         {
             "task": task,

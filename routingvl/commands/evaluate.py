@@ -14,14 +14,13 @@ def run(args: Sequence[str]) -> int:
     """Evaluate and print the metrics as JSON."""
     parser = CommandParser(
         "evaluate",
-        "Score a run on a split. Predictions (COCO's or EvalAI's form) and metrics.json go into RUN/eval-SPLIT.\n"
-        + SETTINGS_NOTE,
+        "Score a run on a split. Predictions and metrics.json go into RUN/eval-SPLIT.\n" + SETTINGS_NOTE,
         EXAMPLE,
     )
     add_run_arguments(parser)
     parser.add_argument("--split", default="test", help="split to score (default: test)")
     parser.add_argument("--output", metavar="FOLDER", help="folder for the results (default: RUN/eval-SPLIT)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images or questions")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     own, settings = split_settings(args)
     options = parser.parse_args(own)

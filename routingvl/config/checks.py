@@ -16,11 +16,11 @@ class ConfigError(ValueError):
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """A hint such as ``; did you mean 'rank'?`` for a mistyped name, or an empty string when nothing is close."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
+    close = difflib.get_close_matches(str(name), list(map(str, known)), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(key: str, value: Any, choices: Sequence[Any]) -> None:
     """Raise :class:`ConfigError` unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ConfigError(f"{key}={value!r} is not one of {', '.join(map(repr, choices))}{nearest(value, choices)}")

@@ -17,13 +17,13 @@ from routingvl.config.checks import ConfigError, check_choice, from_dict, neares
 from routingvl.config.routing import RoutingConfig
 from routingvl.kernels.dispatch import BACKENDS
 
-TASKS = ("vqa", "caption")
 DEFAULT_VISION = "google/vit-base-patch16-224-in21k"
-DEFAULT_TEXT = {"vqa": "roberta-base", "caption": "gpt2"}
-DEFAULT_TEXT_LENGTH = {"vqa": 20, "caption": 50}
-
 
 # Names of choices that other modules look up; each is declared here and nowhere else.
+TEXT_EMBEDDINGS = ("published", "single")
+CAPTION_LOSSES = ("sound", "reference")
+CLASSIFIER_LAYERS = (1, 2)
+PADDINGS = ("longest", "max_length")
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # -> transformers' name
 MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # -> torch's name
 FEATURE_DTYPES = ("float32", "float16", "bfloat16")
@@ -45,11 +45,11 @@ class ModelConfig:
 
     Attributes:
         vision: ViT, a hub name or a local folder.
-        text: language model, a hub name or a local folder; null takes roberta-base (vqa) or gpt2 (caption).
+        text: language model, a hub name or a local folder; null takes the task's, roberta-base or gpt2.
         tokenizer: hub name or local folder; null takes the one of the language model.
         vision_features: what of the ViT is used: pooler, cls, mean or tokens (all of them; routing vllora only).
         visual_prefix: put the image in front of the text as well as into the bottlenecks.
-        classifier_layers: linear layers in the VQA head, 1 or 2.
+        classifier_layers: linear layers in the head over answers or labels, 1 or 2.
         text_embedding: RoBERTa with a prefix embeds text twice in the published code (published) or once (single).
         caption_loss: sound (the prefix predicts the first word, padding is ignored) or reference (the published one).
         activation_checkpointing: recompute activations in backward, which saves memory and costs time.
@@ -69,12 +69,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_choice("vision_features", self.vision_features, tuple(FEATURES))
-        check_choice("text_embedding", self.text_embedding, ("published", "single"))
-        check_choice("caption_loss", self.caption_loss, ("sound", "reference"))
+        check_choice("text_embedding", self.text_embedding, TEXT_EMBEDDINGS)
+        check_choice("caption_loss", self.caption_loss, CAPTION_LOSSES)
+        check_choice("classifier_layers", self.classifier_layers, CLASSIFIER_LAYERS)
         if self.backend is not None:
             check_choice("backend", self.backend, BACKENDS)
-        if self.classifier_layers not in (1, 2):
-            raise ConfigError(f"classifier_layers={self.classifier_layers!r} must be 1 or 2")
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,13 @@ class DataConfig:
     """Files and how they become batches; ``routingvl prepare-data`` derives the files from the official ones.
 
     Attributes:
-        annotations: folder (or, for captions, file) of questions and answers or of captions, in a form of docs/data.md.
+        annotations: folder (or file) of questions, captions or labelled texts, in a form of docs/data.md.
         images: folder that holds train2014/, val2014/ and test2015/.
-        answers: trainval_label2ans.json, the answer vocabulary of VQA; null takes it from the annotations folder.
+        answers: JSON list of the answers (vqa) or labels (classify) to choose from; null takes the one of the
+            annotations folder (trainval_label2ans.json, labels.json).
         train_split: examples to train on.
         val_split: examples that choose the best checkpoint; null does not validate.
-        max_text_length: longest text in tokens, special tokens included and the prefix not; null takes 20 (vqa) or 50.
+        max_text_length: longest text in tokens, special tokens included and the prefix not; null takes the task's.
         padding: pad texts to the longest of their batch (longest) or to max_text_length (max_length).
         on_bad_image: an unreadable image stops the run (fail) or drops its example and is counted (skip).
         precompute_features: run the frozen ViT once per image at the start and keep its output in memory.
@@ -116,7 +116,7 @@ class DataConfig:
     val_limit: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("padding", self.padding, ("longest", "max_length"))
+        check_choice("padding", self.padding, PADDINGS)
         check_choice("on_bad_image", self.on_bad_image, ON_BAD_IMAGE)
         check_choice("feature_dtype", self.feature_dtype, FEATURE_DTYPES)
         if self.feature_cache == "":
@@ -240,7 +240,8 @@ class RunConfig:
     """Everything that decides a run.
 
     Attributes:
-        task: vqa (ViT and RoBERTa choose one of the answers) or caption (ViT and GPT-2 write).
+        task: vqa (choose an answer to a question), caption (write one), classify (choose one of n labels), or another
+            one of routingvl/tasks.
         output_dir: run folder: config, environment, logs, adapters, metrics.
         device: auto (a GPU when there is one) or cpu.
         model: backbones and head.
@@ -260,22 +261,11 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        check_choice("task", self.task, TASKS)
         check_choice("device", self.device, ("auto", "cpu"))
         if not self.output_dir:
             raise ConfigError("output_dir is empty; name a folder for the run")
         if self.train.compile and self.model.activation_checkpointing:
             raise ConfigError("train.compile and model.activation_checkpointing exclude each other; turn one off")
-
-    @property
-    def text_model(self) -> str:
-        """Hub name or folder of the language model."""
-        return self.model.text or DEFAULT_TEXT[self.task]
-
-    @property
-    def max_text_length(self) -> int:
-        """Longest text in tokens."""
-        return self.data.max_text_length or DEFAULT_TEXT_LENGTH[self.task]
 
     def absolute(self) -> RunConfig:
         """The same config with every local path made absolute, so that its run works from any folder."""

@@ -20,11 +20,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch.utils.data import Dataset
-
+from routingvl.data.examples import ExampleDataset
 from routingvl.data.files import DataError, ImageFolders, collection_paused, read_json, required_keys
-from routingvl.data.images import Features, ImagePreprocessor, ImageRecord, PictureSource
-from routingvl.data.tokens import TokenTable
+from routingvl.data.images import ImageRecord
 
 SPLITS = ("train", "val", "test")
 # Karpathy's name -> the split it belongs to
@@ -172,54 +170,34 @@ def _caption(raw: str, caption_id: int, image_id: int, path: Path) -> Caption:
     return Caption(image_id, text, caption_id)
 
 
-def check_unique(ids: Iterable[int], path: Path, kind: str = "image") -> None:
+def check_unique(ids: Iterable[int | str], path: Path, kind: str = "image") -> None:
     """Raise :class:`DataError` for the first id that occurs twice."""
-    seen: set[int] = set()
+    seen: set[int | str] = set()
     for identity in ids:
         if identity in seen:
             raise DataError(f"{path}: {kind} {identity} is listed twice")
         seen.add(identity)
 
 
-class CaptionDataset(Dataset):
-    """Captions with their images: one item a caption for training, or one item an image for evaluation.
+class CaptionDataset(ExampleDataset):
+    """Captions with their images: one item per caption for training, or one item per image for evaluation.
 
     Items are dicts with ``image_id``, ``caption`` (unless ``per_image``) and ``pixel_values`` float32 [3, H, W] or
-    ``vision_features`` [L, d]; a skipped image gives None, which the collators of :mod:`routingvl.data.collate` drop.
-    Once :attr:`tokens` holds the captions' token ids, items bring theirs along as ``token_ids``.
+    ``vision_features`` [L, d]; see :class:`~routingvl.data.examples.ExampleDataset` for the arguments not named here.
 
     Args:
         split: from :func:`load_captions`.
-        preprocessor: for image files; not needed with ``features``.
-        features: image id -> [L, d], a mapping or a function; images are then never opened.
-        per_image: one item an image, without a caption.
-        on_bad_image: "fail" or "skip", see :class:`~routingvl.data.images.PictureSource`.
+        per_image: one item per image, without a caption.
 
     Raises:
         DataError: there is nothing to train on.
     """
 
-    def __init__(
-        self,
-        split: CaptionSplit,
-        preprocessor: ImagePreprocessor | None = None,
-        *,
-        features: Features | None = None,
-        per_image: bool = False,
-        on_bad_image: str = "fail",
-    ):
+    def __init__(self, split: CaptionSplit, *args: Any, per_image: bool = False, **kwargs: Any):
         if not per_image and not split.captions:
             raise DataError(f"split {split.name!r} has no captions; use per_image=True to describe its images")
-        self.split = split
+        super().__init__(split, *args, **kwargs)
         self.per_image = per_image
-        self.tokens: TokenTable | None = None
-        self.pictures = PictureSource(preprocessor, features, on_bad_image)
-        self._images = {image.image_id: image for image in split.images}
-
-    @property
-    def skipped(self) -> int:
-        """Examples skipped for their image so far, in every worker together."""
-        return self.pictures.skipped
 
     @property
     def texts(self) -> list[str]:
@@ -229,13 +207,9 @@ class CaptionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.split.images if self.per_image else self.split.captions)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
+    def example(self, index: int) -> dict[str, Any]:
+        """An item without its image."""
         if self.per_image:
-            example: dict[str, Any] = {"image_id": self.split.images[index].image_id}
-        else:
-            caption = self.split.captions[index]
-            example = {"image_id": caption.image_id, "caption": caption.text}
-            if self.tokens is not None:
-                example["token_ids"] = self.tokens[index]
-        picture = self.pictures(self._images[example["image_id"]])
-        return None if picture is None else example | picture
+            return {"image_id": self.split.images[index].image_id}
+        caption = self.split.captions[index]
+        return {"image_id": caption.image_id, "caption": caption.text}

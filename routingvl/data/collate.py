@@ -3,6 +3,8 @@
     VQACollator(tokenizer, max_length, num_labels, padding="longest")
         batch: input_ids, attention_mask [B, T] int64; labels float32 [B, num_labels] (absent when the split has no
         answers); question_ids, image_ids: lists of int
+    LabelCollator(tokenizer, max_length, padding="longest")
+        batch: input_ids, attention_mask [B, T] int64; labels int64 [B] (absent when the split has none); ids, image_ids
     CaptionCollator(tokenizer, max_length, padding="longest", prefix=True, loss="sound")
         batch: input_ids, attention_mask, labels [B, T] int64 (absent for items without caption); image_ids
     collate_images(items) -> batch: image_ids
@@ -17,17 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from routingvl.config import check_choice
+from routingvl.config.schema import CAPTION_LOSSES, PADDINGS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PADDINGS = ("longest", "max_length")
-CAPTION_LOSSES = ("sound", "reference")
-IGNORED = -100  # label that torch's cross entropy leaves out
+IGNORED = -100  # label that no loss counts, which is torch's own choice
+IMAGE_INPUTS = ("pixel_values", "vision_features")  # the two forms of the image in a batch, of which it has one
 
 Item = Mapping[str, Any]
 Batch = dict[str, Any]
@@ -40,8 +44,8 @@ def collate_images(items: Sequence[Item | None]) -> Batch | None:
 
 
 def _visual_batch(items: Sequence[Item]) -> Batch:
-    """``pixel_values`` or ``vision_features``, stacked, and ``image_ids``."""
-    key = "vision_features" if "vision_features" in items[0] else "pixel_values"
+    """The image input, stacked, and ``image_ids``."""
+    key = next(name for name in IMAGE_INPUTS if name in items[0])
     return {key: torch.stack([item[key] for item in items]), "image_ids": [item["image_id"] for item in items]}
 
 
@@ -59,24 +63,66 @@ def _pad(rows: Sequence[Sequence[int]], value: int, length: int | None) -> Tenso
 
 
 def _check(padding: str, max_length: int, shortest: int) -> None:
-    if padding not in PADDINGS:
-        raise ValueError(f"padding={padding!r} is not one of {', '.join(PADDINGS)}")
+    check_choice("padding", padding, PADDINGS)
     if max_length < shortest:
         raise ValueError(f"max_length={max_length} leaves no room for text; it must be at least {shortest}")
 
 
-@dataclass
-class VQACollator:
-    """Batches of questions for RoBERTa: the tokenizer's special tokens included, and kept when a text is cut.
+class TextCollator:
+    """Batches of texts for RoBERTa: the tokenizer's special tokens included, and kept when a text is cut.
+
+    What the collators of tasks with labels share; they are dataclasses with these attributes, in an order of their own.
 
     Attributes:
         tokenizer: of the text model; needs a padding token.
         max_length: longest text in tokens, special tokens included.
-        num_labels: size of the answer vocabulary.
         padding: "longest" text of the batch, or always "max_length".
 
     Raises:
         ValueError: an option is unknown or the tokenizer has no padding token.
+    """
+
+    text_key: ClassVar[str]  # of an item: its text
+    id_key: ClassVar[str]  # of an item: its id
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    padding: str
+
+    def __post_init__(self) -> None:
+        _check(self.padding, self.max_length, 1 + self.tokenizer.num_special_tokens_to_add())
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token before training")
+
+    def encode(self, texts: list[Any]) -> list[list[int]]:
+        """The token ids of texts or pairs of texts, special tokens included, cut to ``max_length``."""
+        return self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+
+    def labels(self, targets: list[Any]) -> Tensor:
+        """The targets of all items as the model's ``labels``."""
+        raise NotImplementedError
+
+    def __call__(self, items: Sequence[Item | None]) -> Batch | None:
+        """Collate the items of a data set; there are labels where every item's ``target`` is known."""
+        kept = [item for item in items if item is not None]
+        if not kept:
+            return None
+        rows = _token_rows(kept, self.text_key, self.encode)
+        length = self.max_length if self.padding == "max_length" else None
+        batch = _visual_batch(kept) | {
+            f"{self.id_key}s": [item[self.id_key] for item in kept],
+            "input_ids": _pad(rows, self.tokenizer.pad_token_id, length),
+            "attention_mask": _pad([[1] * len(row) for row in rows], 0, length),
+        }
+        targets = [item["target"] for item in kept]
+        return batch if None in targets else batch | {"labels": self.labels(targets)}
+
+
+@dataclass
+class VQACollator(TextCollator):
+    """Batches of questions with soft targets, from items of :class:`~routingvl.data.vqa.VQADataset`.
+
+    Attributes:
+        num_labels: size of the answer vocabulary; see :class:`TextCollator` for the others.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -84,33 +130,32 @@ class VQACollator:
     num_labels: int
     padding: str = "longest"
 
-    def __post_init__(self) -> None:
-        _check(self.padding, self.max_length, 1 + self.tokenizer.num_special_tokens_to_add())
-        if self.tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token before training")
+    text_key = "question"
+    id_key = "question_id"
 
-    def encode(self, questions: list[str]) -> list[list[int]]:
-        """The token ids of questions, special tokens included, cut to ``max_length``."""
-        return self.tokenizer(questions, truncation=True, max_length=self.max_length)["input_ids"]
+    def labels(self, targets: list[Mapping[int, float]]) -> Tensor:
+        """Dense soft targets: float32 [B, num_labels]."""
+        labels = torch.zeros(len(targets), self.num_labels)
+        for row, target in zip(labels, targets, strict=True):
+            for label, score in target.items():
+                row[label] = score
+        return labels
 
-    def __call__(self, items: Sequence[Item | None]) -> Batch | None:
-        """Collate items of :class:`~routingvl.data.vqa.VQADataset`; labels are dense soft targets."""
-        kept = [item for item in items if item is not None]
-        if not kept:
-            return None
-        rows = _token_rows(kept, "question", self.encode)
-        length = self.max_length if self.padding == "max_length" else None
-        batch = _visual_batch(kept) | {
-            "question_ids": [item["question_id"] for item in kept],
-            "input_ids": _pad(rows, self.tokenizer.pad_token_id, length),
-            "attention_mask": _pad([[1] * len(row) for row in rows], 0, length),
-        }
-        if all(item["target"] is not None for item in kept):
-            batch["labels"] = torch.zeros(len(kept), self.num_labels)
-            for row, item in zip(batch["labels"], kept, strict=True):
-                for label, score in item["target"].items():
-                    row[label] = score
-        return batch
+
+@dataclass
+class LabelCollator(TextCollator):
+    """Batches of labelled texts, from items of :class:`~routingvl.data.labelled.LabelledDataset`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    padding: str = "longest"
+
+    text_key = "text"
+    id_key = "id"
+
+    def labels(self, targets: list[int]) -> Tensor:
+        """The number of each item's label: int64 [B]."""
+        return torch.tensor(targets)
 
 
 @dataclass
@@ -142,8 +187,7 @@ class CaptionCollator:
     loss: str = "sound"
 
     def __post_init__(self) -> None:
-        if self.loss not in CAPTION_LOSSES:
-            raise ValueError(f"loss={self.loss!r} is not one of {', '.join(CAPTION_LOSSES)}")
+        check_choice("loss", self.loss, CAPTION_LOSSES)
         _check(self.padding, self.max_length, 2 if self.prefix else 3)
         if self.tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token; set tokenizer.eos_token before training")

@@ -1,5 +1,6 @@
 """Reading annotation files, writing derived ones, and finding COCO images on disk.
 
+read_text(path, fix="") -> str                 DataError for a file that is missing or not UTF-8
 read_json(path, fix="") -> Any                 DataError for a missing or broken file; ``fix`` says how to make it
 write_json_files(folder, {name: value})        all of them or none
 sha256_of(path) -> str
@@ -26,15 +27,19 @@ class DataError(ValueError):
     """Annotations cannot be used; the message names the file, the entry and the fix."""
 
 
-def read_json(path: str | Path, fix: str = "") -> Any:
-    """Parse a JSON file. Raises :class:`DataError` naming the file (and ``fix``) when it is missing or not JSON."""
-    path = Path(path)
+def read_text(path: str | Path, fix: str = "") -> str:
+    """A file's UTF-8 text. Raises :class:`DataError` naming the file (and ``fix``) when it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}" + (f"; {fix}" if fix else "")) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def read_json(path: str | Path, fix: str = "") -> Any:
+    """Parse a JSON file. Raises :class:`DataError` naming the file (and ``fix``) when it is missing or not JSON."""
+    text = read_text(path, fix)
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -24,12 +24,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch.utils.data import Dataset
-
 from routingvl.data.coco import DATASET_FILE, SPLITS, check_unique, image_splits
+from routingvl.data.examples import ExampleDataset
 from routingvl.data.files import DataError, ImageFolders, collection_paused, read_json, required_keys
-from routingvl.data.images import Features, ImagePreprocessor, ImageRecord, PictureSource
-from routingvl.data.tokens import TokenTable
+from routingvl.data.images import ImageRecord
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
 
 __all__ = [
@@ -338,51 +336,31 @@ def _build_split(
     return VQASplit(name, list(images.values()), questions)
 
 
-class VQADataset(Dataset):
+class VQADataset(ExampleDataset):
     """Questions with their images and soft targets.
 
     Items are dicts with ``question_id``, ``image_id``, ``question``, ``target`` ({label: score}, perhaps empty; None
     when the split has no answers), ``question_type``, ``answer_type``, ``answers`` (raw strings, or None) and
-    ``pixel_values`` float32 [3, H, W] or ``vision_features`` [L, d]; a skipped image gives None, which the collators of
-    :mod:`routingvl.data.collate` drop. Answers outside the vocabulary are no targets. Once :attr:`tokens` holds the
-    questions' token ids, items bring theirs along as ``token_ids``.
+    ``pixel_values`` float32 [3, H, W] or ``vision_features`` [L, d]. Answers outside the vocabulary are no targets. See
+    :class:`~routingvl.data.examples.ExampleDataset` for the arguments not named here.
 
     Args:
         split: from :func:`load_vqa`.
         vocabulary: the classifier's answers.
-        preprocessor: for image files; not needed with ``features``.
-        features: image id -> [L, d], a mapping or a function; images are then never opened.
-        on_bad_image: "fail" or "skip", see :class:`~routingvl.data.images.PictureSource`.
 
     Raises:
         DataError: the split has answers, but the vocabulary holds none of them.
     """
 
-    def __init__(
-        self,
-        split: VQASplit,
-        vocabulary: AnswerVocabulary,
-        preprocessor: ImagePreprocessor | None = None,
-        *,
-        features: Features | None = None,
-        on_bad_image: str = "fail",
-    ):
-        self.split = split
+    def __init__(self, split: VQASplit, vocabulary: AnswerVocabulary, *args: Any, **kwargs: Any):
+        super().__init__(split, *args, **kwargs)
         self.vocabulary = vocabulary
-        self.tokens: TokenTable | None = None
-        self.pictures = PictureSource(preprocessor, features, on_bad_image)
-        self._images = {image.image_id: image for image in split.images}
         labelled = (question for question in split.questions if question.label is not None or question.answers)
         if (first := next(labelled, None)) and not (self.target(first) or any(map(self.target, labelled))):
             raise DataError(
                 f"no answer of split {split.name!r} is in the vocabulary of {len(vocabulary)} answers; "
                 "is it of another data set?"
             )
-
-    @property
-    def skipped(self) -> int:
-        """Examples skipped for their image so far, in every worker together."""
-        return self.pictures.skipped
 
     def target(self, question: Question) -> dict[int, float] | None:
         """Soft scores by label; None when neither the question's label nor its answers are known."""
@@ -402,11 +380,9 @@ class VQADataset(Dataset):
     def __len__(self) -> int:
         return len(self.split.questions)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
+    def example(self, index: int) -> dict[str, Any]:
+        """An item without its image."""
         question = self.split.questions[index]
-        picture = self.pictures(self._images[question.image_id])
-        if picture is None:
-            return None
         return {
             "question_id": question.question_id,
             "image_id": question.image_id,
@@ -415,6 +391,4 @@ class VQADataset(Dataset):
             "question_type": question.question_type,
             "answer_type": question.answer_type,
             "answers": question.answers,
-            **({} if self.tokens is None else {"token_ids": self.tokens[index]}),
-            **picture,
         }

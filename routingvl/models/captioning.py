@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from routingvl.backbones.text import fuse_gelu
 from routingvl.config import RoutingConfig, check_choice
+from routingvl.config.schema import CAPTION_LOSSES
 from routingvl.models.base import ModelOutput, RoutedVLModel
-from routingvl.models.losses import IGNORED, linear_cross_entropy
-
-CAPTION_LOSSES = ("sound", "reference")
+from routingvl.models.losses import caption_loss, caption_loss_without_logits, caption_targets
 
 
 class ViTGPT2ForCaptioning(RoutedVLModel):
@@ -112,28 +110,16 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
             else:
                 logits = self.gpt(**text).logits
         if not return_logits:
-            return ModelOutput(self._lean_loss(hidden, labels), None)
-        return ModelOutput(None if labels is None else _loss(logits, self.next_tokens(labels)), logits)
+            return ModelOutput(self._loss_without_logits(hidden, labels), None)
+        return ModelOutput(None if labels is None else caption_loss(logits, self.next_tokens(labels)), logits)
 
     @torch.compiler.disable  # how many positions count differs from batch to batch
-    def _lean_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss of hidden states [B, L + T, d], without logits at positions that do not count."""
-        targets = self.next_tokens(labels)
-        hidden, targets = hidden[:, -targets.shape[1] :].flatten(0, 1), targets.flatten()
-        # Chosen where the labels are: on the host, this waits for nothing.
-        positions = (targets != IGNORED).nonzero()[:, 0]
-        targets, positions = (t.to(hidden.device, non_blocking=True) for t in (targets[positions], positions))
-        return linear_cross_entropy(hidden.index_select(0, positions), self.gpt.lm_head.weight, targets)
+    def _loss_without_logits(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return caption_loss_without_logits(hidden, self.gpt.lm_head.weight, self.next_tokens(labels))
 
     def next_tokens(self, labels: torch.Tensor) -> torch.Tensor:
-        """labels [B, T] -> the token that each position is to predict, -100 where none counts.
-
-        [B, 1 + T] with a visual prefix, whose last position is the first column, else [B, T]. These are the items that
-        the loss averages over.
-        """
-        first = 1 if self.caption_loss == "reference" or not self.visual_prefix else 0  # earliest token that counts
-        targets = F.pad(labels[:, first:], (first if self.visual_prefix else 0, 1), value=IGNORED)
-        return targets.masked_fill(targets == 0, IGNORED) if self.caption_loss == "reference" else targets
+        """labels [B, T] -> what each position is to predict, see :func:`~routingvl.models.losses.caption_targets`."""
+        return caption_targets(labels, self.caption_loss, self.visual_prefix)
 
     @torch.no_grad()
     def generate(
@@ -184,11 +170,3 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         start = torch.full((batch, 1), self.gpt.config.bos_token_id, dtype=torch.long, device=features.device)
         ids = start if input_ids is None else torch.cat([start, input_ids], dim=1)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of the last positions of logits [B, S, V] that targets [B, <= S] give a token, in float32."""
-    logits = logits[:, -targets.shape[1] :].flatten(0, 1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / (targets != IGNORED).sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Visual question answering: a frozen ViT and a RoBERTa that classifies the answer."""
+"""Classification of an image with a text: a frozen ViT and a RoBERTa with a head over the labels."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from routingvl.config import ConfigError, RoutingConfig, check_choice
+from routingvl.config.schema import CLASSIFIER_LAYERS, TEXT_EMBEDDINGS
 from routingvl.models.base import ModelOutput, RoutedVLModel
+from routingvl.models.losses import label_loss, soft_label_loss
 
-TEXT_EMBEDDINGS = ("published", "single")
 
-
-class ViTRobertaForVQA(RoutedVLModel):
-    """ViT + RoBERTa, a classifier over the answers (arXiv 2403.09377, the VQAv2 experiments).
+class ViTRobertaForClassification(RoutedVLModel):
+    """ViT + RoBERTa, a classifier over labels of which exactly one is right (softmax).
 
     Build it with :meth:`from_backbones`. The frozen pooler of RoBERTa reads the first position, which is the image's
     own when there is a visual prefix.
 
     Args:
         vision, text, routing: backbones (modules) and bottlenecks.
-        num_labels: number of answers.
+        num_labels: number of labels.
         classifier_layers: 1 (Linear) or 2 (Linear to 2 d, LayerNorm, GELU, Linear: the published recipe).
         vision_features: "pooler", "cls", "mean" or "tokens", see :func:`routingvl.backbones.vision.image_features`.
         visual_prefix: put the visual tokens in front of the text.
@@ -36,6 +35,8 @@ class ViTRobertaForVQA(RoutedVLModel):
 
     language_model_name = "roberta"
     model_type = "roberta"
+    num_labels = 0  # none: it must be given
+    loss = staticmethod(label_loss)  # logits and labels -> scalar
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class ViTRobertaForVQA(RoutedVLModel):
         text: nn.Module,
         routing: RoutingConfig,
         *,
-        num_labels: int = 3129,
+        num_labels: int | None = None,
         classifier_layers: int = 2,
         vision_features: str = "pooler",
         visual_prefix: bool = True,
@@ -52,8 +53,8 @@ class ViTRobertaForVQA(RoutedVLModel):
         backend: str | None = None,
     ) -> None:
         check_choice("text_embedding", text_embedding, TEXT_EMBEDDINGS)
-        if classifier_layers not in (1, 2):
-            raise ConfigError(f"classifier_layers={classifier_layers!r} must be 1 or 2")
+        check_choice("classifier_layers", classifier_layers, CLASSIFIER_LAYERS)
+        num_labels = type(self).num_labels if num_labels is None else num_labels
         if num_labels < 1:
             raise ConfigError(f"num_labels={num_labels!r} must be at least 1")
         super().__init__(
@@ -87,17 +88,18 @@ class ViTRobertaForVQA(RoutedVLModel):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> ModelOutput:
-        """Answer questions.
+        """Classify images with their texts.
 
         Args:
             pixel_values: [B, 3, H, W] images, or
             vision_features: [B, L, d_vision] from :meth:`encode_images`.
-            input_ids: [B, T] questions.
+            input_ids: [B, T] texts.
             attention_mask: [B, T] of the text, 1 for tokens to read; None for all.
-            labels: float [B, num_labels] soft scores in [0, 1].
+            labels: int64 [B]; for :class:`ViTRobertaForVQA` float [B, num_labels], soft scores in [0, 1].
 
         Returns:
-            Binary cross entropy with logits, mean over batch and answers, and logits [B, num_labels].
+            The loss (softmax cross entropy, mean over the batch; for :class:`ViTRobertaForVQA` binary cross entropy,
+            mean over batch and answers) and logits [B, num_labels].
         """
         features = self.visual_features(pixel_values, vision_features)
         self.check_text(features, input_ids, attention_mask)
@@ -113,10 +115,12 @@ class ViTRobertaForVQA(RoutedVLModel):
             else:
                 pooled = self.roberta(input_ids=input_ids, attention_mask=attention_mask).pooler_output
         logits = self.classifier(pooled)
-        loss = None
-        if labels is not None:
-            loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        return ModelOutput(loss, logits)
+        return ModelOutput(None if labels is None else self.loss(logits, labels), logits)
+
+    @staticmethod
+    def probabilities(logits: torch.Tensor) -> torch.Tensor:
+        """logits [B, num_labels] -> float32 probabilities that sum to 1."""
+        return logits.float().softmax(dim=-1)
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         embeddings = self.roberta.embeddings
@@ -125,8 +129,24 @@ class ViTRobertaForVQA(RoutedVLModel):
         return embeddings.word_embeddings(input_ids)
 
 
+class ViTRobertaForVQA(ViTRobertaForClassification):
+    """ViT + RoBERTa, a classifier over the answers (arXiv 2403.09377, the VQAv2 experiments).
+
+    As :class:`ViTRobertaForClassification`, but each answer is a yes-or-no decision of its own, learned from soft
+    scores; ``num_labels`` is by default 3129, the answers of the published vocabulary.
+    """
+
+    num_labels = 3129
+    loss = staticmethod(soft_label_loss)
+
+    @staticmethod
+    def probabilities(logits: torch.Tensor) -> torch.Tensor:
+        """logits [B, num_labels] -> float32 probabilities, each between 0 and 1 on its own."""
+        return logits.float().sigmoid()
+
+
 def _classifier(width: int, num_labels: int, layers: int) -> nn.Module:
-    """The answer head; weights N(0, 0.02), biases 0."""
+    """The head over the labels; weights N(0, 0.02), biases 0."""
     if layers == 1:
         head: nn.Module = nn.Linear(width, num_labels)
     else:

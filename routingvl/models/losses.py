@@ -1,4 +1,7 @@
-"""Cross entropy of a language model's head without a tensor of all its logits."""
+"""The losses of the models: captions token by token, and labels by softmax or each for itself.
+
+Where only the loss of a caption is wanted, :func:`linear_cross_entropy` computes it without a tensor of all logits.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,67 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from routingvl.data.collate import IGNORED
 from routingvl.kernels.linear import product
 
-IGNORED = -100  # label that does not count
 # Logits that exist at one time: 64 MiB in float32, which is 333 rows of GPT-2's vocabulary.
 CHUNK_ELEMENTS = 2**24
 PADDED_ROWS = 32
 CACHED_ROWS = 8  # rows of logits whose softmax is computed together on a CPU
 
 
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Softmax cross entropy in nats, mean over the batch: logits [B, labels], labels int64 [B] -> float32 scalar."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+
+
+def soft_label_loss(logits: Tensor, scores: Tensor) -> Tensor:
+    """Binary cross entropy in nats, mean over batch and labels: logits and scores in [0, 1], both [B, labels]."""
+    return F.binary_cross_entropy_with_logits(logits, scores.to(logits.dtype))
+
+
+def caption_targets(labels: Tensor, loss: str, prefix: bool) -> Tensor:
+    """The token that each position is to predict, -100 where none counts; these are the items of the mean.
+
+    Args:
+        labels: int64 [B, T], the caption's token ids, -100 for those that do not count.
+        loss: "sound" or "reference" (the published loss: never the first token, never token id 0).
+        prefix: the image stands in front of the text.
+
+    Returns:
+        int64 [B, 1 + T] with a prefix, whose last position is the first column, else [B, T].
+    """
+    first = 1 if loss == "reference" or not prefix else 0  # earliest token that counts
+    targets = F.pad(labels[:, first:], (first if prefix else 0, 1), value=IGNORED)
+    return targets.masked_fill(targets == 0, IGNORED) if loss == "reference" else targets
+
+
+def caption_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy in nats, mean over the targets that count (0 if none does), in float32 or float64.
+
+    logits [B, S, V], whose last positions predict targets int64 [B, <= S] of :func:`caption_targets`.
+    """
+    logits = logits[:, -targets.shape[1] :].flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)
+
+
+def caption_loss_without_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """:func:`caption_loss` of the head's inputs: hidden [B, S, d], weight [V, d]; only targets that count cost time.
+
+    The targets may stay on the CPU: choosing those that count then waits for no GPU.
+    """
+    hidden, targets = hidden[:, -targets.shape[1] :].flatten(0, 1), targets.flatten()
+    positions = (targets != IGNORED).nonzero()[:, 0]
+    targets, positions = (t.to(hidden.device, non_blocking=True) for t in (targets[positions], positions))
+    return linear_cross_entropy(hidden.index_select(0, positions), weight, targets)
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
-    """Mean over n of ``-log softmax(hidden weight')[targets]``, in nats.
+    """Mean over n of ``-log softmax(hidden weightᵀ)[targets]``, in nats.
 
     The gradient is computed beside the loss, chunk by chunk, so that neither pass holds more than ``chunk`` rows of
     logits; what is kept for backward has the size of ``hidden`` (and of ``weight``, where that is trained). Under

@@ -1,1 +1,1 @@
-"""The tasks: what each one needs of data, model, scores and files."""
+"""Tasks: one file per task; base.py has what a task is, and the registry that finds them."""

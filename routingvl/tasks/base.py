@@ -1,46 +1,61 @@
-"""The two tasks behind one interface, so that training and evaluation have a single loop.
+"""What a task is, and the registry of tasks.
 
-A :class:`Task` holds model, tokenizer and preprocessing, makes data sets and batches, predicts, and scores.
-:func:`build_task` makes one from a config, :func:`load_task` from a finished run.
+A task is a class in a file of this folder, derived from :class:`Task` and registered::
+
+    @register
+    class CaptionTask(Task):
+        name = "caption"
+        ...
+
+It says everything that differs between tasks: the files that are read, data set and batches, the model, what is
+predicted, how that is scored and written, what a run folder holds beside the adapter. Nothing outside of its file asks
+which task runs: :func:`find_task` looks the name up, :func:`build_task` makes the task of a new run, :func:`load_task`
+that of a finished one.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from routingvl.atomic_files import write_json
-from routingvl.config import ConfigError, check_choice
+from routingvl.config import check_choice
 from routingvl.config.schema import RunConfig
-from routingvl.data.coco import CaptionDataset, CaptionSplit, load_captions
-from routingvl.data.collate import IGNORED, CaptionCollator, VQACollator
+from routingvl.data.examples import ExampleDataset
 from routingvl.data.feature_store import FeatureStore
-from routingvl.data.files import DataError
 from routingvl.data.images import ImagePreprocessor, ImageRecord
 from routingvl.data.tokens import TokenTable
-from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
-from routingvl.data.vqa import VQADataset, VQASplit, load_vqa
-from routingvl.metrics import caption_scores, soft_score_report, vqa_report
-from routingvl.metrics.captions import METRICS
-from routingvl.metrics.ptb import find_java
-from routingvl.models import RoutedVLModel, ViTGPT2ForCaptioning, ViTRobertaForVQA, load_pretrained
-from routingvl.training.run_folder import RunFolder
+from routingvl.models import RoutedVLModel
 
 Batch = dict[str, Any]
-Split = CaptionSplit | VQASplit
+Split = Any  # what load_split reads: it has a name and images
+Predictions = Mapping[int | str, str]  # by the id of an example
+
+TASKS: dict[str, type[Task]] = {}
+TOKENIZER, PREPROCESSOR = "tokenizer", "preprocessor_config.json"  # of every task, in the run folder
 
 
 class Task(ABC):
     """Model and data of one run.
+
+    Attributes of the class:
+        name: value of the setting ``task``.
+        model_class: of its model.
+        model_settings: settings of ``model`` that only this model class takes, by the names of its options.
+        text_model: hub name or folder of the language model when ``model.text`` is null.
+        max_text_length: longest text in tokens when ``data.max_text_length`` is null.
+        command: sub-command that answers for single images.
+        takes_text: whether a single image comes with a text.
 
     Attributes:
         model: set by :func:`build_task` or :func:`load_task`.
@@ -48,56 +63,114 @@ class Task(ABC):
         metric: the validation score that chooses the best checkpoint, known from then on.
     """
 
+    name: ClassVar[str]
+    model_class: ClassVar[type[RoutedVLModel]]
+    model_settings: ClassVar[tuple[str, ...]] = ()
+    text_model: ClassVar[str]
+    max_text_length: ClassVar[int]
+    command: ClassVar[str] = "predict"
+    takes_text: ClassVar[bool] = True
+
     model: RoutedVLModel
 
     def __init__(self, config: RunConfig, tokenizer: Any, preprocessor: ImagePreprocessor) -> None:
         self.config, self.tokenizer, self.preprocessor = config, tokenizer, preprocessor
-        self.features: dict[int, torch.Tensor] = {}
-        self.train_set: Dataset | None = None
-        self.val_set: Dataset | None = None
+        self.text_length = config.data.max_text_length or self.max_text_length
+        self.features: dict[int | str, torch.Tensor] = {}
+        self.train_set: ExampleDataset | None = None
+        self.val_set: ExampleDataset | None = None
         self.metric = ""
 
-    @abstractmethod
-    def build_model(self) -> RoutedVLModel:
-        """A new model as the config describes it."""
+    # ------------------------------------------------------------------------------------- what a task has to say
 
     @abstractmethod
     def load_split(self, split: str, limit: int | None = None, training: bool = False) -> Split:
         """Read the annotations of a split; ``limit`` keeps its first examples."""
 
     @abstractmethod
-    def dataset(self, split: Split, training: bool) -> Dataset:
+    def dataset(self, split: Split, training: bool) -> ExampleDataset:
         """The examples of what :meth:`load_split` read."""
+
+    @abstractmethod
+    def collator(self) -> Callable[[Sequence[Any]], Batch | None]:
+        """Turns examples into a batch; its ``encode`` turns texts into token ids."""
 
     @abstractmethod
     def supervised_items(self, batch: Batch) -> int:
         """How many items the model's mean loss over ``batch`` averages over."""
 
     @abstractmethod
-    def predict(self, batch: Batch, num_beams: int) -> dict[int, str]:
-        """Predictions of a batch by image or question id."""
+    def predict(self, batch: Batch, num_beams: int) -> Predictions:
+        """Predictions of a batch by the ids of its examples."""
+
+    @abstractmethod
+    def predict_single(self, batch: Batch, num_beams: int, top: int) -> list[dict[str, Any]]:
+        """What ``routingvl predict`` says of each image of a batch, as JSON; ``top`` limits the number of choices."""
 
     @abstractmethod
     def selection_metric(self, split: Split) -> str:
         """The validation score on ``split`` that chooses the best checkpoint; higher is better."""
 
     @abstractmethod
-    def scores(self, split: Split, predictions: Mapping[int, str]) -> dict[str, Any]:
+    def scores(self, split: Split, predictions: Predictions) -> dict[str, Any]:
         """The full report of predictions on ``split``; a metric that cannot be had is in "missing" with its reason."""
 
     @abstractmethod
-    def validation_scores(self, predictions: Mapping[int, str]) -> dict[str, float]:
+    def validation_scores(self, predictions: Predictions) -> dict[str, float]:
         """Numbers on the validation set, :attr:`metric` among them."""
 
     @abstractmethod
-    def collator(self) -> Callable[[Sequence[Any]], Batch | None]:
-        """Turns examples into a batch."""
+    def write_predictions(self, folder: Path, split: str, method: str, predictions: Predictions) -> Path:
+        """Write the result file; ``method`` names the run. Returns its path."""
+
+    # ---------------------------------------------------------------------------- what some tasks add to or change
+
+    def model_options(self) -> dict[str, Any]:
+        """Options of the model class that follow from the data."""
+        return {}
+
+    def use_model(self, model: RoutedVLModel) -> None:
+        """Take ``model`` for the run's; some tasks check that it fits the data."""
+        self.model = model
+
+    def single_item(self, *sentences: str) -> dict[str, Any]:
+        """The item, without its image, that the collator makes a batch of for :meth:`predict_single`."""
+        return {"image_id": 0}
 
     def read_training_splits(self) -> tuple[Split, Split | None]:
         """The annotations of the training split, and of the validation split or None."""
         data = self.config.data
         train = self.load_split(data.train_split, data.train_limit, training=True)
         return train, None if data.val_split is None else self.load_split(data.val_split, data.val_limit)
+
+    def training_inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        """The arguments of the model's call in a training step; only its loss is read."""
+        return self.model_inputs(batch, device)
+
+    def save_files(self, folder: Path) -> None:
+        """Put into the run folder what evaluation needs beside the adapter: tokenizer and preprocessing."""
+        self.tokenizer.save_pretrained(folder / TOKENIZER)
+        write_json(folder / PREPROCESSOR, self.preprocessor.to_dict())
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: RunConfig) -> Task:
+        """The task with what :meth:`save_files` wrote, still without a model."""
+        preprocessor = ImagePreprocessor.from_dict(json.loads((folder / PREPROCESSOR).read_text(encoding="utf-8")))
+        return cls(config, load_tokenizer(str(folder / TOKENIZER)), preprocessor)
+
+    # --------------------------------------------------------------------------------------- what all tasks share
+
+    def build_model(self) -> RoutedVLModel:
+        """A new model as the config describes it."""
+        settings = self.config.model
+        names = ("vision_features", "visual_prefix", "backend", *self.model_settings)
+        return self.model_class.from_backbones(
+            settings.vision,
+            settings.text or self.text_model,
+            self.config.routing,
+            **{name: getattr(settings, name) for name in names},
+            **self.model_options(),
+        )
 
     def load_training_data(self, train: Split, val: Split | None) -> None:
         """Make the data sets of two splits, tokenise their texts, and encode their images when features are
@@ -150,7 +223,7 @@ class Task(ABC):
         """Examples left out so far because their image is unreadable."""
         return sum(d.skipped for d in (self.train_set, self.val_set) if d is not None)
 
-    def loader(self, dataset: Dataset, batches: Iterable[list[int]]) -> DataLoader:
+    def loader(self, dataset: ExampleDataset, batches: Iterable[list[int]]) -> DataLoader:
         """Batches of the given index lists, in order; worker processes serve only to read images."""
         workers = 0 if self.config.data.keeps_features else self.config.data.workers
         if workers:
@@ -163,196 +236,28 @@ class Task(ABC):
             collate_fn=self.collator(),
             pin_memory=self.model.device.type == "cuda",
             # Its own generator: making an iterator would otherwise draw from the one dropout uses.
-            generator=_own_rng(),
+            generator=torch.Generator().manual_seed(0),
         )
 
     def model_inputs(self, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
         """The tensors of a batch, on ``device``."""
         return {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
 
-    def training_inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        """The arguments of the model's call in a training step; only its loss is read."""
-        return self.model_inputs(batch, device)
 
-    def save_files(self, folder: RunFolder) -> None:
-        """Put into the run folder what evaluation needs beside the adapter: tokenizer and preprocessing."""
-        self.tokenizer.save_pretrained(folder.tokenizer)
-        write_json(folder.preprocessor, self.preprocessor.to_dict())
+def register(task: type[Task]) -> type[Task]:
+    """Enter a task in the registry, under its name; a decorator."""
+    if TASKS.setdefault(task.name, task) is not task:
+        raise ValueError(f"two tasks are called {task.name!r}")
+    return task
 
 
-class VQATask(Task):
-    """Choose one of the answers."""
-
-    def __init__(self, *args: Any, vocabulary: AnswerVocabulary) -> None:
-        super().__init__(*args)
-        self.vocabulary = vocabulary
-
-    def build_model(self) -> ViTRobertaForVQA:
-        model = self.config.model
-        return ViTRobertaForVQA.from_backbones(
-            model.vision,
-            self.config.text_model,
-            self.config.routing,
-            num_labels=len(self.vocabulary),
-            classifier_layers=model.classifier_layers,
-            text_embedding=model.text_embedding,
-            vision_features=model.vision_features,
-            visual_prefix=model.visual_prefix,
-            backend=model.backend,
-        )
-
-    def load_split(self, split: str, limit: int | None = None, training: bool = False) -> VQASplit:
-        loaded = load_vqa(self.config.data.annotations, split, self.config.data.images)
-        if limit is None:
-            return loaded
-        questions = loaded.questions[:limit]
-        wanted = {question.image_id for question in questions}
-        return replace(loaded, questions=questions, images=[i for i in loaded.images if i.image_id in wanted])
-
-    def dataset(self, split: VQASplit, training: bool) -> VQADataset:
-        return VQADataset(split, self.vocabulary, **self.picture_arguments)
-
-    def collator(self) -> VQACollator:
-        config = self.config
-        return VQACollator(self.tokenizer, config.max_text_length, len(self.vocabulary), config.data.padding)
-
-    def supervised_items(self, batch: Batch) -> int:
-        if "labels" not in batch:
-            raise DataError(f"split {self.config.data.train_split!r} has no answers to learn; set data.train_split")
-        return batch["labels"].numel()
-
-    def probabilities(self, batch: Batch) -> torch.Tensor:
-        """Probability of each answer [B, labels], each between 0 and 1 on its own (the head is trained with BCE)."""
-        inputs = self.model_inputs(batch, self.model.device)
-        inputs.pop("labels", None)
-        return self.model(**inputs).logits.float().sigmoid()
-
-    def predict(self, batch: Batch, num_beams: int) -> dict[int, str]:
-        labels = self.probabilities(batch).argmax(dim=-1).tolist()
-        answers = (self.vocabulary.answers[label] for label in labels)
-        return dict(zip(batch["question_ids"], answers, strict=True))
-
-    def selection_metric(self, split: VQASplit) -> str:
-        return "accuracy" if split.annotations() else "soft_score"
-
-    def scores(self, split: VQASplit, predictions: Mapping[int, str]) -> dict[str, Any]:
-        """Percent: official accuracy, by type too, where annotators' answers are known; soft score where labels are."""
-        annotations = [
-            entry | {key: entry[key] or "unknown" for key in ("answer_type", "question_type")}
-            for entry in split.annotations()
-            if entry["question_id"] in predictions
-        ]
-        labels = {
-            question.question_id: question.label or soft_scores(question.answers or (), self.vocabulary)
-            for question in split.questions
-            if question.question_id in predictions and (question.label is not None or question.answers is not None)
-        }
-        scores: dict[str, Any] = {"n": len(predictions)}
-        if annotations:
-            known = {entry["question_id"]: predictions[entry["question_id"]] for entry in annotations}
-            report = vqa_report(known, annotations, rule=self.config.eval.vqa_rule)
-            scores |= {"accuracy": report.pop("overall")} | report
-        if labels:
-            scores |= {"soft_score": soft_score_report({i: predictions[i] for i in labels}, labels)["soft_score"]}
-        unknown = [name for name, known in (("accuracy", annotations), ("soft_score", labels)) if not known]
-        return scores | {"missing": dict.fromkeys(unknown, f"split {split.name!r} has no answers")}
-
-    def validation_scores(self, predictions: Mapping[int, str]) -> dict[str, float]:
-        scores = self.scores(self.val_set.split, predictions)
-        return {name: scores[name] for name in ("accuracy", "soft_score") if name in scores}
-
-    def save_files(self, folder: RunFolder) -> None:
-        super().save_files(folder)
-        write_json(folder.answers, list(self.vocabulary.answers))
-
-
-class CaptionTask(Task):
-    """Write a caption."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        settings = self.config.eval
-        for name in settings.metrics or ():
-            check_choice("eval.metrics", name, METRICS)
-        if settings.caption_tokenizer == "ptb" and find_java() is None:
-            raise ConfigError("eval.caption_tokenizer='ptb' needs Java, which is not on PATH; use 'auto' or 'python'")
-
-    def build_model(self) -> ViTGPT2ForCaptioning:
-        model = self.config.model
-        return ViTGPT2ForCaptioning.from_backbones(
-            model.vision,
-            self.config.text_model,
-            self.config.routing,
-            caption_loss=model.caption_loss,
-            vision_features=model.vision_features,
-            visual_prefix=model.visual_prefix,
-            backend=model.backend,
-        )
-
-    def load_split(self, split: str, limit: int | None = None, training: bool = False) -> CaptionSplit:
-        loaded = load_captions(self.config.data.annotations, split, self.config.data.images)
-        if limit is None:
-            return loaded
-        kept = (
-            {c.image_id for c in loaded.captions[:limit]} if training else {i.image_id for i in loaded.images[:limit]}
-        )
-        captions = loaded.captions[:limit] if training else [c for c in loaded.captions if c.image_id in kept]
-        return replace(loaded, images=[i for i in loaded.images if i.image_id in kept], captions=captions)
-
-    def dataset(self, split: CaptionSplit, training: bool) -> CaptionDataset:
-        return CaptionDataset(split, per_image=not training, **self.picture_arguments)
-
-    def collator(self) -> CaptionCollator:
-        return CaptionCollator(
-            self.tokenizer,
-            self.config.max_text_length,
-            self.config.data.padding,
-            prefix=self.model.visual_prefix,
-            loss=self.model.caption_loss,
-        )
-
-    def supervised_items(self, batch: Batch) -> int:
-        return int((self.model.next_tokens(batch["labels"]) != IGNORED).sum())
-
-    def training_inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        # The labels stay on the host, where choosing the positions that count waits for nothing.
-        rest = {key: value for key, value in batch.items() if key != "labels"}
-        return self.model_inputs(rest, device) | {"labels": batch["labels"], "return_logits": False}
-
-    def predict(self, batch: Batch, num_beams: int) -> dict[int, str]:
-        inputs = self.model_inputs(batch, self.model.device)
-        pictures = {key: inputs[key] for key in ("pixel_values", "vision_features") if key in inputs}
-        return dict(zip(batch["image_ids"], self.write(num_beams=num_beams, **pictures), strict=True))
-
-    def write(self, num_beams: int, **pictures: torch.Tensor) -> list[str]:
-        """Captions of a batch of pixel_values= or vision_features=."""
-        settings = self.config.eval
-        beams = {"length_penalty": settings.length_penalty} if num_beams > 1 else {}
-        tokens = self.model.generate(**pictures, num_beams=num_beams, max_new_tokens=settings.max_new_tokens, **beams)
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-
-    def selection_metric(self, split: CaptionSplit) -> str:
-        return "CIDEr"
-
-    def scores(self, split: CaptionSplit, predictions: Mapping[int, str]) -> dict[str, Any]:
-        """Every caption metric that can run; "missing" gives the reason for each other one."""
-        settings = self.config.eval
-        scores = self._caption_scores(split, predictions, settings.metrics, settings.caption_tokenizer)
-        scores.pop("per_image", None)
-        return {"n": len(predictions)} | scores
-
-    def validation_scores(self, predictions: Mapping[int, str]) -> dict[str, float]:
-        # The Python tokenizer is the same everywhere and starts no Java.
-        return {"CIDEr": self._caption_scores(self.val_set.split, predictions, ("CIDEr",), "python")["CIDEr"]}
-
-    def _caption_scores(
-        self, split: CaptionSplit, predictions: Mapping[int, str], metrics: tuple[str, ...] | None, tokenizer: str
-    ) -> dict[str, Any]:
-        described = {i: text for i, text in predictions.items() if i in split.references}
-        if not described:
-            return {"missing": {"captions": f"split {split.name!r} has no reference captions"}}
-        references = {image_id: split.references[image_id] for image_id in described}
-        return caption_scores(described, references, metrics=metrics, tokenizer=tokenizer)
+def find_task(name: str) -> type[Task]:
+    """The task called ``name``. Raises :class:`~routingvl.config.ConfigError`, with the nearest name, for none."""
+    package = importlib.import_module("routingvl.tasks")
+    for module in pkgutil.iter_modules(package.__path__, "routingvl.tasks."):
+        importlib.import_module(module.name)
+    check_choice("task", name, tuple(TASKS))
+    return TASKS[name]
 
 
 def build_task(config: RunConfig, *, model: RoutedVLModel | None, tokenizer: Any, device: torch.device) -> Task:
@@ -362,40 +267,25 @@ def build_task(config: RunConfig, *, model: RoutedVLModel | None, tokenizer: Any
 
     Raises ConfigError, DataError or OSError naming what is missing.
     """
-    tokenizer = tokenizer or load_tokenizer(config.model.tokenizer or config.text_model)
-    preprocessor = ImagePreprocessor.from_pretrained(config.model.vision)
-    vocabulary = AnswerVocabulary.load(config.data.answers or config.data.annotations) if config.task == "vqa" else None
-    task = make_task(config, tokenizer, preprocessor, vocabulary)
+    task_class, settings = find_task(config.task), config.model
+    tokenizer = tokenizer or load_tokenizer(settings.tokenizer or settings.text or task_class.text_model)
+    task = task_class(config, tokenizer, ImagePreprocessor.from_pretrained(settings.vision))
     train, val = task.read_training_splits()
-    task.model = (model or task.build_model()).to(device)
-    if vocabulary is not None and task.model.num_labels != len(vocabulary):
-        raise ConfigError(f"the model has {task.model.num_labels} answers, the vocabulary {len(vocabulary)}")
-    if config.model.activation_checkpointing:
+    task.use_model((model or task.build_model()).to(device))
+    if settings.activation_checkpointing:
         task.model.gradient_checkpointing_enable()
     task.load_training_data(train, val)
     return task
 
 
-def load_task(folder: RunFolder, config: RunConfig, checkpoint: str, device: torch.device) -> Task:
-    """The task of a finished run with its adapter called ``checkpoint``; no data is read.
+def load_task(folder: Path, adapter: Path, config: RunConfig, device: torch.device) -> Task:
+    """The task of a finished run with the adapter in the folder ``adapter``; no data is read.
 
-    Raises RunError when the run has no such adapter.
+    Raises OSError or CheckpointError when files of the run are missing or damaged.
     """
-    adapter = folder.adapter(checkpoint)
-    vocabulary = AnswerVocabulary.load(folder.answers) if config.task == "vqa" else None
-    preprocessor = ImagePreprocessor.from_dict(json.loads(folder.preprocessor.read_text(encoding="utf-8")))
-    task = make_task(config, load_tokenizer(str(folder.tokenizer)), preprocessor, vocabulary)
-    task.model = load_pretrained(adapter, backend=config.model.backend).to(device)
+    task = find_task(config.task).from_folder(folder, config)
+    task.use_model(task.model_class.from_pretrained(adapter, backend=config.model.backend).to(device))
     return task
-
-
-def make_task(
-    config: RunConfig, tokenizer: Any, preprocessor: ImagePreprocessor, vocabulary: AnswerVocabulary | None
-) -> Task:
-    """The task that ``config.task`` names, still without a model."""
-    if vocabulary is not None:
-        return VQATask(config, tokenizer, preprocessor, vocabulary=vocabulary)
-    return CaptionTask(config, tokenizer, preprocessor)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -403,7 +293,3 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name)
-
-
-def _own_rng() -> torch.Generator:
-    return torch.Generator().manual_seed(0)

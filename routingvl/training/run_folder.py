@@ -33,9 +33,6 @@ class RunFolder:
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
     log_file = property(lambda self: self.path / "train.log")
     state_file = property(lambda self: self.path / "state" / "training_state.pt")
-    tokenizer = property(lambda self: self.path / "tokenizer")
-    preprocessor = property(lambda self: self.path / "preprocessor_config.json")
-    answers = property(lambda self: self.path / "label2ans.json")
 
     def checkpoint(self, name: str) -> Path:
         """Folder of the adapter called ``name`` ("best" or "last"), whether it is there or not."""

@@ -25,6 +25,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = {
     "vqa-lora": ("lora", 128, 128, 3e-4, 0.05, 512, 20, 20, "roberta-base"),
     "vqa-adapter": ("adapter", 64, 64, 3e-4, 0.05, 512, 20, 20, "roberta-base"),
+    "classify-lora": ("lora", 128, 128, 3e-4, 0.05, 512, 20, 64, "roberta-base"),  # VQA's: none is published
     "caption-lora": ("lora", 128, 128, 3e-5, 5000, 40, 20, 50, "gpt2"),
     "caption-adapter": ("adapter", 128, 128, 3e-5, 5000, 40, 20, 50, "gpt2"),
 }
@@ -41,8 +42,8 @@ def test_published_recipes(name):
         config.train.warmup,
         config.train.batch_size,
         config.train.epochs,
-        config.max_text_length,
-        config.text_model,
+        config.data.max_text_length,
+        config.model.text,
     )
     assert found == RECIPES[name]
     assert (config.train.eps, config.train.weight_decay, config.routing.dropout) == (1e-6, 0.0, 0.0)
@@ -91,8 +92,7 @@ def test_flags_override_the_file(tmp_path):
         (["--train.accumulation", "7"], "batch_size=64 is not divisible by accumulation=7"),
         (["--train.warmup", "1.5"], "warmup=1.5 must be an integer"),
         (["--routing.routing", "mull"], "routing='mull' is not one of .*did you mean 'mul'"),
-        (["--task", "captions"], "task='captions' .*did you mean 'caption'"),
-        (["--model.classifier_layers", "3"], "classifier_layers=3 must be 1 or 2"),
+        (["--model.classifier_layers", "3"], "classifier_layers=3 is not one of 1, 2"),
         (["--eval.num_beams", "0"], "num_beams=0 must be at least 1"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["stray"], "stray"),

@@ -1,0 +1,118 @@
+"""Captioning: write a sentence about an image; COCO's caption metrics (arXiv 2403.09377, COCO captions)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from routingvl.config import ConfigError, check_choice
+from routingvl.data.coco import CaptionDataset, CaptionSplit, load_captions
+from routingvl.data.collate import IGNORED, IMAGE_INPUTS, CaptionCollator
+from routingvl.metrics import caption_scores, coco_results_name, write_coco_results
+from routingvl.metrics.captions import METRICS
+from routingvl.metrics.ptb import find_java
+from routingvl.models import ViTGPT2ForCaptioning
+from routingvl.tasks.base import Batch, Task, register
+
+
+@register
+class CaptionTask(Task):
+    """Write a caption."""
+
+    name = "caption"
+    model_class = ViTGPT2ForCaptioning
+    model_settings = ("caption_loss",)
+    text_model = "gpt2"
+    max_text_length = 50
+    command = "caption"
+    takes_text = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        settings = self.config.eval
+        for name in settings.metrics or ():
+            check_choice("eval.metrics", name, METRICS)
+        if settings.caption_tokenizer == "ptb" and find_java() is None:
+            raise ConfigError("eval.caption_tokenizer='ptb' needs Java, which is not on PATH; use 'auto' or 'python'")
+
+    def load_split(self, split: str, limit: int | None = None, training: bool = False) -> CaptionSplit:
+        """Read images and captions; ``limit`` counts captions for training, else images."""
+        loaded = load_captions(self.config.data.annotations, split, self.config.data.images)
+        if limit is None:
+            return loaded
+        kept = (
+            {c.image_id for c in loaded.captions[:limit]} if training else {i.image_id for i in loaded.images[:limit]}
+        )
+        captions = loaded.captions[:limit] if training else [c for c in loaded.captions if c.image_id in kept]
+        return replace(loaded, images=[i for i in loaded.images if i.image_id in kept], captions=captions)
+
+    def dataset(self, split: CaptionSplit, training: bool) -> CaptionDataset:
+        """One item per caption for training, else per image."""
+        return CaptionDataset(split, per_image=not training, **self.picture_arguments)
+
+    def collator(self) -> CaptionCollator:
+        """Captions, with their own tokens as labels."""
+        return CaptionCollator(
+            self.tokenizer,
+            self.text_length,
+            self.config.data.padding,
+            prefix=self.model.visual_prefix,
+            loss=self.model.caption_loss,
+        )
+
+    def supervised_items(self, batch: Batch) -> int:
+        """The tokens that count."""
+        return int((self.model.next_tokens(batch["labels"]) != IGNORED).sum())
+
+    def training_inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        """No logits, and the labels stay on the host, where choosing the positions that count waits for nothing."""
+        rest = {key: value for key, value in batch.items() if key != "labels"}
+        return self.model_inputs(rest, device) | {"labels": batch["labels"], "return_logits": False}
+
+    def predict(self, batch: Batch, num_beams: int) -> dict[int, str]:
+        """Captions by image id."""
+        return dict(zip(batch["image_ids"], self.write(batch, num_beams), strict=True))
+
+    def predict_single(self, batch: Batch, num_beams: int, top: int) -> list[dict[str, Any]]:
+        """The ``caption`` of each image."""
+        return [{"caption": text} for text in self.write(batch, num_beams)]
+
+    def write(self, batch: Batch, num_beams: int) -> list[str]:
+        """Captions of the images of a batch."""
+        settings = self.config.eval
+        inputs = self.model_inputs({key: batch[key] for key in IMAGE_INPUTS if key in batch}, self.model.device)
+        beams = {"length_penalty": settings.length_penalty} if num_beams > 1 else {}
+        tokens = self.model.generate(**inputs, num_beams=num_beams, max_new_tokens=settings.max_new_tokens, **beams)
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def selection_metric(self, split: CaptionSplit) -> str:
+        """CIDEr."""
+        return "CIDEr"
+
+    def scores(self, split: CaptionSplit, predictions: Mapping[int, str]) -> dict[str, Any]:
+        """Every caption metric that can run; "missing" gives the reason for each other one."""
+        settings = self.config.eval
+        scores = self._caption_scores(split, predictions, settings.metrics, settings.caption_tokenizer)
+        scores.pop("per_image", None)
+        return {"n": len(predictions)} | scores
+
+    def validation_scores(self, predictions: Mapping[int, str]) -> dict[str, float]:
+        """CIDEr with the Python tokenizer, which is the same everywhere and starts no Java."""
+        return {"CIDEr": self._caption_scores(self.val_set.split, predictions, ("CIDEr",), "python")["CIDEr"]}
+
+    def _caption_scores(
+        self, split: CaptionSplit, predictions: Mapping[int, str], metrics: tuple[str, ...] | None, tokenizer: str
+    ) -> dict[str, Any]:
+        described = {i: text for i, text in predictions.items() if i in split.references}
+        if not described:
+            return {"missing": {"captions": f"split {split.name!r} has no reference captions"}}
+        references = {image_id: split.references[image_id] for image_id in described}
+        return caption_scores(described, references, metrics=metrics, tokenizer=tokenizer)
+
+    def write_predictions(self, folder: Path, split: str, method: str, predictions: Mapping[int, str]) -> Path:
+        """Captions in COCO's form, under its name."""
+        return write_coco_results(folder / coco_results_name(split, method), predictions)

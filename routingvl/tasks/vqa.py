@@ -1,0 +1,91 @@
+"""VQA: choose an answer to a question about an image; the official accuracy (arXiv 2403.09377, VQAv2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from routingvl.data.collate import VQACollator
+from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
+from routingvl.data.vqa import VQADataset, VQASplit, load_vqa
+from routingvl.metrics import soft_score_report, vqa_report, vqa_results_name, write_vqa_results
+from routingvl.models import ViTRobertaForVQA
+from routingvl.tasks.base import register
+from routingvl.tasks.choice import ChoiceTask
+
+
+@register
+class VQATask(ChoiceTask):
+    """Choose one of the answers of a vocabulary, each learned as a decision of its own from soft scores."""
+
+    name = "vqa"
+    model_class = ViTRobertaForVQA
+    max_text_length = 20
+    command = "answer"
+    choices_file = "label2ans.json"
+    kind = "answer"
+
+    @cached_property
+    def vocabulary(self) -> AnswerVocabulary:
+        """The answers, with their numbers."""
+        return AnswerVocabulary(self.choices)
+
+    def read_training_splits(self) -> tuple[VQASplit, VQASplit | None]:
+        """Also read the answers, from ``data.answers`` or the annotations folder."""
+        self.choices = AnswerVocabulary.load(self.config.data.answers or self.config.data.annotations).answers
+        return super().read_training_splits()
+
+    def load_split(self, split: str, limit: int | None = None, training: bool = False) -> VQASplit:
+        """Read questions and answers; ``limit`` counts questions."""
+        loaded = load_vqa(self.config.data.annotations, split, self.config.data.images)
+        if limit is None:
+            return loaded
+        questions = loaded.questions[:limit]
+        wanted = {question.image_id for question in questions}
+        return replace(loaded, questions=questions, images=[i for i in loaded.images if i.image_id in wanted])
+
+    def dataset(self, split: VQASplit, training: bool) -> VQADataset:
+        """One item per question."""
+        return VQADataset(split, self.vocabulary, **self.picture_arguments)
+
+    def collator(self) -> VQACollator:
+        """Questions, with soft scores as labels."""
+        return VQACollator(self.tokenizer, self.text_length, len(self.vocabulary), self.config.data.padding)
+
+    def selection_metric(self, split: VQASplit) -> str:
+        """The official accuracy where annotators' answers are known."""
+        return "accuracy" if split.annotations() else "soft_score"
+
+    def scores(self, split: VQASplit, predictions: Mapping[int, str]) -> dict[str, Any]:
+        """Percent: official accuracy, by type too, where annotators' answers are known; soft score where labels are."""
+        annotations = [
+            entry | {key: entry[key] or "unknown" for key in ("answer_type", "question_type")}
+            for entry in split.annotations()
+            if entry["question_id"] in predictions
+        ]
+        labels = {
+            question.question_id: question.label or soft_scores(question.answers or (), self.vocabulary)
+            for question in split.questions
+            if question.question_id in predictions and (question.label is not None or question.answers is not None)
+        }
+        scores: dict[str, Any] = {"n": len(predictions)}
+        if annotations:
+            known = {entry["question_id"]: predictions[entry["question_id"]] for entry in annotations}
+            report = vqa_report(known, annotations, rule=self.config.eval.vqa_rule)
+            scores |= {"accuracy": report.pop("overall")} | report
+        if labels:
+            scores |= {"soft_score": soft_score_report({i: predictions[i] for i in labels}, labels)["soft_score"]}
+        unknown = [name for name, known in (("accuracy", annotations), ("soft_score", labels)) if not known]
+        return scores | {"missing": dict.fromkeys(unknown, f"split {split.name!r} has no answers")}
+
+    def validation_scores(self, predictions: Mapping[int, str]) -> dict[str, float]:
+        """Accuracy and soft score, as far as they are known."""
+        scores = self.scores(self.val_set.split, predictions)
+        return {name: scores[name] for name in ("accuracy", "soft_score") if name in scores}
+
+    def write_predictions(self, folder: Path, split: str, method: str, predictions: Mapping[int, str]) -> Path:
+        """Answers in EvalAI's form, under its name."""
+        return write_vqa_results(folder / vqa_results_name(split, method), predictions)
