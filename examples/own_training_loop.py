@@ -12,6 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from routingvl import RoutingConfig, VisualContext, inject
+from routingvl.kernels import ROUTINGS
 
 CLASSES, WIDTH, STEPS = 8, 64, 200
 
@@ -24,7 +25,7 @@ def final_loss(routing: str) -> float:
     model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=CLASSES, eos_token_id=CLASSES, initializer_range=0.2))
     context = VisualContext()
     report = inject(model, RoutingConfig(routing=routing, rank=8, alpha=16), context)
-    images = torch.randn(CLASSES, 1, WIDTH)  # one visual token for each class
+    images = torch.randn(CLASSES, 1, WIDTH)  # one visual token per class
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, weight_decay=0)
     losses = []
     for _ in range(STEPS):
@@ -45,7 +46,7 @@ def final_loss(routing: str) -> float:
 def main() -> None:
     """Compare plain LoRA with every routing function."""
     print(f"a guess costs log({CLASSES}) = {math.log(CLASSES):.3f}")
-    for routing in ("none", "add", "mul", "expand", "vllora"):
+    for routing in ROUTINGS:
         final_loss(routing)
 
 

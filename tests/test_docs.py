@@ -7,7 +7,9 @@ fault of every kind and see it found.
 import argparse
 import ast
 import importlib
+import importlib.util
 import json
+import math
 import re
 import shlex
 import textwrap
@@ -267,6 +269,16 @@ def setting_problems(page: Path, text: str) -> list[str]:
     return [f"setting {key}" for key in sorted(named - set(known_keys()))]
 
 
+def source_problems(page: Path, text: str) -> list[str]:
+    """Paths of the repository that a program's comments and docstrings name, and full names in their references."""
+    folders = "|".join(map(re.escape, FOLDERS))
+    paths = re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]+\.(?:{'|'.join(SUFFIXES)}))\b", text)
+    names = re.findall(r":\w+:`~?(routingvl(?:\.\w+)+)`", text)
+    return [f"path {path}" for path in sorted(set(paths)) if not (ROOT / path).exists()] + [
+        f"name {name}" for name in sorted(set(names)) if not resolves(name)
+    ]
+
+
 CHECKS = (
     link_problems,
     path_problems,
@@ -281,6 +293,20 @@ CHECKS = (
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page(page, check):
     assert check(page, page.read_text(encoding="utf-8")) == []
+
+
+def sources() -> list[Path]:
+    """The programs of the repository whose comments and docstrings are checked."""
+    found = [
+        path for folder in FOLDERS for pattern in ("*.py", "*.sh", "*.yaml") for path in (ROOT / folder).rglob(pattern)
+    ]
+    return [ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / ".ci" / "run", *found]
+
+
+def test_sources_name_what_exists():
+    texts = {path: path.read_text(encoding="utf-8") for path in sources() if path != Path(__file__).resolve()}
+    problems = {str(path.relative_to(ROOT)): source_problems(path, text) for path, text in texts.items()}
+    assert {path: found for path, found in problems.items() if found} == {}
 
 
 FAULTS = {
@@ -305,6 +331,8 @@ FAULTS = {
     "```python\nimport no_such_package\n```": snippet_problems,
     "`train.no_such_setting`": setting_problems,
     "`--model.no_such_setting 3`": setting_problems,
+    "see tests/no_such_test.py": source_problems,
+    "see :func:`~routingvl.kernels.no_such_name`": source_problems,
 }
 
 
@@ -357,3 +385,13 @@ def test_the_documented_settings_are_the_schemas():
     defaults = flat(config_to_dict(RunConfig()))
     assert set(documented) == set(known_keys()) == set(defaults)
     assert documented == {key: json.dumps(value) for key, value in defaults.items()}
+
+
+def test_the_example_runs(monkeypatch, capsys):
+    path = ROOT / "examples" / "own_training_loop.py"
+    spec = importlib.util.spec_from_file_location("own_training_loop", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(example, "STEPS", 40)
+    assert example.final_loss("mul") < math.log(example.CLASSES)
+    assert "parameters trained" in capsys.readouterr().out
