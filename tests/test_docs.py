@@ -19,9 +19,12 @@ from pathlib import Path
 import jsonargparse
 import pytest
 
+from routingvl.benchmarks.tables import Line
 from routingvl.cli import COMMANDS
 from routingvl.config import ConfigError
 from routingvl.config.schema import RunConfig, config_to_dict, known_keys
+from routingvl.demo.search import load_search, summarise
+from routingvl.demo.variants import Variant
 from routingvl.kernels.routing import routing_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -260,11 +263,11 @@ def snippet_problems(page: Path, text: str) -> list[str]:
 def setting_problems(page: Path, text: str) -> list[str]:
     """Settings in backticks, alone or with a value, that do not exist."""
     parts = "|".join(sorted({key.split(".")[0] for key in known_keys() if "." in key}))
-    # A file name such as train.log is no setting.
     named = {
         match[1]
         for code in inline_code(text)
-        if (match := re.fullmatch(rf"(?:--)?((?:{parts})\.\w+)(?:[ =:].*)?", code)) and match[1] != "train.log"
+        if (match := re.fullmatch(rf"(?:--)?((?:{parts})\.\w+)(?:[ =:].*)?", code))
+        and match[1].partition(".")[2] not in (*SUFFIXES, "log")  # train.log is a file
     }
     return [f"setting {key}" for key in sorted(named - set(known_keys()))]
 
@@ -274,9 +277,9 @@ def source_problems(page: Path, text: str) -> list[str]:
     folders = "|".join(map(re.escape, FOLDERS))
     paths = re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]+\.(?:{'|'.join(SUFFIXES)}))\b", text)
     names = re.findall(r":\w+:`~?(routingvl(?:\.\w+)+)`", text)
-    return [f"path {path}" for path in sorted(set(paths)) if not (ROOT / path).exists()] + [
-        f"name {name}" for name in sorted(set(names)) if not resolves(name)
-    ]
+    # A name in capitals stands for any file there.
+    missing = [path for path in sorted(set(paths)) if not Path(path).stem.isupper() and not (ROOT / path).exists()]
+    return [f"path {path}" for path in missing] + [f"name {name}" for name in sorted(set(names)) if not resolves(name)]
 
 
 CHECKS = (
@@ -369,6 +372,37 @@ def test_the_routing_table_is_the_codes():
     shown, rows = found[1].splitlines(), routing_table().splitlines()
     assert len(shown) >= 7
     assert [row for row in rows if row in shown] == shown
+
+
+DEMO_LINES = {
+    "captioning, LoRA, CIDEr": ("caption", "lora", True),
+    "captioning, Adapter, CIDEr": ("caption", "adapter", True),
+    "VQA, LoRA, accuracy %": ("vqa", "lora", True),
+    "captioning, LoRA, no visual prefix, CIDEr": ("caption", "lora", False),
+}
+SPEED_LINES = {
+    "speed of a 768-wide LoRA layer, Intel Xeon": Line("", "cpu_layers", "linear_lora_m2040"),
+    "speed of a 768-wide LoRA layer, AMD EPYC": Line("", "cpu_layers_amd", "linear_lora_m2040"),
+}
+
+
+def test_the_results_in_the_readme_are_the_committed_ones():
+    table = (ROOT / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
+    lines = [
+        [cell.strip(" *") for cell in line.split("|")[1:-1]] for line in re.findall(r"^\|.*$", table, re.MULTILINE)
+    ]
+    (_, *routings), _, *rows = lines
+    expected = {}
+    found = summarise(load_search()["runs"], ("CIDEr", "accuracy"))
+    for label, (task, method, prefix) in DEMO_LINES.items():
+        score, digits = ("CIDEr", 2) if task == "caption" else ("accuracy", 1)
+        variants = [found.get(Variant(task, method, name, prefix)) for name in routings]
+        expected[label] = [
+            f"{one['mean'][score]:.{digits}f} ± {one['std'][score]:.{digits}f}" if one else "" for one in variants
+        ]
+    for label, line in SPEED_LINES.items():
+        expected[label] = [f"{line.values()[name]:.2f}" for name in routings]
+    assert {label: [cell.removesuffix(" (blind)") for cell in cells] for label, *cells in rows} == expected
 
 
 def flat(settings: dict, prefix: str = "") -> dict[str, object]:
