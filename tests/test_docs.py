@@ -22,7 +22,7 @@ import pytest
 from routingvl.benchmarks.tables import Line
 from routingvl.cli import COMMANDS
 from routingvl.config import ConfigError
-from routingvl.config.schema import RunConfig, config_to_dict, known_keys
+from routingvl.config.schema import RunConfig, flatten, known_keys
 from routingvl.demo.search import load_search, summarise
 from routingvl.demo.variants import Variant
 from routingvl.kernels.routing import routing_table
@@ -405,18 +405,10 @@ def test_the_results_in_the_readme_are_the_committed_ones():
     assert {label: [cell.removesuffix(" (blind)") for cell in cells] for label, *cells in rows} == expected
 
 
-def flat(settings: dict, prefix: str = "") -> dict[str, object]:
-    """{dotted name: value} of nested settings."""
-    rows = {}
-    for key, value in settings.items():
-        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return rows
-
-
 def test_the_documented_settings_are_the_schemas():
     text = (ROOT / "docs" / "configuration.md").read_text()
     documented = dict(re.findall(r"^\| `([\w.]+)` \| (.+?) \|", text, re.MULTILINE))
-    defaults = flat(config_to_dict(RunConfig()))
+    defaults = flatten(RunConfig())
     assert set(documented) == set(known_keys()) == set(defaults)
     assert documented == {key: json.dumps(value) for key, value in defaults.items()}
 
