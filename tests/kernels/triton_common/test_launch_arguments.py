@@ -1,7 +1,7 @@
 """Every kernel compiles with the arguments that the ops launch it with, sizes of 1 and unaligned ones among them.
 
 Triton makes a constant of an integer that is 1, and code of its own for multiples of 16. Neither its interpreter nor
-compiling ahead of time (tests/test_codegen.py) does.
+compiling ahead of time (tests/benchmarks/test_codegen.py) does.
 """
 
 import pytest
