@@ -156,7 +156,7 @@ def padded_rank(rank: int) -> int:
 
 
 def shared_memory(kind: str, tile: Tile, rank: int, element_size: int, arch: str) -> int:
-    """Upper estimate of a program's shared memory in bytes; tests/benchmarks/test_codegen.py compares it with the truth."""
+    """Upper estimate of a program's shared memory in bytes; tests/benchmarks/test_codegen.py has the truth."""
     if kind.startswith("rank_one"):
         return 4 * _KIB
     width = padded_rank(rank)
