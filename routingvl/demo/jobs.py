@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ SAMPLES = 24  # test images whose predictions a record keeps for the report
 
 
 class ResultStore:
-    """Finished jobs of one output folder: a JSON line each, written as they finish, found again by their key."""
+    """Finished jobs of one output folder: one JSON line per job, written as it finishes, found again by its key."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,6 +45,9 @@ def run_jobs(
 ) -> list[Record]:
     """The records of ``jobs``, in order; those that ``store`` does not have yet are trained, ``workers`` at a time.
 
+    A run's folder in ``work/runs`` is called after its job. What an interrupted job, or one with other settings, has
+    left there is removed.
+
     Raises:
         RuntimeError: a job failed (its own error is the cause). Finished jobs stay in the store.
     """
@@ -55,7 +58,9 @@ def run_jobs(
         say(f"{len(jobs) - len(missing)} of {len(jobs)} runs are already in {store.path}")
     if missing:
         say(f"{len(missing)} runs to train, {min(workers, len(missing))} at a time")
-    for done, (job, record) in enumerate(_train_all(missing.values(), settings, work, workers), start=1):
+    names = run_names(jobs)
+    runs = {job: work / "runs" / names[job] for job in missing.values()}
+    for done, (job, record) in enumerate(_train_all(runs, settings, work, workers), start=1):
         store.add(record)
         score = SCORES[job.variant.task]
         result = f"test {score} {record['test'][score]:.3f}, {record['seconds']['all']:.0f} s"
@@ -63,18 +68,26 @@ def run_jobs(
     return [store.records[key] for key in keys]
 
 
-def _train_all(jobs: Collection[Job], settings: DemoSettings, work: Path, workers: int) -> Iterator[tuple[Job, Record]]:
-    """Jobs and their records, as they finish."""
-    if not jobs:
+def run_names(jobs: Sequence[Job]) -> dict[Job, str]:
+    """The name of each job's folder; it has the learning rate where it would be another job's too without."""
+    alike = Counter(job.name(with_rate=False) for job in set(jobs))
+    return {job: job.name(with_rate=alike[job.name(with_rate=False)] > 1) for job in jobs}
+
+
+def _train_all(
+    runs: Mapping[Job, Path], settings: DemoSettings, work: Path, workers: int
+) -> Iterator[tuple[Job, Record]]:
+    """Jobs, each with its run folder in ``runs``, and their records, as they finish."""
+    if not runs:
         return
-    waiting = deque(jobs)
+    waiting = deque(runs)
     running: dict[Future[Record], Job] = {}
-    with worker_pool(min(workers, len(jobs))) as pool:
+    with worker_pool(min(workers, len(runs))) as pool:
         while waiting or running:
             # Never more than run at once: after an error or Ctrl-C there is then none left for the pool to start.
             while waiting and len(running) < workers:
                 job = waiting.popleft()
-                running[pool.submit(run_job, job, settings, str(work))] = job
+                running[pool.submit(run_job, job, settings, str(work), str(runs[job]))] = job
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
                 if error := future.exception():
@@ -82,8 +95,8 @@ def _train_all(jobs: Collection[Job], settings: DemoSettings, work: Path, worker
                 yield job, future.result()
 
 
-def run_job(job: Job, settings: DemoSettings, work: str) -> Record:
-    """Train one job and evaluate it on the test split, through the same calls as ``routingvl train`` and ``evaluate``.
+def run_job(job: Job, settings: DemoSettings, work: str, run_dir: str) -> Record:
+    """Train one job into ``run_dir`` and evaluate it on the test split, as ``routingvl train`` and ``evaluate`` do.
 
     Returns:
         A record of plain values: the job, validation and test scores, learning curves, seconds, parameter counts, and
@@ -93,17 +106,16 @@ def run_job(job: Job, settings: DemoSettings, work: str) -> Record:
     from routingvl.train import train
 
     started = time.perf_counter()
-    key = job.key(settings)
-    run_dir = Path(work).resolve() / "runs" / key
-    # A run folder without a record is of an interrupted job.
-    shutil.rmtree(run_dir, ignore_errors=True)
-    result = train(job.run_config(settings, Path(work).resolve(), run_dir), log="quiet")
+    folder = Path(run_dir).resolve()
+    # Of an interrupted job, or of other settings: a finished job is not run again.
+    shutil.rmtree(folder, ignore_errors=True)
+    result = train(job.run_config(settings, Path(work).resolve(), folder), log="quiet")
     evaluating = time.perf_counter()
-    metrics = evaluate(run_dir, split="test", log="quiet")
+    metrics = evaluate(folder, split="test", log="quiet")
     finished = time.perf_counter()
     scores, predictions = read_evaluation(job.variant.task, metrics, Path(work))
     return {
-        "key": key,
+        "key": job.key(settings),
         **asdict(job),
         "steps": result.steps,
         "validation": result.best_metric,

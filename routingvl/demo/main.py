@@ -93,7 +93,8 @@ def run(
         committed = load_search(work / "search.json")
     else:
         variants = QUICK_VARIANTS if options.quick else VARIANTS
-        records = train_jobs([Job(variant, lr, options.seed) for variant, lr in rates_of(committed, variants).items()])
+        rates = rates_of(committed, settings, variants)
+        records = train_jobs([Job(variant, lr, options.seed) for variant, lr in rates.items()])
     report = write_report(
         work,
         settings=settings,
@@ -113,13 +114,10 @@ def run(
     return work
 
 
-def rates_of(committed: dict[str, Any], variants: Sequence[Variant]) -> dict[Variant, float]:
-    """The learning rate that the search found for each variant; raises ValueError when it lacks one."""
+def rates_of(committed: dict[str, Any], settings: DemoSettings, variants: Sequence[Variant]) -> dict[Variant, float]:
+    """The learning rate that the search found for each variant; its task's default for one that it has not tried."""
     best = best_rates(committed["runs"])
-    if missing := [variant for variant in variants if variant not in best]:
-        names = ", ".join(f"{variant.task} {variant.title}" for variant in missing)
-        raise ValueError(f"the search result has no run of {names}: write it again with `routingvl demo --full`")
-    return {variant: best[variant] for variant in variants}
+    return {variant: best.get(variant, settings.default_rate(variant.task)) for variant in variants}
 
 
 def prepare_folder(work: Path, fresh: bool) -> None:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from routingvl.kernels import ROUTINGS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# One colour a routing function, in every figure (Okabe and Ito's palette, told apart by colour-blind readers too).
-ROUTING_COLOURS = {
-    "none": "#7f7f7f",
-    "add": "#0072b2",
-    "mul": "#d55e00",
-    "expand": "#009e73",
-    "vllora": "#cc79a7",
-}
-_OTHER = "#56b4e9"
+# One colour per routing function, in every figure: gray, then Okabe and Ito's palette, which colour-blind readers tell
+# apart too.
+_PALETTE = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#f0e442")
+ROUTING_COLOURS = dict(zip(ROUTINGS, itertools.cycle(_PALETTE), strict=False))
 
 Bars = Mapping[
     str, tuple[Sequence[float], float | None]
-]  # routing -> (one value a seed of the search, this run's value)
+]  # routing -> (one value per seed of the search, this run's value)
 Curves = Mapping[str, Sequence[tuple[int, float]]]  # routing -> (step, score)
 
 
@@ -34,7 +32,7 @@ def bars(panels: Mapping[str, tuple[str, Bars]]) -> bytes:
     figure, axes = _axes(len(panels), height=3.3)
     for axis, (title, (score, values)) in zip(axes, panels.items(), strict=True):
         for place, (routing, (seeds, current)) in enumerate(values.items()):
-            colour = ROUTING_COLOURS.get(routing, _OTHER)
+            colour = ROUTING_COLOURS[routing]
             if seeds:
                 axis.bar(place, sum(seeds) / len(seeds), color=colour, alpha=0.55, width=0.7)
                 axis.scatter([place] * len(seeds), seeds, color=colour, s=16, zorder=3)
@@ -47,7 +45,7 @@ def bars(panels: Mapping[str, tuple[str, Bars]]) -> bytes:
 
 
 def curves(panels: Mapping[str, tuple[str, Curves]]) -> bytes:
-    """Validation scores over steps, one line a routing function.
+    """Validation scores over steps, one line per routing function.
 
     Args:
         panels: title -> (name of the score, curves).
@@ -56,7 +54,7 @@ def curves(panels: Mapping[str, tuple[str, Curves]]) -> bytes:
     for axis, (title, (score, lines)) in zip(axes, panels.items(), strict=True):
         for routing, points in lines.items():
             steps, scores = zip(*points, strict=True)
-            colour = ROUTING_COLOURS.get(routing, _OTHER)
+            colour = ROUTING_COLOURS[routing]
             axis.plot(steps, scores, marker="o", markersize=3, label=routing, color=colour)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")

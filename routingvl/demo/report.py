@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import io
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from routingvl.demo import plots
 from routingvl.demo.document import Document, Sample, markdown_table
 from routingvl.demo.jobs import Record
-from routingvl.demo.search import at_the_edge, best_rates, is_blind, summarise, variant_of
-from routingvl.demo.variants import METHOD_TITLES, SCORES, VARIANTS, DemoSettings, Variant, settings_to_dict
+from routingvl.demo.search import against_none, at_the_edge, best_rates, is_blind, summarise, variant_of
+from routingvl.demo.variants import (
+    FEWER_ROUTINGS,
+    METHOD_TITLES,
+    SCORES,
+    VARIANTS,
+    DemoSettings,
+    Variant,
+    settings_to_dict,
+)
 
 COLUMNS = {"caption": ("CIDEr", "BLEU-4", "exact"), "vqa": ("accuracy",)}
 DIGITS = {"CIDEr": 2, "BLEU-4": 3, "exact": 3, "accuracy": 1}
 NOTHING = "–"
+UNSEARCHED = "no search yet"
 SHOWN_IMAGES = 8
-SHOWN_ROUTINGS = ("none", "add", "mul")
 
 Panel = tuple[str, str, bool]
 TASK_TITLES = {"caption": "Captioning", "vqa": "VQA"}
@@ -38,6 +45,11 @@ def panel_title(panel: Panel) -> str:
     """Name of a group of variants that are compared with each other."""
     task, method, prefix = panel
     return f"{TASK_TITLES[task]}, {METHOD_TITLES[method]}{'' if prefix else ', no prefix'}"
+
+
+def full_title(variant: Variant) -> str:
+    """A variant's name outside of its panel."""
+    return f"{panel_title(variant.panel)} {variant.routing}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ def write_report(
     """
     results = _Results(at_best_rate(records), summarise(committed["runs"], [s for c in COLUMNS.values() for s in c]))
     document = Document("routingvl demo: what routing functions gain, and where they do not")
-    _introduce(document, mode, settings, committed)
+    _introduce(document, mode, settings, committed, results)
     prefixed = {panel: members for panel, members in results.panels.items() if panel[2]}
     _compare(document, prefixed, results)
     _draw(document, results)
@@ -97,7 +109,7 @@ def write_report(
 
 
 def at_best_rate(records: Iterable[Record]) -> dict[Variant, Record]:
-    """One record a variant, in reading order: the first seed at the rate with the best validation score."""
+    """One record per variant, in reading order: the first seed at the rate with the best validation score."""
     records = list(records)
     best = best_rates(records)
     chosen: dict[Variant, Record] = {}
@@ -108,38 +120,9 @@ def at_best_rate(records: Iterable[Record]) -> dict[Variant, Record]:
     return {variant: chosen[variant] for variant in VARIANTS if variant in chosen}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A variant's mean score in the search relative to none's (+0.2 is a fifth more), and what the seeds say of it.
-
-    ``apart``: every seed of one lies beyond every seed of the other; None when either has one seed only. Three seeds
-    carry no fine test, but this they show plainly.
-    """
-
-    gain: float
-    apart: bool | None
-
-    def __str__(self) -> str:
-        seeds = {True: "ranges apart", False: "ranges overlap", None: "one seed"}[self.apart]
-        return f"{100 * self.gain:+.1f} %, {seeds}"
-
-
-def against_none(variant: Variant, searched: Mapping[Variant, dict[str, Any]]) -> Comparison | None:
-    """Compare a variant with the same method without routing; None for that one itself and where a side is missing."""
-    baseline = replace(variant, routing="none")
-    if variant == baseline or variant not in searched or baseline not in searched:
-        return None
-    score = SCORES[variant.task]
-    ours, theirs = searched[variant]["values"][score], searched[baseline]["values"][score]
-    mean = statistics.fmean(theirs)
-    if not mean:
-        return None
-    several = min(len(ours), len(theirs)) > 1
-    apart = min(ours) > max(theirs) or max(ours) < min(theirs)
-    return Comparison(statistics.fmean(ours) / mean - 1, apart if several else None)
-
-
-def _introduce(document: Document, mode: str, settings: DemoSettings, committed: Mapping[str, Any]) -> None:
+def _introduce(
+    document: Document, mode: str, settings: DemoSettings, committed: Mapping[str, Any], results: _Results
+) -> None:
     size = {
         "quick": "This is the quick size: without routing and with mul only.",
         "default": "This is the default size: every variant once, at the rate that the committed search found.",
@@ -162,6 +145,12 @@ def _introduce(document: Document, mode: str, settings: DemoSettings, committed:
         document.paragraph(
             "Note: this run's settings differ from those of the committed search, so the two do not compare."
         )
+    if unsearched := [variant for variant in results.current if variant not in results.searched]:
+        names = "; ".join(f"{full_title(v)} at {results.current[v]['lr']:g}" for v in unsearched)
+        document.paragraph(
+            f"Note: the committed search has not tried {names}. They ran at the default rate of their task, which may "
+            "not suit them; `routingvl demo --full` searches."
+        )
 
 
 def _per_task(values: Mapping[str, int]) -> str:
@@ -182,7 +171,7 @@ def _compare(document: Document, panels: Mapping[Panel, list[Variant]], results:
 
 
 def _verdicts(panel: Panel, members: Sequence[Variant], results: _Results) -> list[str]:
-    """One plain sentence a panel: which routing functions are better, worse, or not told apart in the search."""
+    """One plain sentence per panel: which routing functions are better, worse, or not told apart in the search."""
     groups: dict[str, list[str]] = {"better than none": [], "worse than none": [], "not told apart from none": []}
     for variant in members:
         if comparison := against_none(variant, results.searched):
@@ -202,7 +191,7 @@ def _panel_table(panel: Panel, members: Sequence[Variant], results: _Results) ->
         record, found = results.current.get(variant), results.searched.get(variant)
         row = [variant.title, f"{(record or found)['lr']:g}"]
         row += [_number(record["test"][score], score) if record else NOTHING for score in scores]
-        row += [_spread(found, score) if found else NOTHING for score in scores]
+        row += [_spread(found, score) if found else UNSEARCHED for score in scores]
         row += [str(found["n"]) if found else NOTHING, str(against_none(variant, results.searched) or NOTHING)]
         rows.append(row)
     return head, rows
@@ -226,9 +215,8 @@ def _overview(results: _Results) -> tuple[list[str], list[list[str]]]:
         for variant in members:
             if record := results.current.get(variant):
                 found = results.searched.get(variant)
-                searched = _spread(found, score) if found else NOTHING
-                name = f"{panel_title(panel)} {variant.routing}"
-                rows.append([name, score, _number(record["test"][score], score), searched])
+                searched = _spread(found, score) if found else UNSEARCHED
+                rows.append([full_title(variant), score, _number(record["test"][score], score), searched])
     return ["variant", "score", "this run", "search (mean ± std)"], rows
 
 
@@ -277,7 +265,7 @@ def _show_samples(document: Document, work: Path, results: _Results) -> None:
     asked: dict[int, list[Any]] = {}
     for question in split.questions:
         asked.setdefault(question.image_id, []).append(question)
-    shown = [variant for variant in results.current if variant.routing in SHOWN_ROUTINGS and variant.prefix]
+    shown = [variant for variant in results.current if variant.routing in FEWER_ROUTINGS and variant.prefix]
     samples = []
     for image_id in sorted(references)[:SHOWN_IMAGES]:
         lines: list[tuple[str, str, bool | None]] = [("truth", references[image_id][0], None)]
@@ -316,8 +304,9 @@ def _costs(document: Document, results: _Results, seconds: Mapping[str, float]) 
     for variant, record in results.current.items():
         times = record["seconds"]
         share = f"{100 * record['trainable'] / record['total']:.1f} %"
-        name = f"{panel_title(variant.panel)} {variant.routing}"
-        rows.append([name, f"{record['trainable']:,}", f"{record['total']:,}", share, f"{times['train']:.0f}"])
+        rows.append(
+            [full_title(variant), f"{record['trainable']:,}", f"{record['total']:,}", share, f"{times['train']:.0f}"]
+        )
         rows[-1] += [f"{times['evaluate']:.0f}", f"{times['all']:.0f}"]
     document.table(["variant", "trained", "language model and head", "share", "train s", "evaluate s", "all s"], rows)
     document.paragraph(
@@ -354,7 +343,7 @@ def _provenance(
         "and time, is in routingvl/demo/search.json."
     )
     if edge := at_the_edge(committed["runs"]):
-        names = "; ".join(f"{panel_title(variant.panel)} {variant.routing}" for variant in edge)
+        names = "; ".join(map(full_title, edge))
         document.paragraph(
             f"The best rate found lies on the edge of what was tried, so it may not be the best, for: {names}."
         )

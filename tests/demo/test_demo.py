@@ -10,11 +10,12 @@ import pytest
 from routingvl.config import ConfigError
 from routingvl.demo.backbones import BackboneConfig, build_backbones
 from routingvl.demo.document import Document, Sample, markdown_table
-from routingvl.demo.jobs import ResultStore, run_jobs
+from routingvl.demo.jobs import ResultStore, run_jobs, run_names
 from routingvl.demo.main import DemoOptions, prepare_folder, rates_of, run, write_data
-from routingvl.demo.report import against_none, at_best_rate
+from routingvl.demo.report import at_best_rate
 from routingvl.demo.search import (
     COMMITTED,
+    against_none,
     at_the_edge,
     best_rates,
     load_search,
@@ -25,6 +26,7 @@ from routingvl.demo.search import (
 )
 from routingvl.demo.shapes import ShapesConfig
 from routingvl.demo.variants import QUICK_VARIANTS, SCORES, VARIANTS, DemoSettings, Job, Variant, settings_to_dict
+from routingvl.kernels import ROUTINGS
 
 TINY = DemoSettings(
     data=ShapesConfig(
@@ -166,9 +168,25 @@ def test_the_key_of_a_job_depends_on_what_decides_its_numbers():
     assert len(keys | {job.key(TINY)}) == 7
 
 
-def test_a_search_result_without_a_variant_is_refused():
-    with pytest.raises(ValueError, match=r"caption LoRA mul.*--full"):
-        rates_of(tiny_search([NONE]), [NONE, MUL])
+def test_a_variant_that_no_search_has_tried_gets_the_default_rate():
+    found = [record_of(Job(NONE, 4e-2, 0), 1.0, 1.0)]
+    assert rates_of({"runs": found}, SETTINGS, [NONE, MUL]) == {NONE: 4e-2, MUL: 1e-2}
+
+
+def test_every_routing_function_is_a_variant_of_each_task():
+    for task in SCORES:
+        assert {variant.routing for variant in VARIANTS if variant.task == task} == set(ROUTINGS)
+
+
+def test_run_folders_are_named_for_people():
+    blind = replace(NONE, prefix=False)
+    jobs = [Job(MUL, 1e-2, 0), Job(blind, 1e-2, 1), Job(NONE, 1e-2, 0), Job(NONE, 2e-2, 0)]
+    assert list(run_names(jobs).values()) == [
+        "caption-lora-mul-seed0",
+        "caption-lora-none-noprefix-seed1",
+        "caption-lora-none-lr0.01-seed0",
+        "caption-lora-none-lr0.02-seed0",
+    ]
 
 
 def test_a_missing_search_result_is_named(tmp_path):
@@ -258,6 +276,22 @@ def test_the_report_is_self_contained_and_shows_every_variant(finished):
         assert (folder / "figures" / f"{name}.png").stat().st_size > 1000
 
 
+def test_run_folders_hold_the_runs(finished):
+    folder, _ = finished
+    found = {path.name for path in (folder / "runs").iterdir() if (path / "config.yaml").is_file()}
+    assert found == {Job(variant, 1e-2, 0).name(with_rate=False) for variant in QUICK_VARIANTS}
+
+
+def test_a_function_without_a_committed_search_is_shown_without_one(finished):
+    folder, _ = finished
+    searched = [variant for variant in QUICK_VARIANTS if variant.routing == "none"]
+    run(DemoOptions(output=str(folder), quick=True), TINY, committed=tiny_search(searched), say=lambda line: None)
+    report = (folder / "report.md").read_text()
+    assert "has not tried Captioning, Adapter mul at 0.01; VQA, LoRA mul at 0.003." in report
+    rows = [[cell.strip() for cell in line.split("|")] for line in report.splitlines() if line.startswith("| LoRA mul")]
+    assert [("no search yet" in row) for row in rows if "0.003" in row] == [True]
+
+
 def test_a_second_run_uses_what_is_finished(finished):
     folder, _ = finished
     before = (folder / "results.jsonl").read_bytes()
@@ -299,8 +333,9 @@ def test_the_committed_search_is_fair_and_of_these_settings():
     settings = DemoSettings()
     assert content["settings"] == settings_to_dict(settings)
     best = best_rates(content["runs"])
-    assert set(best) == set(VARIANTS)
-    tried = {v: {r["lr"] for r in content["runs"] if variant_of(r) == v and r["seed"] == 0} for v in VARIANTS}
+    searched = {variant.routing for variant in best}  # a function may be newer than the search
+    assert set(best) == {variant for variant in VARIANTS if variant.routing in searched}
+    tried = {v: {r["lr"] for r in content["runs"] if variant_of(r) == v and r["seed"] == 0} for v in best}
     for task in SCORES:
         grids = {frozenset(rates) for variant, rates in tried.items() if variant.task == task}
         assert len(grids) == 1
@@ -328,7 +363,7 @@ def test_mul_beats_no_routing_in_captioning(tmp_path):
         validations=1,
     )
     variants = [Variant("caption", "adapter", routing) for routing in ("none", "mul")]
-    jobs = [Job(variant, lr, 0) for variant, lr in rates_of(load_search(), variants).items()]
+    jobs = [Job(variant, lr, 0) for variant, lr in rates_of(load_search(), settings, variants).items()]
     write_data(tmp_path, settings.data)
     build_backbones(tmp_path / "backbones", settings.backbones)
     store = ResultStore(tmp_path / "results.jsonl")
