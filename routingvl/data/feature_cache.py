@@ -11,7 +11,7 @@ On disk, each ``key`` (what the features depend on beside the image) has a folde
 the SHA-256 of the key, so another model or preprocessing finds an empty cache. In it each writer has its own two files:
 
     <writer>.rows     features, row after row, each L * d values of the dtype in the machine's byte order
-    <writer>.index    48 bytes a row: digest (32), row number (8), CRC-32 of the row (4), CRC-32 of the 44 before (4)
+    <writer>.index    48 bytes per row: digest (32), row number (8), CRC-32 of the row (4), CRC-32 of the 44 before (4)
 
 Rows are on the disk (fsync) before their records are written. A break therefore leaves rows without records, or a torn
 record, and both are passed over. Nothing is ever changed in place, and no two processes write to one file.

@@ -107,7 +107,7 @@ class FeatureStore:
         process = PartialState()
         mine = unique[process.process_index :: process.num_processes]
         computed = self.computed
-        own = self._own_share(mine, on_bad_image or self.settings.on_bad_image, progress)
+        own = self._fill_cache(mine, on_bad_image or self.settings.on_bad_image, progress)
         digests: dict[int, bytes] = {}
         total = 0
         for part, count in gather_object([(own, self.computed - computed)]):
@@ -127,8 +127,8 @@ class FeatureStore:
             )
         return features
 
-    def _own_share(self, images: Sequence[ImageRecord], on_bad_image: str, progress: bool) -> dict[int, bytes]:
-        """The digest of each image, by id, whose features are in the cache when this returns."""
+    def _fill_cache(self, images: Sequence[ImageRecord], on_bad_image: str, progress: bool) -> dict[int, bytes]:
+        """Add to the cache what it lacks of ``images``; the digest of each that is in it then, by id."""
         digests: dict[int, bytes] = {}
         if self.files is not None:
             for image in images:

@@ -1,1 +1,1 @@
-"""Training runs: the loop, its schedule, its folder, precision, compilation."""
+"""Training runs: the loop, its schedule, log and run folder, resuming, devices and precision, torch.compile."""

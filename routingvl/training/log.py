@@ -51,8 +51,8 @@ class RunLog:
             return
         if resume_step is not None:
             # What an interrupted run logged after its last saved state will be logged again.
-            self.history = [row for row in read_metrics(folder.metrics_file) if row["step"] <= resume_step]
-        write_text(folder.metrics_file, "".join(json.dumps(row) + "\n" for row in self.history))
+            self.history = [r for r in read_metrics(folder.metrics_file) if r["step"] <= resume_step]
+        write_text(folder.metrics_file, "".join(json.dumps(record) + "\n" for record in self.history))
         wandb = {"name": folder.path.name, "dir": str(folder.path), "config": flatten(config)}
         accelerator.init_trackers("routingvl", init_kwargs={"wandb": wandb})
 
@@ -60,14 +60,14 @@ class RunLog:
         """Append one record, for instance ``record("train", 50, {"loss": 0.7})``."""
         if not self.active:
             return
-        row = {"kind": kind, "step": step, **values}
-        self.history.append(row)
+        record = {"kind": kind, "step": step, **values}
+        self.history.append(record)
         with self.folder.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(record) + "\n")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=step)
         if self.callback:
-            self.callback(row)
+            self.callback(record)
 
     def message(self, text: str) -> None:
         """Add a line to train.log, and to the terminal unless quiet."""
@@ -86,10 +86,10 @@ class RunLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Records of a metrics.jsonl; an empty list when there is none. A last line cut off by a crash is left out."""
-    rows = []
+    records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
+            records.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    return rows
+    return records

@@ -101,8 +101,8 @@ def total_steps(config: TrainConfig, examples: int) -> int:
 
 
 def learning_rate_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
-    """The learning rate of ``optimizer`` as a share of ``config.lr`` that depends on the number of steps done.
+    """The learning rate of ``optimizer`` (made with ``config.lr``, the highest) after each step.
 
-    Linear from zero over the warm-up, then as ``config.schedule`` says until ``steps``; its ``step`` counts one.
+    It rises linearly from zero over the warm-up, then goes as ``config.schedule`` says until ``steps``.
     """
     return get_scheduler(SCHEDULES[config.schedule], optimizer, config.warmup_steps(steps), steps)

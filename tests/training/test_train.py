@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from importlib.metadata import version
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -190,19 +189,6 @@ def test_two_processes_equal_one(tiny, tmp_path, task):
     assert [r[alone.metric] for r in records if r["kind"] == "validation"] == pytest.approx(expected, rel=1e-4)
     for name, value in weights(alone.run_dir).items():
         torch.testing.assert_close(weights(shared)[name], value, rtol=1e-3, atol=2e-5)
-
-
-def test_tensorboard(tiny, tmp_path):
-    pytest.importorskip("tensorboard")
-    result = run(tiny, tmp_path / "run", "vqa", max_steps=1, trackers=["tensorboard"])
-    assert list((result.run_dir / "tensorboard").rglob("events.*"))
-
-
-@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
-def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(tiny, tmp_path):
-    with pytest.raises(ConfigError, match=r"train.trackers: wandb is not installed; pip install wandb"):
-        run(tiny, tmp_path / "run", "vqa", trackers=["wandb"])
-    assert not (tmp_path / "run").exists()
 
 
 def test_unreadable_images(tiny, tmp_path):
