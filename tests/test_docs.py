@@ -102,7 +102,7 @@ def path_problems(page: Path, text: str) -> list[str]:
     problems = []
     for code in inline_code(text):
         for word in code.split():
-            word = word.split("::")[0].rstrip(",:;")
+            word, _, test = word.rstrip(",:;").partition("::")
             if not re.fullmatch(r"[\w./-]+", word):
                 continue
             if "/" in word and word.split("/")[0] in FOLDERS:
@@ -110,6 +110,8 @@ def path_problems(page: Path, text: str) -> list[str]:
             else:
                 places = (ROOT, *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_dir()))
                 missing = re.fullmatch(r"\w+\.(py|sh)", word) and not any((place / word).exists() for place in places)
+            if test and not missing and f"def {test}(" not in (ROOT / word).read_text(encoding="utf-8"):
+                problems.append(f"{word} has no {test}")
             if missing and word.rstrip("/") not in WRITTEN:
                 problems.append(f"path {word}")
     return problems
@@ -318,6 +320,7 @@ FAULTS = {
     "# A heading\n\nand [another](#not-it)": link_problems,
     "`kernels/no_such_file.py`": path_problems,
     "`no_such_file.py`": path_problems,
+    "`tests/test_docs.py::test_no_such_thing`": path_problems,
     "`routingvl.kernels.no_such_name`": name_problems,
     "`routingvl fly`": command_problems,
     "    routingvl evaluate runs/x --no-such-flag": command_problems,
