@@ -110,7 +110,7 @@ def path_problems(page: Path, text: str) -> list[str]:
             else:
                 places = (ROOT, *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_dir()))
                 missing = re.fullmatch(r"\w+\.(py|sh)", word) and not any((place / word).exists() for place in places)
-            if test and not missing and f"def {test}(" not in (ROOT / word).read_text(encoding="utf-8"):
+            if test and (ROOT / word).is_file() and f"def {test}(" not in (ROOT / word).read_text(encoding="utf-8"):
                 problems.append(f"{word} has no {test}")
             if missing and word.rstrip("/") not in WRITTEN:
                 problems.append(f"path {word}")
