@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from routingvl.backbones.loading import hide_loading_bars
-from routingvl.backbones.vision import image_features, load_tower
+from routingvl.backbones.vision import load_tower
 from routingvl.config import ConfigError
 from routingvl.config.schema import RunConfig
 from routingvl.data.feature_store import FeatureStore
@@ -48,12 +46,8 @@ def cache_features(
         loaded = [train] if val is None else [train, val]
     else:
         loaded = [task.load_split(split) for split in splits]
-    vision, kind = load_tower(config.model.vision).to(device), config.model.vision_features
-
-    def encode(pixel_values: Tensor) -> Tensor:
-        return image_features(vision, pixel_values, kind)
-
-    store = FeatureStore(encode, vision, kind, preprocessor, data)
+    vision = load_tower(config.model.vision).to(device)
+    store = FeatureStore(vision, config.model.vision_features, preprocessor, data)
     counts = []
     for split in loaded:
         found, computed = store.found, store.computed

@@ -119,9 +119,13 @@ def check_torchvision() -> str:
 
 
 def check_transformers() -> str:
-    """Whether the three model classes import."""
-    error = _import_error("from transformers import GPT2LMHeadModel, RobertaModel, ViTModel")
-    return f"PROBLEM: {error}" if error else "ViT, RoBERTa and GPT-2 import"
+    """Whether the classes of the backbones import."""
+    from routingvl.backbones.text import TEXT_MODELS
+    from routingvl.backbones.vision import TOWERS
+
+    names = ", ".join(kind.model_class for kind in (*TOWERS.values(), *TEXT_MODELS.values()))
+    error = _import_error(f"from transformers import {names}")
+    return f"PROBLEM: {error}" if error else f"{names} import"
 
 
 def check_caption_metrics() -> dict[str, str]:

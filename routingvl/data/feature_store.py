@@ -1,7 +1,7 @@
-"""Features of many images: looked up in a cache, and computed by the frozen ViT where it lacks them.
+"""Features of many images: looked up in a cache, and computed by the frozen vision tower where it lacks them.
 
-    vision_key(vit, kind, preprocessor) -> dict                    what features depend on beside the image
-    FeatureStore(encode, vit, kind, preprocessor, settings)
+    vision_key(vision, kind, preprocessor) -> dict                 what features depend on beside the image
+    FeatureStore(vision, kind, preprocessor, settings)
         .load(images) -> {image id: Tensor [L, d]}                 .found, .computed count images
 
 The cache is a folder (``data.feature_cache``) or, without one, memory. Several processes (``accelerate launch``) share
@@ -11,7 +11,7 @@ the work; they need a common file system for the folder.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from routingvl.backbones.vision import image_features
 from routingvl.config import ConfigError
 from routingvl.config.schema import DataConfig
 from routingvl.data.collate import collate_images
@@ -32,36 +33,35 @@ from routingvl.data.images import ImageDataset, ImagePreprocessor, ImageRecord
 _IGNORED_CONFIG = ("transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id")
 
 
-def vision_key(vit: nn.Module, kind: str, preprocessor: ImagePreprocessor) -> dict[str, Any]:
+def vision_key(vision: nn.Module, kind: str, preprocessor: ImagePreprocessor) -> dict[str, Any]:
     """Plain values of everything that decides an image's features: the key of a :class:`FeatureCache`.
 
     All weights and buffers count, bit for bit, with their dtypes; so does the config, but neither the folder it was
     loaded from nor the device.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(vit.state_dict().items()):
+    for name, tensor in sorted(vision.state_dict().items()):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     config = {
         name: value
-        for name, value in vit.config.to_dict().items()
+        for name, value in vision.config.to_dict().items()
         if name not in _IGNORED_CONFIG and not name.startswith("_")
     }
     return {"weights": digest.hexdigest(), "config": config, "kind": kind, "preprocessing": preprocessor.to_dict()}
 
 
 class FeatureStore:
-    """Gives the features of images, running the ViT for each content at most once.
+    """Gives the features of images, running the vision tower for each content at most once.
 
     Args:
-        encode: pixel values [B, 3, H, W] on the ViT's device -> [B, L, d], without gradients.
-        vit: the frozen ViT behind ``encode``; put into evaluation mode.
-        kind: which of its outputs ``encode`` gives, see :func:`routingvl.backbones.vision.image_features`.
+        vision: the frozen tower; put into evaluation mode.
+        kind: which of its outputs to keep, see :func:`routingvl.backbones.vision.image_features`.
         preprocessor: image file -> pixel values.
         settings: ``feature_cache``, ``feature_dtype``, ``feature_batch_size``, ``workers`` and ``on_bad_image`` count.
 
     Attributes:
-        found, computed: images that :meth:`load` took from the cache, and that it ran the ViT for.
+        found, computed: images that :meth:`load` took from the cache, and that it ran the tower for.
 
     Raises:
         FeatureCacheError: the folder cannot be used.
@@ -69,26 +69,28 @@ class FeatureStore:
 
     def __init__(
         self,
-        encode: Callable[[Tensor], Tensor],
-        vit: nn.Module | None,
+        vision: nn.Module | None,
         kind: str,
         preprocessor: ImagePreprocessor,
         settings: DataConfig,
     ) -> None:
-        if vit is None:
-            raise ConfigError("features need a ViT, and the model was built without one")
-        self.encode, self.preprocessor, self.settings = encode, preprocessor, settings
-        self.device = next(vit.parameters()).device
-        vit.eval()
+        if vision is None:
+            raise ConfigError("features need a vision tower, and the model was built without one")
+        self.vision, self.kind, self.preprocessor, self.settings = vision.eval(), kind, preprocessor, settings
+        self.device = next(vision.parameters()).device
         self.found = self.computed = 0
         self.files: FileDigests | None = None
         dtype = DTYPES[settings.feature_dtype]
         self.cache: FeatureCache | MemoryCache = MemoryCache(dtype)
         if settings.feature_cache is not None:
-            shape = encode(torch.zeros(1, 3, *preprocessor.size, device=self.device)).shape[1:]
-            key = vision_key(vit, kind, preprocessor)
+            shape = self.encode(torch.zeros(1, 3, *preprocessor.size)).shape[1:]
+            key = vision_key(vision, kind, preprocessor)
             self.cache = FeatureCache(settings.feature_cache, key, tuple(shape), dtype)
             self.files = FileDigests(settings.feature_cache)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixel values [B, 3, H, W] -> features [B, L, d], on the tower's device and without gradients."""
+        return image_features(self.vision, pixels.to(self.device), self.kind)
 
     def load(
         self, images: Iterable[ImageRecord], *, on_bad_image: str | None = None, progress: bool = False
@@ -169,7 +171,7 @@ class FeatureStore:
                 new = {item["digest"]: item for item in items if "pixel_values" in item}
                 if new:
                     pixels = collate_images(list(new.values()))["pixel_values"]
-                    self.cache.add(list(new), self.encode(pixels.to(self.device)))
+                    self.cache.add(list(new), self.encode(pixels))
                     self.computed += len(new)
                 digests |= {item["image_id"]: item["digest"] for item in items}
                 stats |= {paths[i["image_id"]]: (i["stat"], i["digest"]) for i in items if i["stat"] is not None}

@@ -194,8 +194,7 @@ class Task(ABC):
     @cached_property
     def feature_store(self) -> FeatureStore:
         """Computes and keeps the features of images, in memory or in ``data.feature_cache``."""
-        model = self.model
-        return FeatureStore(model.encode_images, model.vit, model.vision_features, self.preprocessor, self.config.data)
+        return FeatureStore(self.model.vit, self.model.vision_features, self.preprocessor, self.config.data)
 
     def encode_files(self, paths: Sequence[str | os.PathLike[str]]) -> dict[str, torch.Tensor]:
         """Image files as an input of the model: ``pixel_values`` or, with a feature cache, ``vision_features``.

@@ -185,7 +185,7 @@ def test_doctor(capsys):
     assert report["versions"]["torch"] == version("torch")
     assert report["bottlenecks"]["backend"] in ("eager", "triton")
     assert report["bottlenecks"]["reason"]
-    assert report["checks"]["transformers"] == "ViT, RoBERTa and GPT-2 import"
+    assert report["checks"]["transformers"] == "ViTModel, RobertaModel, GPT2LMHeadModel import"
     assert set(report["optional packages"]) == {"tensorboard", "wandb", "peft"}
 
 

@@ -54,7 +54,7 @@ def load_vit(tiny):
 def store(vit, root, kind="pooler", preprocessor=None, **settings):
     data = DataConfig(feature_cache=None if root is None else str(root), feature_batch_size=3, **settings)
     preprocessor = preprocessor or ImagePreprocessor(size=16)
-    return FeatureStore(lambda pixels: image_features(vit, pixels, kind), vit, kind, preprocessor, data)
+    return FeatureStore(vit, kind, preprocessor, data)
 
 
 def records(folder, count=5):
