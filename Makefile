@@ -26,7 +26,7 @@ help:
 demo: $(READY)
 	$(BIN)/routingvl demo $(DEMO_ARGS)
 
-# One thread a worker: the tests use tiny models, for which more threads only cost time.
+# One thread per worker: the tests use tiny models, for which more threads only cost time.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal -m "$(TEST_MARKS)" $(TEST_ARGS)
 

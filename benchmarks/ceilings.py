@@ -4,7 +4,7 @@
     python -m benchmarks.ceilings --device cpu --output ceilings.jsonl
 
 Rows (JSON lines) are "copy" (GB/s, bytes read plus bytes written), "matmul" (TFLOP/s of a square product) and "addmm"
-(y += t b' with an inner dimension of 128, in place: GB/s and TFLOP/s), the last two for each dtype.
+(y += t bᵀ with an inner dimension of 128, in place: GB/s and TFLOP/s), the last two for each dtype.
 """
 
 from __future__ import annotations

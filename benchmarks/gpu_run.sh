@@ -6,7 +6,7 @@
 #   benchmarks/gpu_run.sh ceilings suite      these phases
 #   benchmarks/gpu_run.sh --dry-run           what each would run, and whether its program starts; needs no GPU
 #
-# Results go to $OUT (default benchmarks/results/gpu), with a log a phase. A phase that has passed leaves a file
+# Results go to $OUT (default benchmarks/results/gpu), with one log per phase. A phase that has passed leaves a file
 # PHASE.done there and is not run again; remove it to repeat the phase. Each has LIMIT seconds (default 530).
 # Exit status: 0 all passed or skipped with a reason, 1 a phase failed, 2 bad use.
 set -uo pipefail

@@ -81,7 +81,7 @@ class Case:
         frozen = 0 if self.op == "adapter" or self.level == "op" else self.K * self.N
         trained = code * self.K + outputs * self.R if bottleneck else 0
         image = self.B * self.L * self.K if bottleneck else 0
-        # Products with the frozen weight happen once a pass; the bottleneck's have two gradients each.
+        # Products with the frozen weight happen once per pass; the bottleneck's have two gradients each.
         products = rows * (frozen + (1 if mode == "fwd" else 2) * trained)
         products += (self.B * self.L * code * self.K) if bottleneck else 0
         text = rows * (self.K + self.N)

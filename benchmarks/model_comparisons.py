@@ -141,7 +141,7 @@ class StepComparison(ModelComparison):
         return {"saved_mib": saved, "peak_mib": round(peak, 3)}
 
     def rates(self, provider: str, mode: str, seconds: float) -> dict[str, Any]:
-        """Examples (images of the ViT) a second, of a whole step."""
+        """Examples (images of the ViT) per second, of a whole step."""
         return {"examples_s": round(self.case.B / seconds, 3) if mode in ("fwdbwd", "vit") else None}
 
 
@@ -199,7 +199,7 @@ class TrainComparison(ModelComparison):
         return {"saved_mib": None, "peak_mib": round(peak, 3)}
 
     def rates(self, provider: str, mode: str, seconds: float) -> dict[str, Any]:
-        """Examples a second."""
+        """Examples per second."""
         return {"examples_s": round(self.case.B / seconds, 3), "published_dtype": "float32"}
 
 
@@ -263,7 +263,7 @@ class GenerateComparison(ModelComparison):
         return {"saved_mib": None, "peak_mib": round(peak, 3)}
 
     def rates(self, provider: str, mode: str, seconds: float) -> dict[str, Any]:
-        """Captions a second."""
+        """Captions per second."""
         return {"captions_s": round(self.case.B / seconds, 3)}
 
 

@@ -33,7 +33,7 @@ def _label(key: Key) -> str:
 
 
 def _speed_ups(found: Results, axes: Axes) -> int:
-    """A bar a comparison, red where it is slower than the published chain."""
+    """One bar per comparison, red where it is slower than the published chain."""
     bars = [(f"{_label(key)}: {who}", found.ratio(key, who)) for key, who in found.compared()]
     names, ratios = [name for name, _ in bars], [ratio for _, ratio in bars]
     axes.barh(names, ratios, color=["tab:red" if ratio < 1 else "tab:blue" for ratio in ratios])
@@ -114,8 +114,8 @@ PLOTS: dict[str, Callable[[Results, Axes], int]] = {
     "saved": _bars_of("saved_mib", "MiB kept for the backward pass beside the inputs"),
     "peak": _bars_of("peak_mib", "peak MiB of a pass"),
     "limit": _bars_of("limit_percent", "% of the limit of the formula's operations or bytes"),
-    "examples": _bars_of("examples_s", "examples a second"),
-    "captions": _bars_of("captions_s", "captions a second"),
+    "examples": _bars_of("examples_s", "examples per second"),
+    "captions": _bars_of("captions_s", "captions per second"),
 }
 
 

@@ -23,7 +23,7 @@ from .published_layers import published_lora_linear, published_merged_linear
 
 
 class RepeatingContext(VisualContext):
-    """Features as the published layers take them: one entry a row of text, so in beam search repeated for the beams."""
+    """Features as the published layers take them: one entry per row of text, so repeated for the beams of a search."""
 
     def bind(self, features: Tensor | None, *, beams: int = 1, decoding: bool = False) -> AbstractContextManager[None]:
         """See :meth:`VisualContext.bind`."""

@@ -19,8 +19,8 @@ COLUMNS = (
     *("peak MiB", "% of limit"),
 )
 MODEL_COLUMNS = (
-    *("case", "routing", "provider", "dtype", "published ms", "ours ms", "fwd", "bwd", "whole", "published a second"),
-    *("ours a second", "saved MiB", "peak MiB"),
+    *("case", "routing", "provider", "dtype", "published ms", "ours ms", "fwd", "bwd", "whole", "published per second"),
+    *("ours per second", "saved MiB", "peak MiB"),
 )
 NOTE = """\
 reference: the published chain of operations; ours: the eager backend unless a provider is named. Times are medians of
@@ -32,8 +32,8 @@ formula is not computed as written, or not by the library of those rates."""
 MODEL_NOTE = """\
 Whole models: published is the same model with the published layers, at level train the published recipe's step in
 float32. Times are medians of forward + backward (level step), a training step (train), a beam search (generate), and
-"whole" is their ratio, above 1 when ours is faster. A second: examples, of generation captions. Saved is what autograd
-keeps beside weights and inputs, peak the most that it takes, published and ours."""
+"whole" is their ratio, above 1 when ours is faster. Per second: examples, of generation captions. Saved is what
+autograd keeps beside weights and inputs, peak the most that it takes, published and ours."""
 
 
 def _ratio(top: float, bottom: float) -> str:
@@ -83,7 +83,7 @@ def _model_line(found: Results, key: Key, ours: str) -> str:
 
 
 def _slower(found: Results) -> list[str]:
-    """A line a provider of ours that took longer than the published chain, the worst first."""
+    """One line per provider of ours that took longer than the published chain, the worst first."""
     slower = []
     for key, provider in found.compared():
         for mode in MODES:

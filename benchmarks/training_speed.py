@@ -118,7 +118,7 @@ def our_sides(compiling: bool) -> dict[str, str]:
 
 
 def measure(task: str, args: argparse.Namespace, folder: Path, compiling: ExitStack) -> dict:
-    """One row: examples a second of each side, ratios to the published step, memory."""
+    """One row: examples per second of each side, ratios to the published step, memory."""
     device = torch.device(args.device)
     model = routed_model(task, "tiny" if args.quick else args.size)
     if task == "caption":
@@ -164,7 +164,7 @@ def describe(row: dict) -> str:
     if row["gate"] == "failed":
         return f"{row['case']}: loss or gradients differ from the published step's: nothing was timed"
     lines = [
-        f"{row['case']}: published {row['published_examples_s']} examples/s, {row['published_step_mib']} MiB a step"
+        f"{row['case']}: published {row['published_examples_s']} examples/s, {row['published_step_mib']} MiB per step"
     ]
     lines += [
         f"  {name}: {row[f'{name}_examples_s']} examples/s = {row[f'{name}_speedup']}x "

@@ -29,13 +29,13 @@ from .published_models import published_optimizer
 from .random_models import autocast, errors_of, loss_and_gradients
 from .timing import Timer
 
-# batch, mean and 99th percentile of the lengths, special tokens a text, fixed text length of the published recipe
+# batch, mean and 99th percentile of the lengths, special tokens per text, fixed text length of the published recipe
 TASKS = {"vqa": (32, 8, 16, 2, 19), "caption": (8, 12, 25, 1, 50)}
 EXAMPLES = 4000
 # Largest relative RMS error of the loss and of all gradients together, against the published step in float32.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
-# Steps a turn, published and ours by precision, of about equal duration. Several, because the first step after another
-# side's turn is slower (caches, freed memory), and an epoch has no such steps.
+# Steps per turn, published and ours by precision, of about equal duration. Several, because the first step after
+# another side's turn is slower (caches, freed memory), and an epoch has no such steps.
 PUBLISHED_STEPS = 3
 STEPS = {"float32": 12, "bfloat16": 24}
 
@@ -184,7 +184,7 @@ def our_side(
 def seconds_a_step(
     data: Data, sides: Mapping[str, tuple[Step, int]], timer: Timer, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds a step of each side in each round, in which every side takes as many steps as it is given with."""
+    """Seconds per step of each side in each round, in which every side takes as many steps as it is given with."""
     order = data.order()
     spent: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(-1, rounds):  # a round to warm up

@@ -11,7 +11,7 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """A pool of ``workers`` spawned processes; nets this small run fastest with one thread a process."""
+    """A pool of ``workers`` spawned processes; nets this small run fastest with one thread per process."""
     # Set before the children start, since OpenMP reads it once; torch.set_num_threads alone leaves MKL's own count.
     for variable in _THREAD_VARIABLES:
         os.environ.setdefault(variable, "1")

@@ -319,5 +319,5 @@ def _write_images(folder: Path, split: ShapesSplit) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    # One line without spaces: the annotations hold ten answers a question.
+    # One line without spaces: the annotations hold ten answers per question.
     path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
