@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .comparison import Comparison
-from .gate import failures, relative_rms
+from .gate import failures, relative_errors
 from .layer_cases import DTYPES, Case, Layer, definition, make_tensors
 from .layer_providers import providers
 from .memory import cuda_peak, saved_mib
@@ -97,7 +97,7 @@ def check(
     for name, layer in layers.items():
         got, found[name] = attempt(lambda layer=layer: values_and_gradients(layer, tensors, dy, dtype), device)
         if got is not None:
-            found[name].worst_error = max(relative_rms(got[key], oracle[key]) for key in oracle)
+            found[name].worst_error = max(relative_errors(got, oracle).values())
             found[name].missed = [f"{key} {what}" for key, what in failures(got, plain, oracle, dtype).items()]
     return found
 

@@ -291,6 +291,16 @@ def test_gate_knows_nan_shape_and_the_plain_error() -> None:
     assert gate.relative_rms(torch.tensor([3.0, 4.0]), torch.zeros(2)) == 5.0
 
 
+def test_gate_measures_what_cancels_by_the_largest_tensor() -> None:
+    """A gradient that is zero up to rounding has no size of its own, but may not be anything either."""
+    oracle = {"y": torch.full((4,), 10.0).double(), "dbias": torch.full((2,), 1e-15).double()}
+    errors = gate.relative_errors({"y": torch.full((4,), 10.0), "dbias": torch.full((2,), 3e-6)}, oracle)
+    assert errors == {"y": 0.0, "dbias": pytest.approx(3e-7)}
+    assert list(gate.failures({**oracle, "dbias": torch.full((2,), 1e-3)}, oracle, oracle, torch.float32)) == ["dbias"]
+    own = {**oracle, "dbias": torch.full((2,), 1e-6).double()}  # small, and no rounding
+    assert gate.relative_errors({**own, "dbias": torch.full((2,), 2e-6)}, own)["dbias"] == pytest.approx(1.0)
+
+
 def row(provider: str, mode: str, ms: float, **changes) -> dict:
     fixed = {"case": "c", "routing": "mul", "dtype": "float32", "gate": "passed", "saved_mib": 1.0, "dirty": False}
     machine = {"device": "some CPU", "threads": 1, "torch": "2.6", "commit": "abc1234"}
