@@ -61,8 +61,6 @@ def _compiled(model: RoutedVLModel) -> Side:
     for module in model.modules():
         if isinstance(module, PublishedLoRALinear) and module.columns is not None:
             module.options["mask"] = False  # the published mask would break the graph
-    with model.context.bind(None):
-        pass  # makes this thread's slot, whose appearance after the first call would be a reason to compile again
     return Side(model, torch.compile(model, dynamic=False))
 
 

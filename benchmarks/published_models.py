@@ -15,7 +15,6 @@ from transformers.activations import NewGELUActivation
 
 from routingvl.backbones.dropout import LaneDropout
 from routingvl.bottlenecks.context import VisualContext
-from routingvl.bottlenecks.inject import replace_modules
 from routingvl.bottlenecks.layers import RoutedLoRALinear
 from routingvl.models.base import RoutedVLModel
 
@@ -39,7 +38,7 @@ class PublishedLoRALinear(nn.Module):
         self.weight, self.bias = layer.weight, layer.bias
         self.lora_A, self.lora_B = layer.lora_A, layer.lora_B
         self.context = context
-        self.options = {"routing": layer.routing, "scaling": layer.scaling}
+        self.options = {"routing": layer.routing.name, "scaling": layer.scaling}
         self.columns, self.groups = layer.columns, layer.groups
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +61,10 @@ def published_model(model: RoutedVLModel) -> RoutedVLModel:
             return NewGELUActivation()
         return nn.Dropout(part.p).train(part.training) if isinstance(part, LaneDropout) else None
 
-    replace_modules(model.language_model, published)
+    for parent in list(model.language_model.modules()):
+        for name, child in list(parent.named_children()):
+            if (new := published(child)) is not None:
+                setattr(parent, name, new)
     return model
 
 

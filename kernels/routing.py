@@ -56,6 +56,9 @@ class Routing:
     probe: Probe | None = None
     additive: bool = False
 
+    def __reduce__(self):  # a copied or loaded module refers to the table's row
+        return find_routing, (self.name,)
+
     @property
     def uses_image(self) -> bool:
         """Whether the function reads visual tokens at all."""
@@ -174,9 +177,12 @@ _ROWS = (
 ROUTINGS: Mapping[str, Routing] = MappingProxyType({row.name: row for row in _ROWS})
 
 
-def find_routing(name: str) -> Routing:
-    """The row called ``name``; ``ValueError`` names the known ones and the nearest when there is none."""
-    return find_row(ROUTINGS, name, "routing")
+def find_routing(name: str | Routing) -> Routing:
+    """The row called ``name``; ``ValueError`` names the known ones and the nearest when there is none.
+
+    A row is returned as it is.
+    """
+    return name if isinstance(name, Routing) else find_row(ROUTINGS, name, "routing")
 
 
 def routing_table() -> str:

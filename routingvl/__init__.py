@@ -20,7 +20,7 @@ _PUBLIC = {
     "inject": "routingvl.bottlenecks.inject",
     "ViTRobertaForVQA": "routingvl.models",
     "ViTGPT2ForCaptioning": "routingvl.models",
-    "load_reference_state_dict": "routingvl.bottlenecks.checkpoint",
+    "load_reference_state_dict": "routingvl.bottlenecks.published",
 }
 __all__ = ["__version__", *_PUBLIC]
 

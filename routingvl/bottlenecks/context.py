@@ -3,89 +3,40 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import TypeVar
 
 import torch
 
-
-class ThreadSlot:
-    """A place for one value a thread; a copy starts empty, because a thread's values cannot be copied or pickled."""
-
-    def __init__(self) -> None:
-        self._local = threading.local()
-
-    def get(self) -> Any:
-        """What this thread put here, or None."""
-        return getattr(self._local, "value", None)
-
-    def set(self, value: Any) -> None:
-        """Put ``value`` here for this thread."""
-        self._local.value = value
-
-    def __reduce__(self):
-        return ThreadSlot, ()
-
-
-class Reader(Protocol):
-    """A layer that can be told beforehand what the image comes to in it.
-
-    Attributes:
-        prepared: where the binding leaves a pair (the binding, what the layer made of the image).
-    """
-
-    prepared: ThreadSlot
-
-    def prepare(self, readers: Sequence[Reader], features: torch.Tensor, decoding: bool) -> list[Any]:
-        """What each of ``readers``, this one's kind, makes of the features; None for one that will do it by itself."""
+T = TypeVar("T")
 
 
 class VisualContext:
-    """Holds the visual features of the running forward pass, one slot a thread.
+    """Holds the visual features of the running forward pass, one binding per thread.
 
     A model binds its features around the call of its language model, and every routed layer below reads them::
 
         with context.bind(features):  # features [B, L, d]
             language_model(...)
 
-    Binding is strictly nested and cleared on exit, so a forgotten bind is an error and never a stale image. The slot
-    is thread-local: two threads can run one model on different images. Copies of a model get a context of their own.
-
-    The features are the same at every layer, so the layers that were registered (``inject`` registers its own) have
-    them projected together when they are bound, by one product instead of one a layer; in generation that happens once
-    for all steps. A layer does it by itself where that cannot be: while dropout draws a mask for each layer, and where
-    the parameters are sharded layer by layer (FSDP2). What a backward pass has gone through is not used again.
-
-    Args:
-        stacked: project for all layers together; False: every layer for itself, in each call.
+    Bindings nest and end with their block, so a forgotten bind is an error and never a stale image. Two threads can run
+    one model on different images. A copy of a model gets a context of its own, with nothing bound.
     """
 
-    def __init__(self, stacked: bool = True) -> None:
-        self.stacked = stacked
-        self.readers: list[Reader] = []
-        self._slot = ThreadSlot()
-
-    def register(self, reader: Reader) -> None:
-        """Project for this layer too when features are bound."""
-        if not any(reader is known for known in self.readers):
-            self.readers.append(reader)
-
-    def forget(self, reader: Reader) -> None:
-        """Undo :meth:`register`; nothing happens when it never was."""
-        self.readers = [known for known in self.readers if known is not reader]
+    def __init__(self) -> None:
+        self._thread = _Thread()
 
     def bind(
         self, features: torch.Tensor | None, *, beams: int = 1, decoding: bool = False
     ) -> AbstractContextManager[None]:
-        """Make ``features`` [B, L, d] readable inside the ``with`` block, in this thread.
-
-        ``features`` may be None, which is how a recomputation repeats a forward pass that had nothing bound.
+        """Make ``features`` readable inside the ``with`` block, in this thread.
 
         Args:
-            features: one entry an image.
+            features: [B, L, d], one entry per image; None hides what is bound around the block.
             beams: how many consecutive rows of text belong to each image; the text's batch is then B*beams.
-            decoding: many calls with few rows of text each will follow, so that preparing more for them pays.
+            decoding: many calls without gradients will follow, each with a few tokens of the same texts: what a layer
+                makes of the image is kept until the block ends, see :meth:`while_decoding`.
 
         Raises:
             ValueError: features are not a tensor of three dimensions, or ``beams`` is below 1.
@@ -93,17 +44,17 @@ class VisualContext:
         if features is not None and features.dim() != 3:
             raise ValueError(
                 f"visual features must be [batch, visual tokens, width], not {list(features.shape)}; "
-                "for one pooled vector an image use features[:, None]"
+                "for one pooled vector per image use features[:, None]"
             )
         if beams < 1:
             raise ValueError(f"beams={beams} must be at least 1")
-        return _Binding(self, features, beams, decoding)
+        return _Binding(self._thread, features, beams, {} if decoding else None)
 
     @property
     def features(self) -> torch.Tensor | None:
         """The features bound in this thread, or None."""
-        bound = self._slot.get()
-        return None if bound is None else bound.features
+        binding = self._thread.binding
+        return None if binding is None else binding.features
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
         """The bound features [B, L, d] for the text ``x`` [B*beams, T, d].
@@ -112,92 +63,78 @@ class VisualContext:
             RuntimeError: nothing is bound.
             ValueError: the batch of ``x`` is not that of the features, times the beams.
         """
-        bound = self._slot.get()
-        if bound is None or bound.features is None:
+        binding = self._thread.binding
+        if binding is None or binding.features is None:
             raise RuntimeError(
                 "a routed layer ran with no visual features bound: call the model inside "
                 "`with context.bind(features):`, or pass pixel_values= or vision_features= to a routingvl model"
             )
-        images = bound.features.shape[0]
-        if images * bound.beams != x.shape[0]:
-            times = f" and {bound.beams} beams each" if bound.beams > 1 else ""
+        images = binding.features.shape[0]
+        if images * binding.beams != x.shape[0]:
+            times = f" and {binding.beams} beams each" if binding.beams > 1 else ""
             raise ValueError(
                 f"features have batch {images}{times}, text has batch {x.shape[0]}; with beams, bind "
                 "context.bind(features, beams=num_beams)"
             )
-        return bound.features
+        return binding.features
+
+    def while_decoding(
+        self, layer: Hashable, weights: Sequence[torch.Tensor], compute: Callable[[torch.Tensor], T]
+    ) -> T | None:
+        """``compute(features)``, computed once for ``layer`` and kept until the decoding binding ends.
+
+        None where there is nothing to keep it for: outside of a decoding binding, and while gradients are recorded.
+
+        Args:
+            layer: for whom it is kept.
+            weights: what ``compute`` reads besides the features; it is called again when one was replaced or changed.
+            compute: a function of the bound features [B, L, d].
+        """
+        binding = self._thread.binding
+        if binding is None or binding.kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if any(weight.is_inference() for weight in weights):  # these do not count their changes
+            return None
+        # The weights themselves are kept too, so that no other tensor can come to stand at their addresses.
+        state = [(weight.data_ptr(), weight._version) for weight in weights]
+        known = binding.kept.get(layer)
+        if known is None or known[0] != state:
+            known = binding.kept[layer] = (state, weights, compute(binding.features))
+        return known[2]
 
     def checkpoint_context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """``context_fn`` for non-reentrant ``torch.utils.checkpoint``: the recomputation sees the same features."""
-        bound = self._slot.get()
-        return nullcontext(), _Binding(self, None) if bound is None else bound.again()
+        binding = self._thread.binding
+        if binding is None:
+            return nullcontext(), self.bind(None)
+        return nullcontext(), self.bind(binding.features, beams=binding.beams)
 
     def __reduce__(self):
-        # A copied model must not share its original's binding; its layers register with its own context.
-        return type(self), (self.stacked,)
+        return type(self), ()
+
+
+class _Thread(threading.local):
+    """What is bound in each thread."""
+
+    def __init__(self) -> None:
+        self.binding: _Binding | None = None
 
 
 class _Binding:
     """The ``with`` block of :meth:`VisualContext.bind`; restores what was bound before.
 
     Attributes:
-        spent: a backward pass has gone through what was prepared, so its graph is gone and the weights may change.
+        kept: what layers keep while decoding: {layer: (state of its weights, the weights, the value)}; None: nothing.
     """
 
-    def __init__(
-        self,
-        context: VisualContext,
-        features: torch.Tensor | None,
-        beams: int = 1,
-        decoding: bool = False,
-        prepared: list[tuple[Reader, Any]] | None = None,
-    ) -> None:
-        self.context, self.features, self.beams, self.decoding = context, features, beams, decoding
-        self.prepared = prepared
-        self.previous: _Binding | None = None
-        self.spent = False
-
-    def again(self) -> _Binding:
-        """A binding of the same features with the same preparations, to be entered at another time."""
-        return _Binding(self.context, self.features, self.beams, self.decoding, self.prepared)
+    def __init__(self, thread: _Thread, features: torch.Tensor | None, beams: int, kept: dict | None) -> None:
+        self.features, self.beams, self.kept = features, beams, kept
+        self._thread, self._previous = thread, None
 
     def __enter__(self) -> None:
-        self.previous = self.context._slot.get()
-        if self.prepared is None:
-            self.prepared = self._prepare()
-        self.context._slot.set(self)
-        self._hand_out()
+        self._previous, self._thread.binding = self._thread.binding, self
 
     def __exit__(self, *exc: object) -> None:
-        self.context._slot.set(self.previous)
-        for reader, _ in self.prepared:
-            reader.prepared.set(None)
-        if self.previous is not None:
-            self.previous._hand_out()
-        self.previous = None
-
-    def _hand_out(self) -> None:
-        for reader, prepared in self.prepared:
-            reader.prepared.set((self, prepared))
-
-    def _prepare(self) -> list[tuple[Reader, Any]]:
-        """What every registered layer makes of the features, the layers of one kind together."""
-        if self.features is None or not self.context.stacked:
-            return []
-        kinds: dict[type, list[Reader]] = {}
-        for reader in self.context.readers:
-            kinds.setdefault(type(reader), []).append(reader)
-        pairs = []
-        for readers in kinds.values():
-            made = readers[0].prepare(readers, self.features, self.decoding)
-            pairs += [pair for pair in zip(readers, made, strict=True) if pair[1] is not None]
-        if not torch.compiler.is_compiling():
-            # The product for all layers, of which each one's code is a part; everything prepared comes from it.
-            products = [prepared.u if prepared.u._base is None else prepared.u._base for _, prepared in pairs]
-            for product in {id(product): product for product in products}.values():
-                if product.requires_grad:
-                    product.register_hook(self._spend)
-        return pairs
-
-    def _spend(self, gradient: torch.Tensor) -> None:
-        self.spent = True
+        self._thread.binding, self._previous = self._previous, None
+        if self.kept is not None:
+            self.kept.clear()

@@ -1,79 +1,30 @@
-"""Model surgery: put routed bottlenecks into a language model, freeze the rest, report what trains, undo."""
+"""Put routed bottlenecks into a language model and freeze the rest; take them out again."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from torch import nn
 
 from routingvl.bottlenecks.context import VisualContext
-from routingvl.bottlenecks.families import FAMILIES, Family, Projection
+from routingvl.bottlenecks.families import ACTIVATIONS, FAMILIES, Family, Projection
 from routingvl.bottlenecks.layers import (
     AdaptedDropout,
     AdaptedLayerNorm,
     RoutedAdapter,
+    RoutedLayer,
     RoutedLoRALinear,
     is_projection,
     projection_widths,
 )
+from routingvl.bottlenecks.report import TrainableReport, trainable_report
 from routingvl.config import RoutingConfig
-from routingvl.kernels.dispatch import select_backend
-
-# Names of activation functions in transformers' configs, and ours.
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_new",
-    "gelu_pytorch_tanh": "gelu_new",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
 
 
 class SurgeryError(ValueError):
     """The bottlenecks cannot be put into (or taken out of) this model; the message says what was looked for."""
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One routed bottleneck: its module name, kind, routing, rank, and which backend runs it, and why."""
-
-    name: str
-    kind: str
-    routing: str
-    rank: int
-    backend: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class TrainableReport:
-    """What trains after surgery.
-
-    Attributes:
-        trainable: number of trainable parameters.
-        total: number of all parameters of the model given (a tied weight counts once).
-        names: names of the trainable parameters.
-        layers: the routed bottlenecks, in the model's order.
-    """
-
-    trainable: int
-    total: int
-    names: tuple[str, ...]
-    layers: tuple[LayerReport, ...]
-
-    def __str__(self) -> str:
-        head = f"trainable {self.trainable:,} of {self.total:,} parameters ({100 * self.trainable / self.total:.2f} %)"
-        width = max((len(layer.name) for layer in self.layers), default=0)
-        rows = [
-            f"  {layer.name:<{width}}  {layer.kind:<7}  {layer.routing:<6}  r={layer.rank:<4} "
-            f"{layer.backend}: {layer.reason}"
-            for layer in self.layers
-        ]
-        return "\n".join([head, *rows])
 
 
 def inject(
@@ -98,7 +49,7 @@ def inject(
         SurgeryError: no module matches (the nearest names are listed), a layer index does not exist, or the model
             has bottlenecks already.
     """
-    if any(isinstance(module, RoutedLoRALinear | RoutedAdapter) for module in model.modules()):
+    if any(isinstance(module, RoutedLayer) for module in model.modules()):
         raise SurgeryError(
             "the model has routed bottlenecks already: call routingvl.bottlenecks.inject.remove(model) first"
         )
@@ -113,8 +64,6 @@ def inject(
     freeze(model)
     for name, module in changes:
         _replace(model, name, module)
-        if isinstance(module, RoutedLoRALinear | RoutedAdapter):
-            module.register()
     _unfreeze(model, family, config)
     return trainable_report(model)
 
@@ -132,9 +81,6 @@ def remove(model: nn.Module) -> None:
     ]
     if not routed:
         raise SurgeryError("the model has no routed bottlenecks to remove")
-    for _, module in model.named_modules():
-        if isinstance(module, RoutedLoRALinear | RoutedAdapter) and module.context is not None:
-            module.context.forget(module)
     for name, module in routed:
         _replace(model, name, module.restore())
     for name, _ in [(n, m) for n, m in model.named_modules() if isinstance(m, RoutedAdapter)]:
@@ -146,25 +92,6 @@ def freeze(model: nn.Module) -> None:
     """Stop training every parameter of ``model``."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-
-
-def trainable_report(model: nn.Module, exclude: str | None = None) -> TrainableReport:
-    """Count what trains in ``model``; parameters whose name starts with ``exclude`` do not count."""
-    parameters = [(n, p) for n, p in model.named_parameters() if exclude is None or not n.startswith(exclude)]
-    trainable = [(name, p.numel()) for name, p in parameters if p.requires_grad]
-    layers = []
-    for name, module in model.named_modules():
-        if isinstance(module, RoutedLoRALinear | RoutedAdapter):
-            kind = "lora" if isinstance(module, RoutedLoRALinear) else "adapter"
-            down = module.lora_A if kind == "lora" else module.down_sampler.weight  # [width of the code, K]
-            backend, reason = select_backend(down.device.type, module.backend, dtype=down.dtype, width=down.shape[0])
-            layers.append(LayerReport(name, kind, module.routing, module.rank, backend, reason))
-    return TrainableReport(
-        trainable=sum(size for _, size in trainable),
-        total=sum(p.numel() for _, p in parameters),
-        names=tuple(name for name, _ in trainable),
-        layers=tuple(layers),
-    )
 
 
 def _model_type(model: nn.Module) -> str | None:
@@ -326,11 +253,3 @@ def _unfreeze(model: nn.Module, family: Family | None, config: RoutingConfig) ->
             within = name.startswith(inside) if inside is not None else _layer_index(name) is not None
             if isinstance(module, nn.LayerNorm) and within:
                 module.requires_grad_(True)
-
-
-def replace_modules(root: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
-    """Put ``replacement(module)`` in the place of every module below ``root`` for which it is not None."""
-    for parent in list(root.modules()):
-        for name, child in list(parent.named_children()):
-            if (new := replacement(child)) is not None:
-                setattr(parent, name, new)

@@ -1,32 +1,29 @@
 """Routed bottlenecks as modules: LoRA beside a frozen projection, and an adapter behind a sublayer.
 
 Both read the image from a :class:`~routingvl.bottlenecks.context.VisualContext`, or take it as a second argument.
-Letters as in the whole library: B batch, T text tokens, L visual tokens, K width in, N width out, R bottleneck.
+B batch, T text tokens, L visual tokens, K inputs, N outputs, R rank; x [B, T, K] text, v [B, L, K] image.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from routingvl.bottlenecks.context import ThreadSlot, VisualContext
-from routingvl.bottlenecks.sharding import is_sharded
+from routingvl.bottlenecks.context import VisualContext
 from routingvl.kernels import (
     ImageCode,
-    project_adapter_images,
-    project_lora_images,
+    project_adapter_image,
+    project_lora_image,
     routed_adapter,
     routed_lora_linear,
 )
-
-_logger = logging.getLogger(__name__)
+from routingvl.kernels.routing import find_routing
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -39,106 +36,66 @@ def is_projection(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_conv1d(module)
 
 
-class _Routed(nn.Module):
-    """What both bottlenecks share: the routing and where the image comes from."""
+class RoutedLayer(nn.Module):
+    """What both bottlenecks share: the routing function, and how the image reaches them.
+
+    Attributes:
+        kind: the method that the layer belongs to, "lora" or "adapter".
+        routing: the routing function's row of :data:`routingvl.kernels.ROUTINGS`.
+        rank: R.
+    """
+
+    kind: str
+    rank: int
 
     def __init__(self, routing: str, dropout: float, relu: bool, context: VisualContext | None, backend: str | None):
         super().__init__()
-        self.routing = routing
+        self.routing = find_routing(routing)
         self.dropout = dropout
         self.relu = relu
         self.context = context
         self.backend = backend
-        self.prepared = ThreadSlot()
-        self.registered = False
 
-    def register(self) -> None:
-        """Have the context project the image for this layer together with its others."""
-        if self.context is not None:
-            self.registered = True
-            self.context.register(self)
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        if self.registered:  # a copy, whose context is a copy too
-            self.context.register(self)
-
-    def projection(self) -> tuple[torch.Tensor, ...]:
-        """The weights that project the image, in the order in which :meth:`project_images` takes them."""
+    @property
+    def projection(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights that project the image; the first is the down-projection A, as wide as the text and image."""
         raise NotImplementedError
 
-    def form(self) -> dict[str, object]:
-        """The options of the projection; layers can be projected together only where these are equal."""
+    def project(self, v: torch.Tensor) -> ImageCode | None:
+        """What v [B, L, K] comes to in this layer before any text, made for decoding; None: nothing can be prepared."""
         raise NotImplementedError
 
-    @staticmethod
-    def project_images(
-        v: torch.Tensor, weights: list[Sequence[torch.Tensor]], decoding: bool, **form: object
-    ) -> list[ImageCode] | None:
-        """Project v for several layers; ``weights`` holds what each one's :meth:`projection` gives, transposed."""
-        raise NotImplementedError
+    @property
+    def drops(self) -> bool:
+        """Whether the layer's own dropout draws in this call."""
+        return self.training and self.dropout > 0
 
-    def prepare(self, readers: Sequence[_Routed], features: torch.Tensor, decoding: bool) -> list[ImageCode | None]:
-        """See :class:`~routingvl.bottlenecks.context.Reader`: one product for all layers that are alike."""
-        alike: dict[tuple, list[int]] = {}
-        for index, reader in enumerate(readers):
-            if reader.can_prepare(features):
-                weights = [(w.shape, w.dtype, w.device) for w in reader.projection()]
-                alike.setdefault((*weights, *reader.form().items()), []).append(index)
-        found: list[ImageCode | None] = [None] * len(readers)
-        for indices in alike.values():
-            weights = list(zip(*(readers[index].projection() for index in indices), strict=True))
-            codes = self.project_images(features, weights, decoding, **readers[indices[0]].form())
-            for index, code in zip(indices, codes or (), strict=False):
-                found[index] = code
-        return found
+    def read_image(self, x: torch.Tensor, v: torch.Tensor | None) -> tuple[torch.Tensor | None, ImageCode | None]:
+        """The features [B, L, K] to route ``x`` with, and what they come to in this layer where that is kept.
 
-    def can_prepare(self, features: torch.Tensor) -> bool:
-        """Whether the image can be projected for this layer before the layer runs."""
-        weight = self.projection()[0]
-        if self.routing == "none" or (self.training and self.dropout > 0):
-            return False
-        if is_sharded(weight):
-            _say_once("parameters are sharded layer by layer: every layer projects the image by itself")
-            return False
-        autocast = torch.is_autocast_enabled(features.device.type)
-        return (
-            features.device == weight.device
-            and features.shape[2] == weight.shape[1]
-            and (features.dtype == weight.dtype or autocast)
-        )
-
-    def prepared_image(self, v: torch.Tensor | None) -> ImageCode | None:
-        """What the running binding prepared for this layer, if it may be used for the features ``v``."""
-        pair = self.prepared.get()
-        if pair is None:
-            return None
-        binding, image = pair
-        weight = self.projection()[0]
-        # Prepared without gradients, it has no way back to the weights.
-        usable = image.u.requires_grad or not (torch.is_grad_enabled() and weight.requires_grad)
-        drops = self.training and self.dropout > 0
-        return image if usable and not binding.spent and not drops and v is binding.features else None
-
-    def visual(self, x: torch.Tensor, v: torch.Tensor | None) -> torch.Tensor | None:
-        """The features [B, L, K] to route ``x`` with: the argument, else the context's; None when nothing routes."""
-        if self.routing == "none":
-            return None
+        The features are the argument ``v``, else the context's; None when the routing reads no image.
+        """
+        if not self.routing.uses_image:
+            return None, None
         if v is not None:
-            return v
+            return v, None
         if self.context is None:
             raise RuntimeError(f"{type(self).__name__} has no context: pass the visual features as second argument")
-        return self.context.read(x)
+        v = self.context.read(x)
+        # What does not fit the weights is left to the call, which says so.
+        if self.drops or v.shape[2] != self.projection[0].shape[1]:
+            return v, None
+        return v, self.context.while_decoding(self, self.projection, self.project)
 
     def extra_repr(self) -> str:
         """What print shows."""
         relu = ", relu" if self.relu else ""
         dropout = f", dropout={self.dropout}" if self.dropout else ""
-        return f"routing={self.routing}, rank={self.rank}{relu}{dropout}"
+        return f"routing={self.routing.name}, rank={self.rank}{relu}{dropout}"
 
 
-class RoutedLoRALinear(_Routed):
-    """A frozen projection plus a routed low-rank update: ``y = x W' + bias + (alpha / r) route(x A', v A') B'``.
+class RoutedLoRALinear(RoutedLayer):
+    """A frozen projection plus a routed low-rank update: ``y = x Wᵀ + bias + (alpha / R) route(x Aᵀ, v Aᵀ) Bᵀ``.
 
     The module takes over the weight and bias of ``base`` under their own names, so that a model's state dict keeps
     its keys. At initialisation B is 0 and the output is that of ``base``, bit for bit. The update is never merged into
@@ -150,15 +107,17 @@ class RoutedLoRALinear(_Routed):
         routing, relu, placement: see :class:`~routingvl.config.RoutingConfig`.
         alpha: the update is scaled by alpha / rank; None for alpha = rank.
         dropout: probability for the bottleneck's inputs, drawn separately for text and image.
-        slices: (start, stop) columns of the output that are adapted, equal in width; None for all. Several slices
-            share one routed code of width ``len(slices) * rank``, and each owns ``rank`` of its components.
+        slices: (start, stop) columns of the output that are adapted, equal in width; None for all. G slices share one
+            bottleneck of joined rank G*R, in which the image is routed; each is expanded from R of its components.
         context: where the visual features come from when they are not passed to the call.
         backend: None, "eager" or "triton", see :func:`routingvl.kernels.lora.api`.
 
     Raises:
         TypeError: ``base`` is neither nn.Linear nor Conv1D.
-        ValueError: slices do not fit the output.
+        ValueError: slices do not fit the output, or the routing function is not known.
     """
+
+    kind = "lora"
 
     def __init__(
         self,
@@ -200,12 +159,12 @@ class RoutedLoRALinear(_Routed):
 
     @property
     def groups(self) -> int:
-        """How many slices share the routed code."""
+        """G, how many slices share the bottleneck."""
         return 1 if self.columns is None else len(self.columns)
 
     def forward(self, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., K] (three dimensions when an image is routed in) and v [B, L, K] -> y [..., N]."""
-        v = self.visual(x, v)
+        """x [..., K] (three dimensions when an image is routed in), v [B, L, K] or the context's -> y [..., N]."""
+        v, image = self.read_image(x, v)
         shape = x.shape
         rows = x if x.dim() == 3 else x.reshape(1, -1, shape[-1])
         y = routed_lora_linear(
@@ -215,25 +174,24 @@ class RoutedLoRALinear(_Routed):
             self.bias,
             self.lora_A,
             self.lora_B,
-            routing=self.routing,
-            scaling=self.scaling,
-            relu=self.relu,
-            groups=self.groups,
             columns=self.columns,
-            placement=self.placement,
             weight_layout=self.weight_layout,
             dropout=self.dropout if self.training else 0.0,
-            backend=self.backend,
-            image=self.prepared_image(v),
+            image=image,
+            **self._options(),
         )
         return y.view(*shape[:-1], self.out_features)
 
-    def projection(self) -> tuple[torch.Tensor, ...]:
-        """See :class:`_Routed`."""
+    @property
+    def projection(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [G*R, K] and B [G*n, R]."""
         return self.lora_A, self.lora_B
 
-    def form(self) -> dict[str, object]:
-        """See :class:`_Routed`."""
+    def project(self, v: torch.Tensor) -> ImageCode | None:
+        """See :class:`RoutedLayer`."""
+        return project_lora_image(v, *self.projection, decoding=True, **self._options())
+
+    def _options(self) -> dict[str, Any]:
         return {
             "routing": self.routing,
             "scaling": self.scaling,
@@ -242,11 +200,6 @@ class RoutedLoRALinear(_Routed):
             "placement": self.placement,
             "backend": self.backend,
         }
-
-    @staticmethod
-    def project_images(v, weights, decoding, **form) -> list[ImageCode] | None:
-        """See :class:`_Routed`."""
-        return project_lora_images(v, *weights, decoding=decoding, **form)
 
     def restore(self) -> nn.Module:
         """The module this one stands in for, with the current weight and bias; the low-rank update is dropped."""
@@ -260,8 +213,8 @@ class RoutedLoRALinear(_Routed):
         return f"{self.in_features} -> {self.out_features}, {super().extra_repr()}{columns}, placement={self.placement}"
 
 
-class RoutedAdapter(_Routed):
-    """A bottleneck behind a sublayer: ``y = [x +] act(route(x D' + d, v D' + d)) U' + u``.
+class RoutedAdapter(RoutedLayer):
+    """A bottleneck behind a sublayer: ``y = [x +] act(route(x Aᵀ + b_down, v Aᵀ + b_down)) Bᵀ + b_up``.
 
     Args:
         width: K of text and image.
@@ -270,8 +223,10 @@ class RoutedAdapter(_Routed):
         residual: add the input to the output.
         routing, dropout, relu, context, backend: as for :class:`RoutedLoRALinear`.
 
-    Weights start at N(0, 0.02), biases at 0.
+    Weights are drawn from N(0, 0.02²), biases start at 0.
     """
+
+    kind = "adapter"
 
     def __init__(
         self,
@@ -297,17 +252,16 @@ class RoutedAdapter(_Routed):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights ~ N(0, 0.02), biases 0."""
+        """Weights ~ N(0, 0.02²), biases 0."""
         for linear in (self.down_sampler, self.up_sampler):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
-        """x [B, T, K] and v [B, L, K] -> y [B, T, K]."""
-        v = self.visual(x, v)
-        image = self.prepared_image(v)
+        """x [B, T, K], v [B, L, K] or the context's -> y [B, T, K]."""
+        v, image = self.read_image(x, v)
         dropped = x
-        if self.training and self.dropout > 0:
+        if self.drops:
             dropped, v = F.dropout(x, self.dropout), None if v is None else F.dropout(v, self.dropout)
         y = routed_adapter(
             dropped,
@@ -326,18 +280,14 @@ class RoutedAdapter(_Routed):
         # The residual path carries the input itself, without the bottleneck's dropout.
         return y + x if self.residual and dropped is not x else y
 
-    def projection(self) -> tuple[torch.Tensor, ...]:
-        """See :class:`_Routed`."""
+    @property
+    def projection(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [R, K] and b_down [R]."""
         return self.down_sampler.weight, self.down_sampler.bias
 
-    def form(self) -> dict[str, object]:
-        """See :class:`_Routed`."""
-        return {"routing": self.routing, "relu": self.relu}
-
-    @staticmethod
-    def project_images(v, weights, decoding, **form) -> list[ImageCode] | None:
-        """See :class:`_Routed`."""
-        return project_adapter_images(v, *weights, decoding=decoding, **form)
+    def project(self, v: torch.Tensor) -> ImageCode | None:
+        """See :class:`RoutedLayer`."""
+        return project_adapter_image(v, *self.projection, routing=self.routing, relu=self.relu, decoding=True)
 
     def extra_repr(self) -> str:
         """What print shows."""
@@ -384,11 +334,6 @@ class AdaptedLayerNorm(nn.LayerNorm):
         norm = nn.LayerNorm(self.normalized_shape, self.eps, device="meta")
         norm.weight, norm.bias = self.weight, self.bias
         return norm.train(self.training)
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    _logger.warning(message)
 
 
 def projection_widths(base: nn.Module) -> tuple[int, int]:

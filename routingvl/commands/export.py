@@ -35,7 +35,7 @@ def run(args: Sequence[str]) -> int:
     model = load_pretrained(folder.adapter(options.checkpoint))
     with replacing(output) as target:
         if options.format == "peft":
-            from routingvl.bottlenecks.checkpoint import export_peft
+            from routingvl.bottlenecks.peft_format import export_peft
 
             export_peft(model, target, base_model=model.backbones["text"])
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -16,8 +17,9 @@ from routingvl.backbones.text import load_text, position_limit, text_body
 from routingvl.backbones.vision import FEATURES, image_features, load_tower, tower_of, tower_width
 from routingvl.bottlenecks import checkpoint
 from routingvl.bottlenecks.context import VisualContext
-from routingvl.bottlenecks.inject import TrainableReport, inject, trainable_report
-from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict
+from routingvl.bottlenecks.inject import inject
+from routingvl.bottlenecks.report import TrainableReport, trainable_report
+from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict, nearest
 from routingvl.kernels import ROUTINGS
 
 
@@ -95,10 +97,13 @@ class RoutedVLModel(nn.Module):
             ConfigError: an option is unknown, or the parts do not fit each other.
             OSError: a name or folder holds no model (transformers' message names it).
         """
-        known = checkpoint.keyword_names(cls.__init__)
+        known = [p.name for p in inspect.signature(cls.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
         for name in options:
             if name not in known:
-                raise ConfigError(checkpoint.unknown_key(f"{cls.__name__}.from_backbones", name, known))
+                raise ConfigError(
+                    f"{cls.__name__}.from_backbones: unknown key {name!r}{nearest(name, known)} "
+                    f"(known: {', '.join(known)})"
+                )
         try:
             vision_model, vision_name = _resolve(vision, load_tower)
             text_model, text_name = _resolve(text, partial(load_text, cls.model_type))

@@ -49,8 +49,6 @@ def compiled(model: RoutedVLModel) -> Iterator[None]:
     """Calls of ``model`` inside the block run through torch.compile; its parameters keep their names."""
     import torch._inductor.config
 
-    with model.context.bind(None):
-        pass  # makes this thread's slot, whose appearance after the first call would be a reason to compile again
     model.compile(backend=BACKEND)
     options = _cpu_options() if model.device.type == "cpu" else {}
     try:

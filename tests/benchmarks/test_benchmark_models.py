@@ -45,8 +45,13 @@ def in_float64(model):
 
     def forward(self, x):
         weight = self.weight.T if self.weight_layout == "kn" else self.weight
-        v = None if self.routing == "none" else self.context.read(x)
-        options = {"routing": self.routing, "scaling": self.scaling, "groups": self.groups, "columns": self.columns}
+        v = self.context.read(x) if self.routing.uses_image else None
+        options = {
+            "routing": self.routing.name,
+            "scaling": self.scaling,
+            "groups": self.groups,
+            "columns": self.columns,
+        }
         return reference_lora(x, v, self.lora_A, self.lora_B, base=F.linear(x, weight, self.bias), **options)
 
     for module in model.double().modules():

@@ -1,14 +1,17 @@
 """VisualContext: binding, reading, copies, threads, checkpointing."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
+from tiny import WIDTH, small_gpt2, small_roberta
 from torch.utils.checkpoint import checkpoint
 
-from routingvl import VisualContext
+from routingvl import RoutingConfig, VisualContext, ViTRobertaForVQA, inject
 
 
 def test_read_needs_a_binding():
@@ -38,6 +41,17 @@ def test_batch_mismatch_names_both_and_the_fix():
         pytest.raises(ValueError, match=r"batch 2, text has batch 6.*beams=num_beams"),
     ):
         context.read(torch.zeros(6, 3, 4))
+
+
+def test_beams_are_counted():
+    context = VisualContext()
+    features = torch.randn(2, 1, 4)
+    with context.bind(features, beams=3):
+        assert context.read(torch.zeros(6, 1, 4)) is features
+        with pytest.raises(ValueError, match="3 beams each, text has batch 2"):
+            context.read(torch.zeros(2, 1, 4))
+    with pytest.raises(ValueError, match="beams=0"):
+        context.bind(features, beams=0)
 
 
 def test_features_must_have_three_dimensions():
@@ -91,3 +105,60 @@ def test_recomputation_sees_the_features_of_its_forward():
         (outputs[0].sum() + outputs[1].sum()).backward()
         grads.append(x.grad)
     assert torch.equal(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("routing", ["mul", "vllora"])
+def test_two_losses_of_one_image(routing):
+    """Two forward passes in one binding, then a backward pass each."""
+    context, model = VisualContext(), small_gpt2().eval()
+    inject(model, RoutingConfig(rank=4, routing=routing), context)
+    ids = torch.tensor([[1, 2], [3, 4]])
+    found = []
+    for apart in (True, False):
+        model.zero_grad()
+        with context.bind(torch.ones(2, 1, WIDTH)):
+            one, two = model(ids, labels=ids).loss, model(ids.flip(0), labels=ids).loss
+        if apart:
+            one.backward()
+            two.backward()
+        else:
+            (one + two).backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_steps_within_one_binding_see_the_weights_of_the_moment():
+    losses = []
+    for bindings in (1, 3):
+        context, model = VisualContext(), small_gpt2().eval()
+        inject(model, RoutingConfig(rank=4, routing="vllora"), context)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        found = []
+        for _ in range(bindings):
+            with context.bind(torch.ones(2, 1, WIDTH)):
+                for _ in range(3 // bindings):
+                    loss = model(torch.tensor([[1, 2], [3, 4]])).logits.square().mean()
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    found.append(loss.item())
+        losses.append(found)
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 3
+
+
+def test_training_leaves_nothing_behind():
+    model = ViTRobertaForVQA.from_backbones(
+        None, small_roberta(), RoutingConfig(rank=4, routing="vllora"), num_labels=5, vision_width=WIDTH
+    ).train()
+    alive = []
+    for _ in range(200):
+        features = torch.randn(2, 1, WIDTH)
+        ids = torch.randint(3, 40, (2, 4))
+        model(vision_features=features, input_ids=ids, labels=torch.rand(2, 5)).loss.backward()
+        alive.append(weakref.ref(features))
+    del features
+    gc.collect()
+    assert not any(reference() is not None for reference in alive)
+    assert model.context.features is None

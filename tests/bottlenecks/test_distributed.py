@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -61,12 +60,6 @@ def share_of(rank: int) -> slice:
     return slice(rank * ROWS // PROCESSES, (rank + 1) * ROWS // PROCESSES)
 
 
-def layers_with_a_prepared_image(model: nn.Module) -> int:
-    """How many layers have the image projected for them when features are bound."""
-    with model.context.bind(torch.randn(1, 1, 32)):
-        return sum(reader.prepared.get() is not None for reader in model.context.readers)
-
-
 def keep(rank: int, path: Path, found: dict) -> None:
     if rank == 0:
         torch.save(found, path)
@@ -76,9 +69,8 @@ def ddp(rank: int, folder: Path) -> None:
     """Every case under DistributedDataParallel."""
     for (name, recompute), key in zip(CASES, IDS, strict=True):
         model = build(name, recompute)
-        found = {"prepared": layers_with_a_prepared_image(model)}
         backward(DistributedDataParallel(model), share_of(rank), PROCESSES)
-        keep(rank, folder / f"{key}.pt", found | gradients(model))
+        keep(rank, folder / f"{key}.pt", gradients(model))
     if rank == 0:
         model.save_pretrained(folder / "adapter")
 
@@ -87,10 +79,6 @@ def fsdp(rank: int, folder: Path) -> None:
     """Every case with each transformer layer sharded by itself."""
     from torch.distributed.fsdp import fully_shard
 
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("routingvl").addHandler(handler)
     for (name, recompute), key in zip(CASES, IDS, strict=True):
         model = build(name, recompute)
         body = model.language_model
@@ -99,10 +87,8 @@ def fsdp(rank: int, folder: Path) -> None:
             fully_shard(block)
         fully_shard(model)
         assert all(map(is_sharded, model.parameters()))
-        found = {"prepared": layers_with_a_prepared_image(model)}
         backward(model, share_of(rank), PROCESSES)
-        keep(rank, folder / f"{key}.pt", found | gradients(model))
-    keep(rank, folder / "said.pt", said)
+        keep(rank, folder / f"{key}.pt", gradients(model))
     model.save_pretrained(folder / "adapter")
 
 
@@ -120,22 +106,12 @@ def shared(request, tmp_path_factory) -> Path:
 def test_gradients_are_those_of_one_process(shared: Path, name: str, recompute: bool) -> None:
     found = torch.load(shared / f"{name}{'-checkpointing' * recompute}.pt")
     model = build(name)
-    layers = layers_with_a_prepared_image(model)
-    assert layers == len(model.context.readers) > 0
-    # Sharded layer by layer, no process has the weights of all layers when the image is bound.
-    assert found.pop("prepared") == (0 if shared.name.startswith("fsdp") else layers)
     backward(model, slice(ROWS), 1)
     want = gradients(model)
     assert found.keys() == want.keys()
     errors = {name: relative_rms(found[name], want[name]) for name in want if want[name].abs().max() > 0}
     assert len(errors) > len(want) / 2
     assert max(errors.values()) < TOLERANCE, max(errors.items(), key=lambda item: item[1])
-
-
-def test_sharding_is_said_once(shared: Path) -> None:
-    if shared.name.startswith("fsdp"):
-        said = [message for message in torch.load(shared / "said.pt") if "sharded" in message]
-        assert said == ["parameters are sharded layer by layer: every layer projects the image by itself"]
 
 
 def test_the_first_process_saves_the_whole_adapter(shared: Path, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
 from routingvl import RoutingConfig, VisualContext, ViTRobertaForVQA, inject
-from routingvl.bottlenecks.inject import SurgeryError, remove, trainable_report
+from routingvl.bottlenecks.inject import SurgeryError, remove
 from routingvl.bottlenecks.layers import RoutedAdapter, RoutedLoRALinear
+from routingvl.bottlenecks.report import trainable_report
 from routingvl.kernels.optional_triton import interpreted
 
 

@@ -10,6 +10,7 @@ import torch
 from tiny import answerer, batch, captioner, randomise
 
 from routingvl import RoutingConfig
+from routingvl.bottlenecks.layers import RoutedLayer
 from routingvl.kernels.optional_triton import interpreted
 
 pytest.importorskip("triton")
@@ -45,8 +46,9 @@ def step(build: Callable, **routing: str) -> int:
     model = randomise(build(RoutingConfig(rank=4, **routing))).to(DEVICE).train()
     inputs = {name: tensor.to(DEVICE) for name, tensor in batch().items()}
     calls = []
-    for reader in model.context.readers:
-        reader.register_forward_hook(lambda *_: calls.append(1))
+    for module in model.modules():
+        if isinstance(module, RoutedLayer):
+            module.register_forward_hook(lambda *_: calls.append(1))
     model(**inputs).logits.square().mean().backward()
     return len(calls)
 

@@ -226,8 +226,8 @@ def test_what_fits_nowhere_is_in_the_reason_and_in_the_report(
 ) -> None:
     from torch import nn
 
-    from routingvl.bottlenecks.inject import trainable_report
     from routingvl.bottlenecks.layers import RoutedLoRALinear
+    from routingvl.bottlenecks.report import trainable_report
 
     monkeypatch.setattr(launch, "_first_fit", {})
     layer = RoutedLoRALinear(nn.Linear(8, 8), routing="mul", rank=4, alpha=4)

@@ -1,0 +1,67 @@
+"""What trains in a model with routed bottlenecks, and which backend runs each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from routingvl.bottlenecks.layers import RoutedLayer
+from routingvl.kernels.dispatch import select_backend
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One routed bottleneck: its module name, kind, routing, rank, and which backend runs it, and why."""
+
+    name: str
+    kind: str
+    routing: str
+    rank: int
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class TrainableReport:
+    """What trains after surgery.
+
+    Attributes:
+        trainable: number of trainable parameters.
+        total: number of all parameters of the model given (a tied weight counts once).
+        names: names of the trainable parameters.
+        layers: the routed bottlenecks, in the model's order.
+    """
+
+    trainable: int
+    total: int
+    names: tuple[str, ...]
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        head = f"trainable {self.trainable:,} of {self.total:,} parameters ({100 * self.trainable / self.total:.2f} %)"
+        width = max((len(layer.name) for layer in self.layers), default=0)
+        rows = [
+            f"  {layer.name:<{width}}  {layer.kind:<7}  {layer.routing:<6}  r={layer.rank:<4} "
+            f"{layer.backend}: {layer.reason}"
+            for layer in self.layers
+        ]
+        return "\n".join([head, *rows])
+
+
+def trainable_report(model: nn.Module, exclude: str | None = None) -> TrainableReport:
+    """Count what trains in ``model``; parameters whose name starts with ``exclude`` do not count."""
+    parameters = [(n, p) for n, p in model.named_parameters() if exclude is None or not n.startswith(exclude)]
+    trainable = [(name, p.numel()) for name, p in parameters if p.requires_grad]
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedLayer):
+            a = module.projection[0]
+            backend, reason = select_backend(a.device.type, module.backend, dtype=a.dtype, width=a.shape[0])
+            layers.append(LayerReport(name, module.kind, module.routing.name, module.rank, backend, reason))
+    return TrainableReport(
+        trainable=sum(size for _, size in trainable),
+        total=sum(p.numel() for _, p in parameters),
+        names=tuple(name for name, _ in trainable),
+        layers=tuple(layers),
+    )
