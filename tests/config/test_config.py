@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -172,6 +174,11 @@ def test_every_setting_is_explained():
     for cls in (RunConfig, *PARTS.values()):
         for field in dataclasses.fields(cls):
             assert re.search(rf"^        {field.name}: \S", cls.__doc__, re.MULTILINE), (cls.__name__, field.name)
+
+
+def test_settings_are_read_without_transformers():
+    code = "import sys, routingvl.config.files; sys.exit('transformers' in sys.modules or 'accelerate' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parent).returncode == 0
 
 
 def test_frozen():
