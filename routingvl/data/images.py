@@ -17,7 +17,6 @@ never needed. EXIF rotation is not applied.
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -33,7 +32,7 @@ from torch.utils.data import Dataset
 
 from routingvl.config.schema import ON_BAD_IMAGE
 from routingvl.data.feature_cache import file_digest, file_stat
-from routingvl.data.files import DataError
+from routingvl.data.files import DataError, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -171,9 +170,9 @@ class ImagePreprocessor:
         neither file is found.
         """
         if (path := _pretrained_file(name_or_dir, PREPROCESSOR_FILE)) is not None:
-            return cls.from_dict(_read_config(path), source=str(path))
+            return cls.from_dict(read_json(path), source=str(path))
         path = _pretrained_file(name_or_dir, "config.json")
-        image_size = None if path is None else _read_config(path).get("image_size")
+        image_size = None if path is None else read_json(path).get("image_size")
         if image_size is None:
             raise DataError(
                 f"{name_or_dir} has neither {PREPROCESSOR_FILE} nor a config.json with image_size; give the folder or "
@@ -185,9 +184,6 @@ class ImagePreprocessor:
 
 def _pretrained_file(name_or_dir: str | os.PathLike[str], file_name: str) -> Path | None:
     """A file of a model, from its folder or by hub name through transformers' cache; None when it has no such file."""
-    folder = Path(name_or_dir)
-    if folder.is_dir():
-        return folder / file_name if (folder / file_name).is_file() else None
     from transformers.utils import cached_file
 
     try:
@@ -195,13 +191,6 @@ def _pretrained_file(name_or_dir: str | os.PathLike[str], file_name: str) -> Pat
     except (OSError, ValueError) as error:
         raise DataError(f"{name_or_dir} is neither a local folder nor a reachable hub name: {error}") from error
     return None if found is None else Path(found)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
 
 
 @dataclass(frozen=True)
