@@ -18,6 +18,7 @@ _PUBLIC = {
     "RoutingConfig": "routingvl.config",
     "VisualContext": "routingvl.bottlenecks.context",
     "inject": "routingvl.bottlenecks.inject",
+    "ViTRobertaForClassification": "routingvl.models",
     "ViTRobertaForVQA": "routingvl.models",
     "ViTGPT2ForCaptioning": "routingvl.models",
     "load_reference_state_dict": "routingvl.bottlenecks.published",

@@ -73,6 +73,7 @@ def evaluate(
     metrics: dict[str, Any] = {"split": split, "checkpoint": checkpoint}
     if accelerator.is_main_process:
         target = Path(output) if output is not None else folder.path / f"eval-{split}"
+        target.mkdir(parents=True, exist_ok=True)
         # Before scoring, so that no failure there costs the predictions.
         file = task.write_predictions(target, split, folder.path.name, predictions)
         metrics |= task.scores(loaded, predictions)

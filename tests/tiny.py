@@ -28,6 +28,7 @@ from routingvl.data.images import ImagePreprocessor
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 220), "white": (240, 240, 240)}
 SPLITS = {"train": 12, "val": 4, "test": 5}
 QUESTION = "what color is it?"
+STATEMENT = "it is plain"
 WIDTH, SIZE, WORDS, POSITIONS = 32, 16, 50, 40  # width, pixels of an image's side, vocabulary, longest text
 # Of random weights in memory: large enough for an image, a mask or a word to show in the outputs. Those that are
 # trained have transformers' own 0.02.
@@ -140,11 +141,14 @@ def caption(colour: str, variant: int) -> str:
 
 
 def write_data(folder: Path) -> None:
-    """Plain coloured images, two captions and one question each; Karpathy's split in both tasks' forms."""
+    """Plain coloured images, with two captions, a question and two labelled texts each, in the forms of all tasks.
+
+    The label of ``QUESTION`` is the colour, that of ``STATEMENT`` "true": it takes text and image to know it.
+    """
     (folder / "val2014").mkdir(parents=True)
     coco, image_id = [], 100
     for split, count in SPLITS.items():
-        questions = []
+        questions, labelled = [], []
         for i in range(count):
             image_id += 1
             colour = list(COLOURS)[i % len(COLOURS)]
@@ -164,6 +168,8 @@ def write_data(folder: Path) -> None:
                     ],
                 }
             )
+            for text, label in ((QUESTION, colour), (STATEMENT, "true")):
+                labelled.append({"id": f"{name}#{label}", "image": f"{name}.jpg", "text": text, "label": label})
             questions.append(
                 {
                     "img_id": name,
@@ -176,6 +182,7 @@ def write_data(folder: Path) -> None:
                 }
             )
         (folder / f"karpathy_{split}.json").write_text(json.dumps(questions))
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
     (folder / "dataset_coco.json").write_text(json.dumps({"images": coco, "dataset": "coco"}))
     (folder / "trainval_label2ans.json").write_text(json.dumps(list(COLOURS)))
 

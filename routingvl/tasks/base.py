@@ -29,7 +29,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from routingvl.atomic_files import write_json
-from routingvl.config import check_choice
+from routingvl.config import ConfigError, check_choice
 from routingvl.config.schema import RunConfig
 from routingvl.data.examples import ExampleDataset
 from routingvl.data.feature_store import FeatureStore
@@ -121,7 +121,7 @@ class Task(ABC):
 
     @abstractmethod
     def write_predictions(self, folder: Path, split: str, method: str, predictions: Predictions) -> Path:
-        """Write the result file; ``method`` names the run. Returns its path."""
+        """Write the result file into ``folder``, which is there; ``method`` names the run. Returns its path."""
 
     # ---------------------------------------------------------------------------- what some tasks add to or change
 
@@ -130,7 +130,10 @@ class Task(ABC):
         return {}
 
     def use_model(self, model: RoutedVLModel) -> None:
-        """Take ``model`` for the run's; some tasks check that it fits the data."""
+        """Take ``model`` for the run's; ConfigError when it is not of the task's class, or does not fit the data."""
+        if type(model).__name__ != self.model_class.__name__:
+            wanted, found = self.model_class.__name__, type(model).__name__
+            raise ConfigError(f"task {self.name!r} trains a {wanted}, not a {found}")
         self.model = model
 
     def single_item(self, *sentences: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
-from routingvl.data.collate import CaptionCollator, VQACollator, collate_images
+from routingvl.data.collate import CaptionCollator, LabelCollator, VQACollator, collate_images
 
 TEXTS = ["a red ball on the left", "a blue cup", "what colour is the ball?", "how many cups are there on the right?"]
 CAPTIONS = ["a red ball on the left", "a blue cup"]
@@ -130,6 +130,32 @@ class TestVQACollator:
     def test_bad_options(self, roberta, options, message):
         with pytest.raises(ValueError, match=message):
             VQACollator(**{"tokenizer": roberta, "max_length": 40, "num_labels": 4} | options)
+
+
+class TestLabelCollator:
+    @staticmethod
+    def items(*targets):
+        texts = TEXTS[0], (TEXTS[1], TEXTS[2]), TEXTS[3]
+        features = torch.zeros(1, 2)
+        return [
+            {"id": f"n{n}", "image_id": "x.jpg", "text": text, "target": target, "vision_features": features}
+            for n, (text, target) in enumerate(zip(texts, targets, strict=False))
+        ]
+
+    def test_batch_of_texts_and_pairs(self, roberta):
+        batch = LabelCollator(roberta, max_length=60)(self.items(2, 0, 1))
+        assert (batch["ids"], batch["image_ids"]) == (["n0", "n1", "n2"], ["x.jpg"] * 3)
+        assert batch["labels"].tolist() == [2, 0, 1]
+        for row, texts in enumerate(((TEXTS[0],), (TEXTS[1], TEXTS[2]), (TEXTS[3],))):
+            ids = batch["input_ids"][row][batch["attention_mask"][row] == 1]
+            assert ids.tolist() == roberta(*texts)["input_ids"]
+
+    def test_pairs_are_cut_too(self, roberta):
+        assert LabelCollator(roberta, max_length=7)(self.items(2, 0, 1))["input_ids"].shape == (3, 7)
+
+    def test_no_labels_where_one_is_unknown(self, roberta):
+        assert "labels" not in LabelCollator(roberta, 40)(self.items(None, None))
+        assert LabelCollator(roberta, 40)([None]) is None
 
 
 class TestCaptionCollator:

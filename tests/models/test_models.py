@@ -8,7 +8,7 @@ import torch
 from tiny import WIDTH, answerer, batch, captioner, randomise, small_gpt2, small_roberta, small_vit
 from torch import nn
 
-from routingvl import RoutingConfig, ViTGPT2ForCaptioning, ViTRobertaForVQA
+from routingvl import RoutingConfig, ViTGPT2ForCaptioning, ViTRobertaForClassification, ViTRobertaForVQA
 from routingvl.config import ConfigError
 from routingvl.kernels import ROUTINGS
 
@@ -90,6 +90,26 @@ def test_text_embeddings_published_and_single_differ():
         for kind in ("published", "single")
     ]
     assert torch.equal(*bare)
+
+
+def test_labels_and_answers_share_the_model_and_differ_in_the_loss():
+    inputs, labels = batch(), torch.tensor([4, 0, 6])
+    answers = randomise(answerer()).eval()
+    backbones = small_vit(), small_roberta(), answers.routing
+    model = randomise(ViTRobertaForClassification.from_backbones(*backbones, num_labels=7)).eval()
+    loss, logits = model(**inputs, labels=labels)
+    assert torch.equal(logits, answers(**inputs).logits)
+    assert loss.item() == pytest.approx(-logits.log_softmax(-1)[range(3), labels].mean().item(), rel=1e-6)
+    chances = model.probabilities(logits)
+    torch.testing.assert_close(chances.sum(dim=1), torch.ones(3))
+    assert torch.equal(answers.probabilities(logits), logits.sigmoid())
+    scores = torch.rand(3, 7)
+    want = nn.functional.binary_cross_entropy(logits.sigmoid(), scores)
+    assert answers(**inputs, labels=scores).loss.item() == pytest.approx(want.item(), rel=1e-5)
+    with pytest.raises(ConfigError, match="num_labels=0 must be at least 1"):
+        ViTRobertaForClassification.from_backbones(small_vit(), small_roberta(), answers.routing)
+    published = ViTRobertaForVQA.from_backbones(small_vit(), small_roberta(), answers.routing)
+    assert published.num_labels == published.classifier[-1].out_features == 3129
 
 
 @pytest.mark.parametrize("prefix", [True, False])

@@ -23,7 +23,7 @@ from routingvl.training.log import read_metrics
 from routingvl.training.loop import Trainer
 from routingvl.training.run_folder import RunError
 
-TASKS = ("vqa", "caption")
+TASKS = ("vqa", "caption", "classify")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -47,7 +47,7 @@ def test_training_lowers_the_loss_and_fills_the_folder(tiny, tmp_path, task):
     assert result.trainable == sum(tensor.numel() for tensor in weights(result.run_dir).values())
 
 
-@pytest.mark.parametrize(("task", "log_every"), [("vqa", 1), ("caption", 1), ("caption", 3)])
+@pytest.mark.parametrize(("task", "log_every"), [("vqa", 1), ("caption", 1), ("caption", 3), ("classify", 1)])
 def test_resumed_run_equals_uninterrupted_run(tiny, tmp_path, monkeypatch, task, log_every):
     # Dropout makes the random state matter, and 5 examples a step make a step cross the end of an epoch.
     settings = {"max_steps": 9, "train.batch_size": 5, "dropout": 0.3, "eval_every": 4, "log_every": log_every}
