@@ -9,7 +9,8 @@ from routingvl.data.files import DataError
 from routingvl.data.images import ImageDataset, ImageError, ImagePreprocessor, ImageRecord, load_image
 from routingvl.data.prepare import prepare_coco, prepare_vqa
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
-from routingvl.data.vqa import Question, VQADataset, VQASplit, load_official_vqa, load_vqa
+from routingvl.data.vqa import Question, VQASplit, load_official_vqa, load_vqa
+from routingvl.data.vqa_dataset import VQADataset
 
 __all__ = [
     "AnswerVocabulary",

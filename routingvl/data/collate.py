@@ -119,7 +119,7 @@ class TextCollator:
 
 @dataclass
 class VQACollator(TextCollator):
-    """Batches of questions with soft targets, from items of :class:`~routingvl.data.vqa.VQADataset`.
+    """Batches of questions with soft targets, from items of :class:`~routingvl.data.vqa_dataset.VQADataset`.
 
     Attributes:
         num_labels: size of the answer vocabulary; see :class:`TextCollator` for the others.

@@ -12,13 +12,11 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from routingvl.data.files import DataError, read_json, write_json_files
+from routingvl.data.vqa import Question
 from routingvl.metrics.answers import normalize_answer
-
-if TYPE_CHECKING:
-    from routingvl.data.vqa import Question
 
 LABEL2ANS_FILE = "trainval_label2ans.json"
 ANS2LABEL_FILE = "trainval_ans2label.json"

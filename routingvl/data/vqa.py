@@ -6,12 +6,6 @@ load_vqa(source, split, image_root=None) -> VQASplit
            or "train2014" | "val2014" | "test2015" | "test-dev2015" (official, not re-split)
 load_official_vqa(questions, annotations, *, dataset_coco=None, split=None, image_root=None) -> VQASplit
 VQASplit: .images [ImageRecord], .questions [Question], .annotations() -> official annotation dicts for the accuracy
-AnswerVocabulary(answers) / .load(file or folder) / .derive(questions, min_questions=9); len, .index, .answers,
-    .sha256;  vocabulary.answers[label] is the answer of a label
-soft_scores(answers, vocabulary) -> {answer: score}
-VQADataset(split, vocabulary, preprocessor=None, *, features=None, on_bad_image="fail")
-    item: question_id, image_id, question, target {label: score} or None, question_type, answer_type, answers (raw
-    strings) or None, and pixel_values [3, H, W] or vision_features [L, d]; None for a skipped image
 """
 
 from __future__ import annotations
@@ -25,20 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from routingvl.data.coco import DATASET_FILE, SPLITS, check_unique, image_splits
-from routingvl.data.examples import ExampleDataset
 from routingvl.data.files import DataError, ImageFolders, collection_paused, read_json, required_keys
 from routingvl.data.images import ImageRecord
-from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
-
-__all__ = [
-    "AnswerVocabulary",
-    "Question",
-    "VQADataset",
-    "VQASplit",
-    "load_official_vqa",
-    "load_vqa",
-    "soft_scores",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -334,61 +316,3 @@ def _build_split(
     if not questions:
         raise DataError(f"{source}: no questions of split {name!r}")
     return VQASplit(name, list(images.values()), questions)
-
-
-class VQADataset(ExampleDataset):
-    """Questions with their images and soft targets.
-
-    Items are dicts with ``question_id``, ``image_id``, ``question``, ``target`` ({label: score}, perhaps empty; None
-    when the split has no answers), ``question_type``, ``answer_type``, ``answers`` (raw strings, or None) and
-    ``pixel_values`` float32 [3, H, W] or ``vision_features`` [L, d]. Answers outside the vocabulary are no targets. See
-    :class:`~routingvl.data.examples.ExampleDataset` for the arguments not named here.
-
-    Args:
-        split: from :func:`load_vqa`.
-        vocabulary: the classifier's answers.
-
-    Raises:
-        DataError: the split has answers, but the vocabulary holds none of them.
-    """
-
-    def __init__(self, split: VQASplit, vocabulary: AnswerVocabulary, *args: Any, **kwargs: Any):
-        super().__init__(split, *args, **kwargs)
-        self.vocabulary = vocabulary
-        labelled = (question for question in split.questions if question.label is not None or question.answers)
-        if (first := next(labelled, None)) and not (self.target(first) or any(map(self.target, labelled))):
-            raise DataError(
-                f"no answer of split {split.name!r} is in the vocabulary of {len(vocabulary)} answers; "
-                "is it of another data set?"
-            )
-
-    def target(self, question: Question) -> dict[int, float] | None:
-        """Soft scores by label; None when neither the question's label nor its answers are known."""
-        if question.label is not None:
-            scores = {answer: score for answer, score in question.label.items() if answer in self.vocabulary}
-        elif question.answers is not None:
-            scores = soft_scores(question.answers, self.vocabulary)
-        else:
-            return None
-        return {self.vocabulary.index[answer]: score for answer, score in scores.items()}
-
-    @property
-    def texts(self) -> list[str]:
-        """The questions of all items."""
-        return [question.text for question in self.split.questions]
-
-    def __len__(self) -> int:
-        return len(self.split.questions)
-
-    def example(self, index: int) -> dict[str, Any]:
-        """An item without its image."""
-        question = self.split.questions[index]
-        return {
-            "question_id": question.question_id,
-            "image_id": question.image_id,
-            "question": question.text,
-            "target": self.target(question),
-            "question_type": question.question_type,
-            "answer_type": question.answer_type,
-            "answers": question.answers,
-        }

@@ -10,7 +10,8 @@ from typing import Any
 
 from routingvl.data.collate import VQACollator
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
-from routingvl.data.vqa import VQADataset, VQASplit, load_vqa
+from routingvl.data.vqa import VQASplit, load_vqa
+from routingvl.data.vqa_dataset import VQADataset
 from routingvl.metrics import soft_score_report, vqa_report, vqa_results_name, write_vqa_results
 from routingvl.models import ViTRobertaForVQA
 from routingvl.tasks.base import register

@@ -10,7 +10,8 @@ from PIL import Image
 from routingvl.data.files import DataError
 from routingvl.data.images import ImagePreprocessor
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
-from routingvl.data.vqa import Question, VQADataset, load_official_vqa, load_vqa
+from routingvl.data.vqa import Question, load_official_vqa, load_vqa
+from routingvl.data.vqa_dataset import VQADataset
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 QUESTIONS = FIXTURES / "v2_OpenEnded_mscoco_train2014_questions.json"

@@ -12,7 +12,8 @@ from PIL import Image
 
 from routingvl.data.coco import load_captions
 from routingvl.data.prepare import prepare_coco, prepare_vqa
-from routingvl.data.vqa import AnswerVocabulary, load_vqa
+from routingvl.data.vocabulary import AnswerVocabulary
+from routingvl.data.vqa import load_vqa
 from routingvl.demo import shapes
 from routingvl.demo.shapes import ShapeObject, ShapesConfig
 
