@@ -1,4 +1,7 @@
-"""What the library knows of each language model, as data: a new family is a new entry here and nothing else."""
+"""What is known of each kind of language model, as data: another kind is another row here and nothing else.
+
+Models of no kind listed here take LoRA too, with ``targets`` in the configuration.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class Projection:
     Attributes:
         name: the module's name inside the layer.
         parts: into how many equal parts its output divides (GPT-2's c_attn gives q, k and v: 3).
-        adapted: the parts that LoRA changes; they share one routed code (joined rank, grouped up-projection).
+        adapted: the parts that LoRA changes; they share one bottleneck (joined rank, an up-projection each).
     """
 
     name: str
@@ -35,13 +38,14 @@ class Sublayer:
     """A residual sublayer (attention or feed-forward) of a transformer layer.
 
     Attributes:
-        output: the dropout module that returns the sublayer's output, before the residual is added.
+        output: the dropout module that returns the sublayer's output, before the residual is added; None where there
+            is none, so that adapters can only stand around the norm.
         norm: its LayerNorm: in front of the sublayer (GPT-2) or behind its residual (RoBERTa).
         adapter_home: the module that registers the adapter, "" for the layer itself. Sublayers that name one home
             share one adapter.
     """
 
-    output: str
+    output: str | None
     norm: str
     adapter_home: str
 

@@ -201,6 +201,11 @@ def _plan_adapters(model, family, config, context, backend) -> list[tuple[str, n
             f"model type {_model_type(model)!r} is not in routingvl.bottlenecks.families ({', '.join(FAMILIES)}), "
             "so the places of its adapters are not known: add an entry there, or use method='lora' with targets=[...]"
         )
+    if config.position == "post_module" and any(sublayer.output is None for sublayer in family.sublayers):
+        raise SurgeryError(
+            f"not every sublayer of {family.model_type!r} ends in a dropout module, where an adapter can stand: "
+            "use position='pre_norm' or 'post_norm'"
+        )
     activation_name = getattr(model.config, family.activation_key)
     if activation_name not in ACTIVATIONS:
         raise SurgeryError(f"activation {activation_name!r} has no routed adapter; known: {', '.join(ACTIVATIONS)}")
