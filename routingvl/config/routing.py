@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from routingvl.config.checks import ConfigError, check_choice
 from routingvl.kernels import ROUTINGS
+from routingvl.kernels.lora.api import PLACEMENTS
 
 METHODS = ("lora", "adapter")
-PLACEMENTS = ("bottleneck", "output")
 POSITIONS = ("post_module", "pre_norm", "post_norm")
 
 
