@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of every shipped kernel configuration, without a GPU, and what the machine code uses.
 
 ``python -m routingvl.benchmarks.codegen`` prints the table (``--help`` for choices).
- It must run in a process of its own where TRITON_INTERPRET is set, because Triton reads that once. Triton's own
+It must run in a process of its own where TRITON_INTERPRET is set, because Triton reads that once. Triton's own
 cache on disk, keyed by the source, makes every later run quick.
 """
 
@@ -23,13 +23,13 @@ from types import MappingProxyType
 from typing import Any
 
 from routingvl.kernels.activations import ACTIVATIONS
-from routingvl.kernels.routing import ROUTINGS
+from routingvl.kernels.routing import ROUTINGS, Routing
+from routingvl.kernels.triton_common.launch import BLOCK_L, NO_CODE
 from routingvl.kernels.triton_common.tiles import SHARED_MEMORY, Tile, padded_rank, tiles_for
+from routingvl.kernels.triton_common.visual_tokens import MAX_GRAM_WIDTH, Visual
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 RANKS = (16, 32, 64, 128, 256)
-NO_IMAGE, ONE_TOKEN, TOKENS, GRAM = range(4)  # forms of the image, as in triton_lora
-MAX_GRAM_RANK = 64
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Configuration:
     Attributes:
         kernel: its name, one of ``VARIANTS``.
         variant: what it computes, a name from there.
-        rank: width of the code.
+        rank: width of the low-rank activation.
         precision: of the products, "half" (here bfloat16), "tf32" or "ieee".
         decode: whether with the tile of few rows.
         arch: one of ``ARCHITECTURES``.
@@ -71,7 +71,7 @@ class Usage:
     """What a program of the compiled kernel uses.
 
     Attributes:
-        registers: a thread (gfx942: vector registers).
+        registers: per thread (gfx942: vector registers).
         spills: instructions that read or write spilled registers (gfx942: registers spilled).
         shared_memory: bytes.
         matrix: {matrix instruction: how many stand in the code}.
@@ -83,40 +83,63 @@ class Usage:
     matrix: Mapping[str, int]
 
 
-_ROUTE = {name: {"ROUTING": row.code} for name, row in ROUTINGS.items()}
-_ACT = {name: {"ACT": row.code} for name, row in ACTIVATIONS.items()}
 # Constants of the kernels that a variant does not mention.
 _DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
-        "ROUTING": ROUTINGS["mul"].code,
+        "ROUTING": NO_CODE,
         "RELU": False,
-        "VISUAL": ONE_TOKEN,
+        "VISUAL": int(Visual.ONE_TOKEN),
         "GROUPS": 1,
         "ACT": ACTIVATIONS["gelu"].code,
         "RANK_ONE": False,
-        "BLOCK_L": 32,
+        "BLOCK_L": BLOCK_L,
         "DROPOUT": False,
-        **dict.fromkeys(("ACCUMULATE", "RESIDUAL", "DOWN_BIAS", "UP_BIAS", "SAVE_T", "SAVE_CODE"), True),
+        **dict.fromkeys(("ACCUMULATE", "RESIDUAL", "DOWN_BIAS", "UP_BIAS", "SAVE_T"), True),
         **dict.fromkeys(("WRITE_DX", "WRITE_DU", "WRITE_DP", "WRITE_DO", "WRITE_H"), True),
         "WRITE_DZ": False,
     }
 )
-_TOKENS = {**_ROUTE["vllora"], "VISUAL": TOKENS, "WRITE_DU": False, "WRITE_DZ": True}
-_LORA = {
-    "mul": {},
-    "vllora relu": {**_ROUTE["vllora"], "RELU": True},
-    "mul dropout": {"DROPOUT": True},
-    "mul grouped": {"GROUPS": 2},
-    "vllora tokens": _TOKENS,
-    "vllora gram": {**_TOKENS, "VISUAL": GRAM},
-}
+
+
+def _routing_variants(extra: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the kernels with a low-rank activation are launched with, for every routing function that they compute.
+
+    The first one routes by one visual token and is neither rank one (which has kernels of its own) nor z = t + c u;
+    ``extra`` are further variants of it.
+    """
+    variants: dict[str, dict[str, Any]] = {}
+    for row in sorted(ROUTINGS.values(), key=lambda row: not _is_representative(row)):
+        for relu in (False, True)[: 1 + row.supports_relu]:
+            launched = row.code is not None and (relu or not row.is_rank_one(1))
+            constants: dict[str, Any] = {"ROUTING": row.code, "RELU": relu}
+            if not row.uses_image:
+                constants |= {"VISUAL": int(Visual.NO_IMAGE), "WRITE_DU": False}
+            if launched:
+                variants[row.name + " relu" * relu] = constants
+        if _is_representative(row):
+            variants |= {f"{row.name} {name}": {"ROUTING": row.code, **given} for name, given in extra.items()}
+        if row.inner_product:
+            several = {"ROUTING": row.code, "WRITE_DU": False, "WRITE_DZ": True}
+            variants[f"{row.name} tokens"] = {**several, "VISUAL": int(Visual.TOKENS)}
+            variants[f"{row.name} gram"] = {**several, "VISUAL": int(Visual.GRAM)}
+    return variants
+
+
+def _is_representative(row: Routing) -> bool:
+    plain = row.code is not None and row.max_visual_tokens == 1
+    return plain and row.probe is None and row.image_factor is None
+
+
+REPRESENTATIVE = next(row for row in ROUTINGS.values() if _is_representative(row))
+_LORA = _routing_variants({"dropout": {"DROPOUT": True}, "grouped": {"GROUPS": 2}})
 _ADAPTER = {
-    "mul gelu": {},
-    "none gelu_new": {**_ROUTE["none"], **_ACT["gelu_new"], "VISUAL": NO_IMAGE, "WRITE_DU": False},
-    "vllora relu gelu": {**_ROUTE["vllora"], "RELU": True},
-    "vllora tokens gelu": _TOKENS,
-    "vllora gram gelu": {**_TOKENS, "VISUAL": GRAM},
-    "rank one gelu": {**_ROUTE["vllora"], "RANK_ONE": True},
+    **{f"{name} gelu": given for name, given in _routing_variants({}).items()},
+    **{
+        f"{REPRESENTATIVE.name} {act.name}": {"ROUTING": REPRESENTATIVE.code, "ACT": act.code}
+        for act in ACTIVATIONS.values()
+        if act.name != "gelu"
+    },
+    "rank one gelu": {"RANK_ONE": True},
 }
 _RANK_ONE = {"plain": {}, "dropout": {"DROPOUT": True}, "grouped dropout": {"DROPOUT": True, "GROUPS": 2}}
 # {kernel: {variant: constants}}; the first variant is compiled at every rank, the others at ranks 128 and 256.
@@ -155,7 +178,7 @@ def _ranks(kernel: str, variant: str) -> tuple[int, ...]:
     if kernel.startswith("rank_one"):
         return RANKS[:1]  # the rank plays no part
     if "gram" in variant:
-        return (MAX_GRAM_RANK,)
+        return (MAX_GRAM_WIDTH,)
     return RANKS if variant == next(iter(VARIANTS[kernel])) else RANKS[-2:]
 
 
@@ -207,7 +230,7 @@ def _constants(configuration: Configuration) -> dict[str, Any]:
     return {
         **_DEFAULTS,
         **VARIANTS[configuration.kernel][configuration.variant],
-        "CODE": padded_rank(configuration.rank),
+        "BLOCK_R": padded_rank(configuration.rank),
         "PRECISION": "ieee" if configuration.precision == "ieee" else "tf32",
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
@@ -223,8 +246,8 @@ def _type_of(name: str, dtype: str, constants: Mapping[str, Any]) -> str:
     if name == "p_seed":
         return "*i64"
     wide = name in _FLOAT32_POINTERS
-    wide |= name == "p_image" and constants["VISUAL"] == GRAM
-    wide |= name in ("p_code", "p_dcode") and constants["RANK_ONE"]
+    wide |= name == "p_image" and constants["VISUAL"] == Visual.GRAM
+    wide |= name in ("p_t", "p_dt") and constants["RANK_ONE"]
     return "*fp32" if wide else f"*{dtype}"
 
 
@@ -260,7 +283,7 @@ def fingerprint(configuration: Configuration) -> str:
 class Results:
     """Usages kept in a file of JSON lines, so that an interrupted run goes on where it stopped.
 
-    A line {"configuration", "fingerprint", "usage"} a configuration; lines whose fingerprint is no longer that of the
+    A line {"configuration", "fingerprint", "usage"} per configuration; lines whose fingerprint is no longer that of the
     configuration are passed over. Without a file nothing is kept.
 
     Raises:
@@ -306,7 +329,7 @@ def _counted(pattern: str, text: str) -> dict[str, int]:
 
 
 def table(rows: Sequence[tuple[Configuration, Usage]]) -> str:
-    """Markdown: a line a configuration, a column an architecture ("registers, spills, KiB, matrix instructions")."""
+    """Markdown: a line per configuration, a column per architecture ("registers, spills, KiB, matrix instructions")."""
     architectures = [arch for arch in ARCHITECTURES if any(row[0].arch == arch for row in rows)]
     cells: dict[str, dict[str, str]] = {}
     for configuration, usage in rows:
@@ -330,7 +353,9 @@ def problems(configuration: Configuration, usage: Usage) -> list[str]:
     products = not configuration.kernel.startswith("rank_one") and configuration.precision != "ieee"
     if products and not usage.matrix:
         found.append("no matrix instructions")
-    by_rank = configuration.kernel == "dropped_gradient"  # there the code's components are the rows of the product
+    by_rank = (
+        configuration.kernel == "dropped_gradient"
+    )  # there the components of the low-rank activation are the rows of the product
     rows = padded_rank(configuration.rank) if by_rank else configuration.tile.block_m
     if products and configuration.arch == "sm_90" and rows >= 64 and "wgmma.mma_async" not in usage.matrix:
         found.append("no wgmma")

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from routingvl.kernels import ROUTINGS
+
 from .gate import failures
 from .layer_cases import DTYPES, Case, Layer, definition, make_tensors
 from .layer_providers import ours
@@ -33,7 +35,7 @@ class Call:
         name: what ``--only`` takes.
         op, routing, tokens, relu, activation: of the layer; ``tokens`` is L.
         dropout: of a LoRA's inputs; its results are checked for being finite only.
-        decoding: one row of text an image instead of many, and no backward pass.
+        decoding: one row of text per image instead of many, and no backward pass.
         kernels: what has to be launched.
     """
 
@@ -51,22 +53,27 @@ class Call:
 LORA = ("lora_forward", "lora_backward")
 RANK_ONE = ("rank_one_forward", "rank_one_backward")
 ADAPTER = ("adapter_forward", "adapter_backward")
-CALLS = (
-    Call("lora-none", "lora", "none", LORA),
-    Call("lora-add", "merged_lora", "add", LORA),
-    Call("lora-mul", "lora", "mul", LORA),
-    Call("lora-mul-dropout", "merged_lora", "mul", (*LORA, "dropped_gradient"), dropout=0.1),
-    Call("lora-vllora-relu", "lora", "vllora", LORA, relu=True),
-    Call("lora-vllora-tokens", "lora", "vllora", LORA, tokens=9),
-    Call("lora-mul-decode", "merged_lora", "mul", LORA[:1], decoding=True),
-    Call("rank-one-expand", "lora", "expand", RANK_ONE),
-    Call("rank-one-vllora", "merged_lora", "vllora", RANK_ONE),
-    Call("rank-one-vllora-dropout", "lora", "vllora", RANK_ONE, dropout=0.1),
-    Call("rank-one-vllora-decode", "merged_lora", "vllora", RANK_ONE[:1], decoding=True),
-    Call("adapter-mul", "adapter", "mul", ADAPTER),
-    Call("adapter-vllora", "adapter", "vllora", ADAPTER, activation="gelu_new"),
-    Call("adapter-vllora-tokens", "adapter", "vllora", ADAPTER, tokens=9, activation="silu"),
-)
+
+
+def _calls() -> Iterator[Call]:
+    """A layer of every kind for every routing function that the kernels compute."""
+    for row in ROUTINGS.values():
+        name, tokens = row.name, int(row.uses_image)
+        if row.kernel_obstacle(tokens, False, "bottleneck") is None:
+            way, kernels = ("rank-one", RANK_ONE) if row.is_rank_one(tokens) else ("lora", LORA)
+            masked = kernels if row.is_rank_one(tokens) else (*kernels, "dropped_gradient")
+            yield Call(f"{way}-{name}", "lora", name, kernels)
+            yield Call(f"{way}-{name}-dropout", "merged_lora", name, masked, dropout=0.1)
+            yield Call(f"{way}-{name}-decode", "merged_lora", name, kernels[:1], decoding=True)
+            yield Call(f"adapter-{name}", "adapter", name, ADAPTER, activation="gelu_new")
+        if row.supports_relu and row.kernel_obstacle(tokens, True, "bottleneck") is None:
+            yield Call(f"lora-{name}-relu", "merged_lora", name, LORA, relu=True)
+        if row.inner_product:
+            yield Call(f"lora-{name}-tokens", "lora", name, LORA, tokens=9)
+            yield Call(f"adapter-{name}-tokens", "adapter", name, ADAPTER, tokens=9, activation="silu")
+
+
+CALLS = tuple(_calls())
 KERNELS = sorted({kernel for call in CALLS for kernel in call.kernels})
 SIZES = {
     "small": {"B": 5, "T": 13, "K": 72, "N": 72, "R": 12},

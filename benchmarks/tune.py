@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from routingvl.atomic_files import write_json
-from routingvl.kernels.dispatch import NoTileFitsError
+from routingvl.kernels import ROUTINGS
+from routingvl.kernels.triton_common.launch import NoTileFitsError
 from routingvl.kernels.triton_common.tile_file import tuned_key
 from routingvl.kernels.triton_common.tiles import (
     KINDS,
@@ -43,7 +44,6 @@ from .layer_cases import make_tensors
 
 DTYPES = {"half": torch.bfloat16, "ieee": torch.float32}
 CHECKED = {"B": 16, "T": 20, "K": 768, "N": 768}  # sizes of the check of the results
-NAMES = {"lora": "lora-mul", "adapter": "adapter-mul", "rank_one": "rank-one-expand"}
 
 
 def candidates(kind: str, rank: int, precision: str, decode: bool, arch: str) -> list[Tile]:
@@ -66,12 +66,14 @@ def cells(ranks: Sequence[int], precisions: Sequence[str]) -> Iterator[tuple[str
 
 
 def call_of(kind: str, decode: bool) -> Call:
-    """The layer that launches this kernel."""
-    name = "lora-mul-decode" if decode and kind == "lora_forward" else NAMES[kind.rpartition("_")[0]]
-    call = next(call for call in CALLS if call.name == name)
-    if decode and not call.decoding:
-        return Call(call.name, call.op, call.routing, (kind,), activation=call.activation, decoding=True)
-    return call
+    """The plainest layer that launches this kernel and is not z = t + c u."""
+    call = next(
+        call
+        for call in CALLS
+        if kind in call.kernels and not call.relu and not call.dropout and not call.decoding and call.tokens == 1
+        if ROUTINGS[call.routing].image_factor is None
+    )
+    return replace(call, kernels=(kind,), decoding=True) if decode else call
 
 
 @contextmanager

@@ -5,13 +5,7 @@ else.
 from .activations import ACTIVATIONS
 from .adapter.api import routed_adapter
 from .dispatch import select_backend
-from .image_code import (
-    ImageCode,
-    project_adapter_image,
-    project_adapter_images,
-    project_lora_image,
-    project_lora_images,
-)
+from .image_code import ImageCode, project_adapter_image, project_lora_image
 from .lora.api import routed_lora, routed_lora_linear
 from .routing import ROUTINGS, Routing
 
@@ -21,9 +15,7 @@ __all__ = [
     "ImageCode",
     "Routing",
     "project_adapter_image",
-    "project_adapter_images",
     "project_lora_image",
-    "project_lora_images",
     "routed_adapter",
     "routed_lora",
     "routed_lora_linear",

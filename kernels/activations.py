@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lookup import find_row
+from .find_by_name import find_by_name
 from .optional_triton import constexpr, jit, tl
 
 aten = torch.ops.aten
@@ -77,7 +77,7 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({row.name: row for row 
 
 def find_activation(name: str) -> Activation:
     """The row called ``name``; ``ValueError`` names the known ones and the nearest when there is none."""
-    return find_row(ACTIVATIONS, name, "activation")
+    return find_by_name(ACTIVATIONS, name, "activation")
 
 
 @jit
@@ -106,6 +106,7 @@ def act_fwd(z, ACT: constexpr):
         h = z * logistic(z)
     else:
         h = z
+        tl.static_assert(ACT == 0, "act_fwd has no branch for this code of an activation")
     return h
 
 
@@ -126,4 +127,5 @@ def act_bwd(dh, z, ACT: constexpr):
         dz = dh * (s + z * s * (1.0 - s))
     else:
         dz = dh
+        tl.static_assert(ACT == 0, "act_bwd has no branch for this code of an activation")
     return dz

@@ -1,37 +1,21 @@
-"""Which backend runs an op on a device, and why; registration and launch of the Triton backend's ops."""
+"""Which backend runs a call, and why: what was asked for, device, dtype, width, routing, and what fits the device."""
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from .optional_triton import interpreted, triton
-from .triton_common.tiles import MAX_RANK, Tile
+from .routing import Routing, find_routing
+from .triton_common.launch import interpreter_lock, unfit_kernels, unfit_message
+from .triton_common.tiles import MAX_RANK
 
 BACKENDS = ("eager", "triton")
 BACKEND_VARIABLE = "ROUTINGVL_BACKEND"
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GPU_TYPES = ("cuda", "xpu")  # ROCm calls itself cuda
 SHAPES_ONLY = "meta"  # no kernel runs there, the ops' fakes do
-
-_logger = logging.getLogger(__name__)
-_library = torch.library.Library("routingvl", "FRAGMENT")
-_interpreter_lock = threading.RLock()  # Triton's interpreter patches its language's module while a kernel runs
-_first_fit: dict[tuple[str, tuple[Tile, ...]], int] = {}  # by kernel and tiles: the first that the device could launch
-_said: set[str] = set()
-
-Result = TypeVar("Result")
-
-
-class NoTileFitsError(RuntimeError):
-    """Not even the smallest tile of a kernel fits the device; nothing was launched or written."""
 
 
 def triton_obstacle(device_type: str) -> str | None:
@@ -53,37 +37,67 @@ def interpreter_multiplies_bfloat16() -> bool:
     """
     from .triton_common.bfloat16_check import bfloat16_dot_error  # here, because it needs triton
 
-    with _interpreter_lock:
+    with interpreter_lock:
         return bfloat16_dot_error() == 0
 
 
 def call_obstacle(dtype: torch.dtype | None, width: int | None) -> str | None:
-    """Why the Triton kernels cannot run on tensors of this dtype with a code of this width, or None when they can."""
+    """Why the Triton kernels cannot run at this dtype and width (groups times rank), or None when they can."""
     if dtype is not None and dtype not in FUSED_DTYPES:
         return f"the Triton kernels do not compute in {dtype}"
     if dtype == torch.bfloat16 and interpreted() and not interpreter_multiplies_bfloat16():
         return "Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16 there"
     if width is not None and width > MAX_RANK:
-        return f"the Triton kernels take codes up to {MAX_RANK} wide, this one is {width} (groups times rank)"
+        return f"the Triton kernels take groups times rank up to {MAX_RANK}, this is {width}"
     return None
 
 
 def select_backend(
-    device_type: str, backend: str | None = None, *, dtype: torch.dtype | None = None, width: int | None = None
+    device_type: str,
+    backend: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    width: int | None = None,
+    routing: Routing | str | None = None,
+    visual_tokens: int | None = None,
+    relu: bool = False,
+    placement: str = "bottleneck",
 ) -> tuple[str, str]:
     """Choose the backend for tensors on ``device_type`` ("cpu", "cuda", ...).
 
     ``backend`` ("eager" or "triton") decides when given, else the environment variable ``ROUTINGVL_BACKEND``, else the
-    fastest backend that runs there. Returns its name and the reason in words. With ``dtype`` and ``width`` (groups
-    times rank) of a call, what the kernels do not cover goes to "eager" whatever was asked for, and the reason says so.
+    fastest backend that runs there. What the kernels do not cover goes to "eager" whatever was asked for, and the
+    reason says so.
+
+    Args:
+        device_type: as in ``torch.device.type``.
+        backend: "eager", "triton" or None.
+        dtype: of the call; None: one that the kernels compute in.
+        width: groups times rank of the call; None: one that fits.
+        routing: function, or its name; None: one that has kernels.
+        visual_tokens: L of the call; None: not known yet, which the reason then speaks of where it matters.
+        relu, placement: as in :func:`routingvl.kernels.routed_lora`.
+
+    Returns:
+        The backend's name and the reason in words.
 
     Raises:
-        ValueError: the name is not a backend.
+        ValueError: the name is not a backend, or not a routing function.
         RuntimeError: the backend was asked for by name and cannot run on the device; a default never raises.
     """
     name, reason = _device_backend(device_type, backend)
-    obstacle = call_obstacle(dtype, width) if name == "triton" else None
-    return ("eager", obstacle) if obstacle else (name, reason)
+    if name != "triton":
+        return name, reason
+    row = None if routing is None else find_routing(routing)
+    obstacle = call_obstacle(dtype, width)
+    if obstacle is None and row is not None:
+        obstacle = row.kernel_obstacle(visual_tokens, relu, placement)
+    if obstacle:
+        return "eager", obstacle
+    if row is not None and visual_tokens is None and row.max_visual_tokens != 0:
+        several = row.kernel_obstacle(row.max_visual_tokens or 2, relu, placement)
+        reason += f"; eager with several visual tokens: {several}" if several else ""
+    return name, reason
 
 
 # Constant while compiled: otherwise torch.compile would trace the reading of the environment.
@@ -107,85 +121,5 @@ def _device_backend(device_type: str, backend: str | None) -> tuple[str, str]:
     return "triton", f"default on {device_type!r} devices" + (", untested there" if untested else "") + _unfit_note()
 
 
-def unfit_kernels() -> tuple[str, ...]:
-    """Kernels of which a launch in this process found that no tile fits the device, in alphabetical order."""
-    return tuple(sorted({kind for (kind, tiles), first in _first_fit.items() if first == len(tiles)}))
-
-
 def _unfit_note() -> str:
-    return "".join(f"; {_unfit(kind)}" for kind in unfit_kernels())
-
-
-def _unfit(kind: str) -> str:
-    """What it means that no tile of this kernel fits, and what to do."""
-    found = f"no tile of {kind} fits this device"
-    if kind.endswith("_forward"):
-        return f"{found}: set {BACKEND_VARIABLE}=eager"
-    return (
-        f"{found}, so there are no gradients: set {BACKEND_VARIABLE}=eager or pass backend='eager' (model.backend of a "
-        "run), or take a smaller rank, and run again"
-    )
-
-
-def define_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Register an op ``routingvl::name`` that launches kernels, and return it.
-
-    Registered ops are what torch.compile, autocast, activation checkpointing and the interpreter agree on. They stand
-    below autograd: only an autograd function may call them on tensors that need gradients.
-
-    Args:
-        schema: name, arguments and results in torch's notation; what is written in place is marked ``Tensor(a!)``.
-        run: the implementation.
-        fake: shapes and dtypes of the results, for tracing.
-    """
-    name = schema.partition("(")[0]
-    _library.define(schema)
-    for key in ("CPU", "CUDA", "XPU"):
-        _library.impl(name, run, key)
-    torch.library.register_fake(f"routingvl::{name}", fake, lib=_library)
-    return getattr(torch.ops.routingvl, name).default
-
-
-def launch(kind: str, tiles: tuple[Tile, ...], attempt: Callable[[Tile], Result]) -> Result:
-    """``attempt(tile)`` with the first tile whose resources the device has; it must launch its kernel first of all.
-
-    Raises:
-        NoTileFitsError: none of them; in later calls without another attempt. :func:`unfit_kernels` remembers it, and
-            the reason that :func:`select_backend` gives says so from then on.
-    """
-    if interpreted():
-        with _interpreter_lock:
-            return attempt(tiles[0])
-    start = _first_fit.get((kind, tiles), 0)
-    for index in range(start, len(tiles)):
-        try:
-            result = attempt(tiles[index])
-        except triton.OutOfResources as error:
-            _logger.warning("%s does not fit this device with %s (%s): trying less", kind, tiles[index], error)
-            continue
-        _first_fit[kind, tiles] = index
-        return result
-    _first_fit[kind, tiles] = len(tiles)
-    raise NoTileFitsError(_unfit(kind))
-
-
-def eager_instead(error: NoTileFitsError) -> None:
-    """Say, once for each kernel, that a forward pass is computed eagerly after all."""
-    if str(error) not in _said:
-        _said.add(str(error))
-        _logger.warning("%s; computed eagerly until then", error)
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Context in which kernels are launched on the tensor's own GPU, whichever is the current one."""
-    if tensor.device.type == "cuda":
-        return torch.cuda.device(tensor.device)
-    if tensor.device.type == "xpu":
-        return torch.xpu.device(tensor.device)
-    return nullcontext()
-
-
-def contiguous_rows(x: Tensor) -> Tensor:
-    """x [..., K] as rows [M, K] with K contiguous: a view wherever strides allow, else one copy."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return "".join(f"; {unfit_message(kind)}" for kind in unfit_kernels())

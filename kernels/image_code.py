@@ -1,31 +1,27 @@
-"""What a bottleneck makes of the image before it meets any text.
-
-None of it depends on the text, so one product can serve many layers, and one result every step of decoding.
-"""
+"""What a bottleneck makes of the image before it meets any text; decoding needs it once for all steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import cast_for_autocast, without_autocast
 from .dispatch import select_backend
-from .routing import Routing, find_routing
+from .inputs import cast_for_autocast, without_autocast
+from .routing import Routing, find_routing, gram_of
 
 
 class ImageCode(NamedTuple):
-    """The image as one bottleneck reads it; made by :func:`project_lora_images` and :func:`project_adapter_images`.
+    """The image as one bottleneck reads it; made by :func:`project_lora_image` and :func:`project_adapter_image`.
 
     Attributes:
-        u: code of the visual tokens, v a' (Adapters: v D' + d) [B, L, C]; C = G*R, for Adapters R.
+        u: v Aᵀ [B, L, G*R], for Adapters v Dᵀ + b_down [B, L, R].
         factors: where the routing is rank one in each image, what that leaves of the weights, else None. LoRA: p [B, K]
-            (with ReLU: [B, C]) and o [B, G*n], so that y_b += (x_b . p_b) o_b, scaling included. Adapters: w [B, K] and
-            k [B], so that z_b = (x_b . w_b + k_b) u_b.
-        gram: u' u [B, C, C] in float32 (the first u through ReLU where that is asked for), where it was made for
+            (with ReLU: [B, G*R]) and o [B, G*n], so that y_b += (x_b . p_b) o_b, scaling included. Adapters: w [B, K]
+            and k [B], so that z_b = (x_b . w_b + k_b) u_b.
+        gram: uᵀ u [B, G*R, G*R] in float32 (the first u through ReLU where that is asked for), where it was made for
             decoding, else None.
     """
 
@@ -41,37 +37,12 @@ class ImageCode(NamedTuple):
         return ImageCode(self.u.to(dtype), factors, self.gram)
 
 
-def is_rank_one(row: Routing, visual_tokens: int) -> bool:
-    """Whether the update is rank one in each image."""
-    return row.probe is not None and visual_tokens == 1
-
-
-def has_closed_form(row: Routing, visual_tokens: int, relu: bool, placement: str) -> bool:
-    """Whether the update can be had without codes as wide as the output.
-
-    In the output space plain LoRA and add are what they are in the bottleneck, because the up-projection is linear,
-    and what is rank one stays so; mul, ReLU and many visual tokens have no such form.
-    """
-    if placement == "bottleneck" or row.name in ("none", "add"):
-        return True
-    return is_rank_one(row, visual_tokens) and not relu
-
-
-def gram_of(u: Tensor, relu: bool) -> Tensor:
-    """relu(u)' u [B, C, C] of a code u [B, L, C], the ReLU if asked for.
-
-    In float32 at least: a sum over many tokens loses too much in half precision.
-    """
-    wide = u if u.dtype == torch.float64 else u.float()
-    return (F.relu(wide) if relu else wide).mT @ wide
-
-
 def project_lora_image(
     v: Tensor,
     a: Tensor,
     b: Tensor,
     *,
-    routing: str,
+    routing: str | Routing,
     scaling: float = 1.0,
     relu: bool = False,
     groups: int = 1,
@@ -85,33 +56,50 @@ def project_lora_image(
         v: visual tokens [B, L, K].
         a: down-projection [G*R, K].
         b: up-projection [G*n, R].
-        routing, scaling, relu, groups, placement, backend: as in :func:`routingvl.kernels.lora.api`.
+        routing, scaling, relu, groups, placement, backend: as in :func:`routingvl.kernels.routed_lora`.
         decoding: prepare for many calls with few rows of text each; needs no gradients then.
 
     Returns:
-        None where there is nothing to prepare: the routing reads no image, or has no closed form in the output space.
+        None where there is nothing to prepare: the routing reads no image, or placement "output" needs activations as
+        wide as the output.
     """
     row = find_routing(routing)
-    if not row.uses_image or not has_closed_form(row, v.shape[1], relu, placement):
+    if not row.uses_image or (placement == "output" and not row.moves_before_up(v.shape[1], relu)):
         return None
     device = v.device.type
-    v, a = cast_for_autocast(device, v, a)
+    v, a, b = cast_for_autocast(device, v, a, b)
     name, _ = select_backend(device, backend, dtype=v.dtype, width=a.shape[0])
-    rank_one = is_rank_one(row, v.shape[1]) and not (relu and name == "triton")
-    b = cast_for_autocast(device, b)[0] if rank_one else b
+    options = {"scaling": scaling, "relu": relu, "groups": groups, "placement": placement, "decoding": decoding}
     with without_autocast(device):
-        if not rank_one:
-            return _with_gram(F.linear(v, a), row, relu, decoding)
-        u = F.linear(v.squeeze(1), a)  # matrices from here on: fewer operations and autograd nodes than [B, 1, C]
-        o = _up(u, b, groups)
-        if placement == "output":
-            # <x a' b', probe> = x . (a' (b' probe)): both expansions move to the image's side.
-            p = torch.mm(_up_transposed(row.probe(o), b, groups), a)
-        elif relu:
-            p = F.relu(row.probe(u))
-        else:
-            p = torch.mm(row.probe(u), a)
-        return ImageCode(u.unsqueeze(1), (p, o if scaling == 1 else o * scaling))
+        return lora_image(v, a, b, row, factors=not (relu and name == "triton"), **options)
+
+
+def lora_image(
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    routing: Routing,
+    *,
+    scaling: float,
+    relu: bool,
+    groups: int,
+    placement: str,
+    factors: bool = True,
+    decoding: bool = False,
+) -> ImageCode:
+    """:func:`project_lora_image` for checked arguments; without ``factors`` none are made."""
+    if not (factors and routing.is_rank_one(v.shape[1])):
+        return _with_gram(F.linear(v, a), routing, relu, decoding)
+    u = F.linear(v.squeeze(1), a)  # matrices from here on: fewer operations and autograd nodes than for [B, 1, G*R]
+    o = _up(u, b, groups)
+    if placement == "output":
+        # <x Aᵀ Bᵀ, p(o)> = x . (Aᵀ (Bᵀ p(o))): both projections of the text move to the image's side.
+        p = torch.mm(_up_transposed(routing.probe(o), b, groups), a)
+    elif relu:
+        p = F.relu(routing.probe(u))
+    else:
+        p = torch.mm(routing.probe(u), a)
+    return ImageCode(u.unsqueeze(1), (p, o if scaling == 1 else o * scaling))
 
 
 def project_adapter_image(
@@ -119,7 +107,7 @@ def project_adapter_image(
     down_weight: Tensor,
     down_bias: Tensor | None,
     *,
-    routing: str,
+    routing: str | Routing,
     relu: bool = False,
     decoding: bool = False,
 ) -> ImageCode | None:
@@ -128,8 +116,8 @@ def project_adapter_image(
     Args:
         v: visual tokens [B, L, K].
         down_weight: D [R, K].
-        down_bias: d [R], or None.
-        routing, relu: as in :func:`routingvl.kernels.adapter.api`.
+        down_bias: b_down [R], or None.
+        routing, relu: as in :func:`routingvl.kernels.routed_adapter`.
         decoding: as in :func:`project_lora_image`.
 
     Returns:
@@ -141,165 +129,37 @@ def project_adapter_image(
     device = v.device.type
     v, down_weight, down_bias = cast_for_autocast(device, v, down_weight, down_bias)
     with without_autocast(device):
-        if relu or not is_rank_one(row, v.shape[1]):
-            return _with_gram(F.linear(v, down_weight, down_bias), row, relu, decoding)
-        u = F.linear(v.squeeze(1), down_weight, down_bias)
-        p = row.probe(u)
-        k = p.new_zeros(p.shape[0]) if down_bias is None else torch.mv(p, down_bias)
-        return ImageCode(u.unsqueeze(1), (torch.mm(p, down_weight), k))
+        return adapter_image(v, down_weight, down_bias, row, relu, decoding)
 
 
-def _with_gram(u: Tensor, row: Routing, relu: bool, decoding: bool) -> ImageCode:
-    wanted = decoding and u.shape[1] > 1 and row.max_visual_tokens is None and not u.requires_grad
+def adapter_image(
+    v: Tensor, down_weight: Tensor, down_bias: Tensor | None, routing: Routing, relu: bool, decoding: bool = False
+) -> ImageCode:
+    """:func:`project_adapter_image` for checked arguments."""
+    if relu or not routing.is_rank_one(v.shape[1]):
+        return _with_gram(F.linear(v, down_weight, down_bias), routing, relu, decoding)
+    u = F.linear(v.squeeze(1), down_weight, down_bias)
+    p = routing.probe(u)
+    k = p.new_zeros(p.shape[0]) if down_bias is None else torch.mv(p, down_bias)
+    return ImageCode(u.unsqueeze(1), (torch.mm(p, down_weight), k))
+
+
+def _with_gram(u: Tensor, routing: Routing, relu: bool, decoding: bool) -> ImageCode:
+    wanted = decoding and routing.inner_product and u.shape[1] > 1 and not u.requires_grad
     return ImageCode(u, None, gram_of(u, relu) if wanted else None)
 
 
 def _up(u: Tensor, b: Tensor, groups: int) -> Tensor:
-    """Each group's share of u [B, G*R] times its rows of b [G*n, R]: [B, G*n]."""
+    """u [B, G*R], each group's components times its rows of b [G*n, R]: [B, G*n]."""
     if groups == 1:
         return F.linear(u, b)
     pairs = zip(u.chunk(groups, 1), b.chunk(groups, 0), strict=True)
-    return torch.cat([F.linear(part, rows) for part, rows in pairs], 1)
+    return torch.cat([F.linear(of_group, rows) for of_group, rows in pairs], 1)
 
 
-def _up_transposed(wide: Tensor, b: Tensor, groups: int) -> Tensor:
-    """The transpose of :func:`_up`: wide [B, G*n] gives [B, G*R]."""
+def _up_transposed(o: Tensor, b: Tensor, groups: int) -> Tensor:
+    """The transpose of :func:`_up`: o [B, G*n] gives [B, G*R]."""
     if groups == 1:
-        return torch.mm(wide, b)
-    pairs = zip(wide.chunk(groups, 1), b.chunk(groups, 0), strict=True)
-    return torch.cat([torch.mm(part, rows) for part, rows in pairs], 1)
-
-
-def project_lora_images(
-    v: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    *,
-    routing: str,
-    scaling: float = 1.0,
-    relu: bool = False,
-    groups: int = 1,
-    placement: str = "bottleneck",
-    backend: str | None = None,
-    decoding: bool = False,
-) -> list[ImageCode] | None:
-    """Project the image for several LoRA bottlenecks of one shape, by one product for all of them.
-
-    Args:
-        v: visual tokens [B, L, K].
-        a: down-projections [G*R, K], one a bottleneck.
-        b: up-projections [G*n, R] likewise.
-        routing, scaling, relu, groups, placement, backend: as in :func:`routingvl.kernels.lora.api`.
-        decoding: prepare for many calls with few rows of text each; needs no gradients then.
-
-    Returns:
-        An :class:`ImageCode` a bottleneck, differentiable in v, a and b; None where there is nothing to prepare (the
-        routing reads no image, or has no closed form in the output space).
-    """
-    row = find_routing(routing)
-    if not row.uses_image or not has_closed_form(row, v.shape[1], relu, placement):
-        return None
-    device = v.device.type
-    v, down = cast_for_autocast(device, v, _joined(a))
-    name, _ = select_backend(device, backend, dtype=v.dtype, width=a[0].shape[0])
-    factored = is_rank_one(row, v.shape[1]) and not (relu and name == "triton")
-    up = cast_for_autocast(device, _stacked(b))[0] if factored else None
-    with without_autocast(device):
-        code = F.linear(v, down)
-        factors = None
-        if factored:
-            width, inputs = a[0].shape
-            u = code.view(v.shape[0], len(a), width).transpose(0, 1)
-            factors = _lora_factors(
-                u,
-                down.view(len(a), width, inputs),
-                up,
-                row,
-                scaling=scaling,
-                relu=relu,
-                groups=groups,
-                placement=placement,
-            )
-        return _codes(code, len(a), factors, decoding and row.max_visual_tokens is None, relu)
-
-
-def project_adapter_images(
-    v: Tensor,
-    down_weight: Sequence[Tensor],
-    down_bias: Sequence[Tensor] | None,
-    *,
-    routing: str,
-    relu: bool = False,
-    decoding: bool = False,
-) -> list[ImageCode] | None:
-    """Project the image for several Adapters of one shape, by one product for all of them.
-
-    Args:
-        v: visual tokens [B, L, K].
-        down_weight: D [R, K], one an Adapter.
-        down_bias: d [R] likewise; None: without.
-        routing, relu: as in :func:`routingvl.kernels.adapter.api`.
-        decoding: as in :func:`project_lora_images`.
-
-    Returns:
-        An :class:`ImageCode` an Adapter, differentiable in v, D and d; None where the routing reads no image.
-    """
-    row = find_routing(routing)
-    if not row.uses_image:
-        return None
-    bias = None if down_bias is None else _joined(down_bias)
-    v, down, bias = cast_for_autocast(v.device.type, v, _joined(down_weight), bias)
-    count, (rank, inputs) = len(down_weight), down_weight[0].shape
-    with without_autocast(v.device.type):
-        code = F.linear(v, down, bias)
-        factors = None
-        if is_rank_one(row, v.shape[1]) and not relu:
-            probe = row.probe(code.view(v.shape[0], count, rank).transpose(0, 1))  # [n, B, R]
-            offset = probe.new_zeros(probe.shape[:2])
-            if bias is not None:
-                offset = torch.matmul(probe, bias.view(count, rank, 1)).squeeze(-1)
-            factors = torch.matmul(probe, down.view(count, rank, inputs)), offset
-        return _codes(code, count, factors, decoding and row.max_visual_tokens is None, relu)
-
-
-def _joined(weights: Sequence[Tensor]) -> Tensor:
-    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
-
-
-def _stacked(weights: Sequence[Tensor]) -> Tensor:
-    return weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(list(weights))
-
-
-def _codes(
-    code: Tensor, count: int, factors: tuple[Tensor, Tensor] | None, decoding: bool, relu: bool
-) -> list[ImageCode]:
-    """Cut what was computed for all into the share of each; code [B, L, n*C], factors [n, ...]."""
-    parts = code.chunk(count, -1) if count > 1 else (code,)
-    pairs = [None] * count if factors is None else list(zip(*(factor.unbind(0) for factor in factors), strict=True))
-    grams = decoding and code.shape[1] > 1 and not code.requires_grad
-    return [
-        ImageCode(u, pair, gram_of(u, relu) if grams else None) for u, pair in zip(parts, pairs, strict=True)
-    ]  # fmt: skip
-
-
-def _expanded(code: Tensor, b: Tensor, groups: int) -> Tensor:
-    """Expand each group's share of codes [n, B, G*R] by b [n, G*w, R]: [n, B, G*w]."""
-    if groups == 1:
-        return torch.matmul(code, b.mT)
-    pairs = zip(code.chunk(groups, 2), b.chunk(groups, 1), strict=True)
-    return torch.cat([torch.matmul(part, rows.mT) for part, rows in pairs], 2)
-
-
-def _lora_factors(
-    u: Tensor, a: Tensor, b: Tensor, row: Routing, *, scaling: float, relu: bool, groups: int, placement: str
-) -> tuple[Tensor, Tensor]:
-    """p [n, B, K] and o [n, B, G*w] of :class:`ImageCode` from codes u [n, B, C], a [n, C, K] and b [n, G*w, R]."""
-    code = _expanded(u, b, groups)
-    if placement == "output":
-        probe = row.probe(code)
-        # <x a' b', probe> = x . (a' (b' probe)): both expansions move to the image's side.
-        parts = zip(probe.chunk(groups, 2), b.chunk(groups, 1), strict=True)
-        back = torch.cat([torch.matmul(part, rows) for part, rows in parts], 2)
-        return torch.matmul(back, a), code * scaling
-    probe = row.probe(u)
-    return (F.relu(probe) if relu else torch.matmul(probe, a)), code * scaling
+        return torch.mm(o, b)
+    pairs = zip(o.chunk(groups, 1), b.chunk(groups, 0), strict=True)
+    return torch.cat([torch.mm(of_group, rows) for of_group, rows in pairs], 1)

@@ -1,4 +1,4 @@
-"""Matrix products in the form in which torch is fastest, or in memory that an autograd function may call its own.
+"""Matrix products in the form in which torch is fastest, and the frozen projection beside a LoRA bottleneck.
 
 Products of float32 on a CPU are MKL's in torch, and MKL leaves the AVX-512 of AMD's CPUs unused. oneDNN, which torch
 brings along for bfloat16, does not, and is faster there (benchmarks/results/cpu_layers_amd.jsonl). It takes float32
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ CPU_LIST = Path("/proc/cpuinfo")
 
 def inner_products(x: Tensor, p: Tensor) -> Tensor:
     """<x_b, p_b> for every row of every image: x [B, T, K] and p [B, K] give [B, T, 1]."""
-    # In this order CPU libraries run six times faster than for x p'.
+    # In this order CPU libraries run six times faster than for x pᵀ.
     return torch.bmm(p.unsqueeze(1), x.mT).mT
 
 
@@ -44,8 +45,8 @@ def add_product_(y: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, bet
     """y = beta y + alpha left right in place, with beta 0 or 1: y [M, N], left [M, K], right [K, N], in any layout."""
     if not _through_onednn(y, left, right):
         return y.addmm_(left, right, beta=beta, alpha=alpha)
-    part = _onednn_linear(left, right.t(), None)
-    return y.add_(part, alpha=alpha) if beta else torch.mul(part, alpha, out=y)
+    found = _onednn_linear(left, right.t(), None)
+    return y.add_(found, alpha=alpha) if beta else torch.mul(found, alpha, out=y)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -70,6 +71,43 @@ def fresh_linear(x: Tensor, weight: Tensor, bias: Tensor | None, exact: bool = F
     else:
         torch.addmm(bias, rows, weight.t(), out=out)
     return y
+
+
+def frozen_projection(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, layout: str, width: int
+) -> Tensor:
+    """What a LoRA bottleneck is added to, [B, T, N] and contiguous: x Wᵀ + bias, or a copy of ``base``.
+
+    With neither (:func:`accumulates` is False) it is memory of N = ``width`` columns that is not initialised. It is
+    nobody else's, so the bottleneck may be accumulated into it. ``layout`` of W: "nk" or "kn".
+    """
+    if weight is None:
+        empty = x.new_empty(*x.shape[:-1], width)
+        return empty if base is None else base.clone(memory_format=torch.contiguous_format)
+    # Exact: while b is 0, a layer's output is that of the layer without bottleneck to the bit.
+    return fresh_linear(x, weight if layout == "nk" else weight.t(), bias, exact=True)
+
+
+def accumulates(weight: Tensor | None, base: Tensor | None) -> bool:
+    """Whether the bottleneck is added to anything at all."""
+    return weight is not None or base is not None
+
+
+def frozen_projection_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor | None, layout: str, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """dx (of the projection alone), dweight, dbias and dbase of :func:`frozen_projection`; ``needs`` says which."""
+    dx = dweight = dbias = None
+    if weight is not None:
+        rows = dy.flatten(0, 1)
+        if needs[0]:
+            dx = product(rows, weight if layout == "nk" else weight.t()).view_as(x)
+        if needs[1]:
+            left, right = (rows, x.flatten(0, 1)) if layout == "nk" else (x.flatten(0, 1), rows)
+            dweight = product(left.t(), right)
+        if needs[2]:
+            dbias = dy.sum((0, 1))
+    return [dx, dweight, dbias, dy if needs[3] else None]
 
 
 def _through_onednn(*operands: Tensor) -> bool:
@@ -101,7 +139,7 @@ def _onednn_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor | None = None) -> Tensor:
-    """x weight' + bias + plus: x [M, K], weight [N, K] in any layout, plus [M, N] -> [M, N] in new memory."""
+    """x weightᵀ + bias + plus: x [M, K], weight [N, K] in any layout, plus [M, N] -> [M, N] in new memory."""
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()  # for columns of a larger matrix oneDNN has slow code only
     multiply = torch.ops.mkldnn._linear_pointwise

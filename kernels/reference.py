@@ -15,10 +15,10 @@ from .activations import find_activation
 from .routing import find_routing
 
 
-def grouped_linear(code: Tensor, b: Tensor, groups: int) -> Tensor:
-    """Expand each group's share of a code: [..., G*R] with b [G*n, R] gives [..., G*n]."""
-    pairs = zip(code.chunk(groups, -1), b.chunk(groups, 0), strict=True)
-    return torch.cat([F.linear(part, rows) for part, rows in pairs], -1)
+def grouped_linear(t: Tensor, b: Tensor, groups: int) -> Tensor:
+    """Project each group's components of t up: [..., G*R] with b [G*n, R] gives [..., G*n]."""
+    pairs = zip(t.chunk(groups, -1), b.chunk(groups, 0), strict=True)
+    return torch.cat([F.linear(of_group, rows) for of_group, rows in pairs], -1)
 
 
 def reference_lora(
@@ -35,7 +35,7 @@ def reference_lora(
     columns: Sequence[int] | None = None,
     placement: str = "bottleneck",
 ) -> Tensor:
-    """y = base + scaling route(x a', v a') b'; arguments as in :func:`routingvl.kernels.lora.api`."""
+    """y = base + scaling route(x Aᵀ, v Aᵀ) Bᵀ; arguments as in :func:`routingvl.kernels.routed_lora`."""
     row = find_routing(routing)
     t = F.linear(x, a)
     u = F.linear(v, a) if row.uses_image else None
@@ -51,8 +51,8 @@ def reference_lora(
     if columns is not None:
         width = b.shape[0] // groups
         padded = torch.zeros_like(base)
-        for part, start in zip(delta.chunk(groups, -1), columns, strict=True):
-            padded[..., start : start + width] = part
+        for of_group, start in zip(delta.chunk(groups, -1), columns, strict=True):
+            padded[..., start : start + width] = of_group
         delta = padded
     return base + delta
 
@@ -70,7 +70,7 @@ def reference_adapter(
     residual: bool = True,
     relu: bool = False,
 ) -> Tensor:
-    """y = [x +] act(route(x D' + d, v D' + d)) U' + c; arguments as in :func:`routingvl.kernels.adapter.api`."""
+    """y = [x +] act(route(x Dᵀ + b_down, v Dᵀ + b_down)) Uᵀ + b_up; see :func:`routingvl.kernels.routed_adapter`."""
     row = find_routing(routing)
     t = F.linear(x, down_weight, down_bias)
     u = F.linear(v, down_weight, down_bias) if row.uses_image else None

@@ -1,17 +1,25 @@
-"""The table of routing functions: the single place that says which exist and what each one computes.
+"""The table of routing functions: the single place that says which exist, what each one computes and what it can do.
 
-A routing function mixes the image into the code of a low-rank bottleneck and has no parameters of its own
-(arXiv 2403.09377, section 3). With t = x a' [B, T, R] the code of the text and u = v a' [B, L, R] the code of the image
-it returns z [B, T, R]. The bottleneck then expands z.
+A routing function mixes the image into a low-rank bottleneck and has no parameters of its own (arXiv 2403.09377,
+section 3). With t = x Aᵀ [B, T, R] of the text and u = v Aᵀ [B, L, R] of the image it returns z [B, T, R], which the
+bottleneck then projects up.
 
-Config validation, command line choices, both backends, the documentation and the tests read this table. A further
-function is one more pair ``route`` and ``route_backward``, one more row, and a branch in the kernels' :func:`route_fwd`
-and :func:`route_bwd` beside the table.
+Both backends, the choice between them, configuration, command line, documentation and tests read this table. To add a
+function, edit this file only:
+
+1. Write it as a pair of torch functions, ``route(t, u, relu) -> z`` and ``route_backward(dz, t, u, relu) -> (dt, du)``.
+2. Add a :class:`Routing` to ``_ROWS``: name, formula, how many visual tokens it takes, and, only where it is true,
+   what makes it cheaper (``probe``, ``image_factor``, ``inner_product``). The tests hold every such claim against
+   ``route``. With code None it runs eagerly on every device, and the layer report says so.
+3. For the Triton kernels, give it a code of its own, a constant below the table (a kernel reads a global only as a
+   ``constexpr``), and a branch in :func:`route_fwd` and in :func:`route_bwd`, for one visual token.
+
+Functions of several visual tokens run in the kernels only as ``inner_product``; any other runs eagerly for L > 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -19,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .find_by_name import find_by_name
 from .linear import inner_products
-from .lookup import find_row
 from .optional_triton import constexpr, jit, tl
 
 Route = Callable[[Tensor, Tensor | None, bool], Tensor]
@@ -34,27 +42,33 @@ class Routing:
 
     Attributes:
         name: the string that chooses it in every configuration.
-        code: small integer that chooses it inside a kernel.
-        formula: z as a function of the text code t and the image code v, for documentation and help texts.
+        code: the number by which the kernels choose their branch; None: they have none, it runs eagerly.
+        formula: z as a function of t and u, for documentation and help texts.
         max_visual_tokens: largest L it is defined for; 0 when it takes no image, None when any L will do.
-        supports_relu: whether ReLU on both factors of the inner product is defined.
-        route: ``route(t, u, relu) -> z``, a plain differentiable expression.
+        supports_relu: whether ``relu=True`` is defined.
+        route: ``route(t, u, relu) -> z``, a plain differentiable expression; u is None when it takes no image.
         route_backward: ``route_backward(dz, t, u, relu) -> (dt, du)``; du is None when there is no image.
         probe: for a function that is rank one in each image with one visual token, p(u) such that z = <t, p(u)> u, else
             None. ReLU, where it is supported, acts on t and on p(u).
-        additive: z is t plus what depends on the image alone (u, where the image is used), so that the text's path
-            through the bottleneck is linear.
+        image_factor: for z = t + c u (at most one visual token), c; None for any other function.
+        inner_product: whether for any L z is exactly (t uᵀ) u, with ReLU (relu(t) relu(u)ᵀ) u, so that what is built
+            for that form may compute it: the kernels for several visual tokens, and z = t (uᵀ u).
     """
 
     name: str
-    code: int
+    code: int | None
     formula: str
     max_visual_tokens: int | None
     supports_relu: bool
     route: Route
     route_backward: RouteBackward
     probe: Probe | None = None
-    additive: bool = False
+    image_factor: float | None = None
+    inner_product: bool = False
+
+    def __post_init__(self) -> None:
+        if self.image_factor is not None and self.max_visual_tokens not in (0, 1):
+            raise ValueError(f"routing {self.name!r}: image_factor is for functions of at most one visual token")
 
     def __reduce__(self):  # a copied or loaded module refers to the table's row
         return find_routing, (self.name,)
@@ -63,6 +77,34 @@ class Routing:
     def uses_image(self) -> bool:
         """Whether the function reads visual tokens at all."""
         return self.max_visual_tokens != 0
+
+    def is_rank_one(self, visual_tokens: int) -> bool:
+        """Whether z is rank one in each image with this many visual tokens, without ReLU z = <t, p(u)> u."""
+        return self.probe is not None and visual_tokens == 1
+
+    def moves_before_up(self, visual_tokens: int, relu: bool) -> bool:
+        """Whether routing after the up-projection comes to something that needs no activations as wide as the output.
+
+        z = t + c u may be taken on either side, because the up-projection is linear, and what is rank one stays so.
+        """
+        return self.image_factor is not None or (self.is_rank_one(visual_tokens) and not relu)
+
+    def kernel_obstacle(self, visual_tokens: int | None, relu: bool, placement: str) -> str | None:
+        """Why the Triton kernels cannot compute it, or None when they can.
+
+        Args:
+            visual_tokens: L; None for the most favourable one.
+            relu, placement: as in :func:`routingvl.kernels.routed_lora`.
+        """
+        tokens = visual_tokens or min(1, 1 if self.max_visual_tokens is None else self.max_visual_tokens)
+        if placement == "output" and not self.moves_before_up(tokens, relu):
+            return f"the Triton kernels do not route {self.name!r} after the up-projection"
+        if tokens > 1:
+            if not self.inner_product:
+                return f"routing {self.name!r} of several visual tokens has no Triton kernel"
+        elif self.code is None and (relu or not self.is_rank_one(tokens)):
+            return f"routing {self.name!r} has no branch in the Triton kernels"
+        return None
 
     def check(self, visual_tokens: int | None, relu: bool) -> None:
         """Raise ``ValueError`` unless this many visual tokens (None: no image) and this ``relu`` are defined."""
@@ -76,9 +118,10 @@ class Routing:
         if visual_tokens < 1:
             raise ValueError(f"routing {self.name!r} needs at least one visual token, got L=0")
         if self.max_visual_tokens is not None and visual_tokens > self.max_visual_tokens:
+            able = " or ".join(repr(row.name) for row in ROUTINGS.values() if row.max_visual_tokens is None)
             raise ValueError(
                 f"routing {self.name!r} takes {self.max_visual_tokens} visual token per image, got L={visual_tokens}: "
-                f"mean-pool first (v.mean(1, keepdim=True)), or use routing 'vllora'"
+                f"mean-pool first (v.mean(1, keepdim=True)), or use routing {able}"
             )
 
 
@@ -117,7 +160,7 @@ def _expand_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tuple[Tens
 
 
 def gram_is_cheaper(text_tokens: int, visual_tokens: int, rank: int) -> bool:
-    """Whether t (u' u) takes fewer products than (t u') u: L R^2 + T R^2 against 2 T L R."""
+    """Whether t (uᵀ u) takes fewer products than (t uᵀ) u: L R^2 + T R^2 against 2 T L R."""
     return (visual_tokens + text_tokens) * rank < 2 * text_tokens * visual_tokens
 
 
@@ -125,27 +168,37 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def gram_of(u: Tensor, relu: bool) -> Tensor:
+    """relu(u)ᵀ u [B, R, R] of u [B, L, R], the ReLU if asked for.
+
+    In float32 at least: a sum over many tokens loses too much in half precision.
+    """
+    wide = _at_least_float32(u)
+    return (F.relu(wide) if relu else wide).mT @ wide
+
+
+def route_by_gram(t: Tensor, gram: Tensor, relu: bool) -> Tensor:
+    """z of an ``inner_product`` function from what :func:`gram_of` made of the image."""
+    return ((F.relu(t) if relu else t).to(gram.dtype) @ gram).to(t.dtype)
+
+
 def _vllora(t: Tensor, u: Tensor, relu: bool) -> Tensor:
-    left, right = (F.relu(t), F.relu(u)) if relu else (t, u)
     if gram_is_cheaper(t.shape[1], u.shape[1], t.shape[2]):
-        # Sums of squares over many tokens: half precision would lose them.
-        gram = _at_least_float32(right).mT @ _at_least_float32(u)  # [B, R, R]
-        return (_at_least_float32(left) @ gram).to(t.dtype)
+        return route_by_gram(t, gram_of(u, relu), relu)
+    left, right = (F.relu(t), F.relu(u)) if relu else (t, u)
     return (left @ right.mT) @ u
 
 
 def _vllora_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-    right = F.relu(u) if relu else u
     if gram_is_cheaper(t.shape[1], u.shape[1], t.shape[2]):
-        wide_u, wide_right, wide_dz = (_at_least_float32(x) for x in (u, right, dz))
-        dt = (wide_dz @ (wide_u.mT @ wide_right)).to(t.dtype)
+        dt = (_at_least_float32(dz) @ gram_of(u, relu).mT).to(t.dtype)
     else:
-        dt = (dz @ u.mT) @ right
-    return dt * (t > 0) if relu else dt, vllora_image_gradient(dz, t, u, relu)
+        dt = (dz @ u.mT) @ (F.relu(u) if relu else u)
+    return dt * (t > 0) if relu else dt, inner_product_image_gradient(dz, t, u, relu)
 
 
-def vllora_image_gradient(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> Tensor:
-    """du [B, L, R] of vllora for any number of visual tokens."""
+def inner_product_image_gradient(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> Tensor:
+    """du [B, L, R] of an ``inner_product`` function for any number of visual tokens."""
     left, right = (F.relu(t), F.relu(u)) if relu else (t, u)
     if gram_is_cheaper(t.shape[1], u.shape[1], t.shape[2]):
         wide_u, wide_right = _at_least_float32(u), _at_least_float32(right)
@@ -156,25 +209,29 @@ def vllora_image_gradient(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> Tenso
     return du + (dright * (u > 0) if relu else dright)
 
 
-def route_image(row: Routing, t: Tensor, u: Tensor | None, relu: bool, gram: Tensor | None) -> Tensor:
-    """``row.route(t, u, relu)``; by ``gram`` = relu(u)' u [B, C, C] (the ReLU where ``relu``) where that is given."""
-    if gram is None:
-        return row.route(t, u, relu)
-    return ((F.relu(t) if relu else t).to(gram.dtype) @ gram).to(t.dtype)
-
-
 def _identity(u: Tensor) -> Tensor:
     return u
 
 
 _ROWS = (
-    Routing("none", 0, "z = t", 0, False, _none, _none_backward, additive=True),
-    Routing("add", 1, "z = t + v", 1, False, _add, _add_backward, additive=True),
-    Routing("mul", 2, "z = t * v", 1, False, _mul, _mul_backward),
-    Routing("expand", 3, "z = (sum_j t_j) v", 1, False, _expand, _expand_backward, torch.ones_like),
-    Routing("vllora", 4, "z = t v' v", None, True, _vllora, _vllora_backward, _identity),
+    Routing("none", 0, "z = t", 0, False, _none, _none_backward, image_factor=0.0),
+    Routing("add", 1, "z = t + u", 1, False, _add, _add_backward, image_factor=1.0),
+    Routing("mul", 2, "z = t * u", 1, False, _mul, _mul_backward),
+    Routing("expand", 3, "z = (sum_j t_j) u", 1, False, _expand, _expand_backward, probe=torch.ones_like),
+    Routing("vllora", 4, "z = t uᵀ u", None, True, _vllora, _vllora_backward, probe=_identity, inner_product=True),
 )
-ROUTINGS: Mapping[str, Routing] = MappingProxyType({row.name: row for row in _ROWS})
+
+
+def _by_name(rows: Iterable[Routing]) -> Mapping[str, Routing]:
+    rows = tuple(rows)
+    for what, given in (("name", [row.name for row in rows]), ("code", [row.code for row in rows])):
+        taken = [value for value in given if value is not None]
+        if len(taken) != len(set(taken)):
+            raise ValueError(f"two routing functions have one {what}: {taken}")
+    return MappingProxyType({row.name: row for row in rows})
+
+
+ROUTINGS = _by_name(_ROWS)
 
 
 def find_routing(name: str | Routing) -> Routing:
@@ -182,7 +239,7 @@ def find_routing(name: str | Routing) -> Routing:
 
     A row is returned as it is.
     """
-    return name if isinstance(name, Routing) else find_row(ROUTINGS, name, "routing")
+    return name if isinstance(name, Routing) else find_by_name(ROUTINGS, name, "routing")
 
 
 def routing_table() -> str:
@@ -194,17 +251,19 @@ def routing_table() -> str:
     return "\n".join(lines)
 
 
-# The same functions inside a Triton kernel, for one visual token. t, u and dz are float32 tiles [rows, code]; u holds
-# for each row the code of its image. Components beyond the code's width are 0 in t, u and dz. The codes of the table,
-# in the form in which a kernel can read a global:
-ADD, MUL = constexpr(ROUTINGS["add"].code), constexpr(ROUTINGS["mul"].code)
-EXPAND, VLLORA = constexpr(ROUTINGS["expand"].code), constexpr(ROUTINGS["vllora"].code)
+# The same functions inside a Triton kernel, for one visual token or none. t, u and dz are float32 tiles [rows, padded
+# R]; u holds for each row of text that of its image, and means nothing where the function takes none. Components beyond
+# R are 0 in t, u and dz.
+NONE, ADD, MUL = (constexpr(ROUTINGS[name].code) for name in ("none", "add", "mul"))
+EXPAND, VLLORA = (constexpr(ROUTINGS[name].code) for name in ("expand", "vllora"))
 
 
 @jit
 def route_fwd(t, u, ROUTING: tl.constexpr, RELU: tl.constexpr):
-    """z [rows, code]."""
-    if ROUTING == ADD:
+    """z [rows, padded R]."""
+    if ROUTING == NONE:
+        z = t
+    elif ROUTING == ADD:
         z = t + u
     elif ROUTING == MUL:
         z = t * u
@@ -217,17 +276,19 @@ def route_fwd(t, u, ROUTING: tl.constexpr, RELU: tl.constexpr):
             z = tl.sum(t * u, 1)[:, None] * u
     else:
         z = t
+        tl.static_assert(False, "route_fwd has no branch for this code of a routing function")
     return z
 
 
 @jit
 def route_bwd(dz, t, u, ROUTING: tl.constexpr, RELU: tl.constexpr):
-    """dt, and each row's share of the gradient of its image's code, both [rows, code]; without an image the second is
-    meaningless. Components of dt beyond the code's width are undefined.
+    """dt, and what each row of text adds to the gradient of its image's u, both [rows, padded R]; the second
+    means nothing where the function takes no image. Components beyond R are not read.
     """
-    dt = dz
-    du = dz
-    if ROUTING == MUL:
+    if ROUTING == NONE or ROUTING == ADD:  # noqa: SIM109 (a kernel knows no "in")
+        dt = dz
+        du = dz
+    elif ROUTING == MUL:
         dt = dz * u
         du = dz * t
     elif ROUTING == EXPAND:
@@ -244,4 +305,8 @@ def route_bwd(dz, t, u, ROUTING: tl.constexpr, RELU: tl.constexpr):
         else:
             dt = dc * u
             du = tl.sum(t * u, 1)[:, None] * dz + dc * t
+    else:
+        dt = dz
+        du = dz
+        tl.static_assert(False, "route_bwd has no branch for this code of a routing function")
     return dt, du

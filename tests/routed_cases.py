@@ -16,6 +16,12 @@ FORMS = [(name, relu) for name, row in ROUTINGS.items() for relu in (False, True
 CASES = [
     (*form, tokens) for form in FORMS for tokens in ((1, 3, 9) if ROUTINGS[form[0]].max_visual_tokens is None else (1,))
 ]
+# The same for the kernels, with rows of text: 2 tokens are cheaper one by one, 70 as a matrix of inner products.
+KERNEL_CASES = [
+    (*form, *sizes)
+    for form in FORMS
+    for sizes in ((1, 37), (2, 5), (70, 37))[: 3 if ROUTINGS[form[0]].max_visual_tokens is None else 1]
+]
 # Groups, columns (in units of the group's width n) and width of base in the same unit.
 LAYOUTS = {"plain": (1, None, 1), "grouped": (2, None, 2), "c_attn": (2, (0, 2), 3), "slice": (1, (1,), 3)}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -1,15 +1,17 @@
-"""Routed Adapter: y = [x +] act(route(x D' + d, v D' + d)) U' + c (arXiv 2403.09377)."""
+"""Routed Adapter: y = [x +] act(route(x Dᵀ + b_down, v Dᵀ + b_down)) Uᵀ + b_up (arXiv 2403.09377)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from ..activations import find_activation
-from ..arguments import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, fold_beams, without_autocast
-from ..dispatch import NoTileFitsError, eager_instead, select_backend
-from ..image_code import ImageCode, project_adapter_image
-from ..routing import find_routing
+from ..dispatch import select_backend
+from ..image_code import ImageCode, adapter_image
+from ..inputs import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, fold_beams, without_autocast
+from ..routing import Routing, find_routing
+from ..triton_common.launch import NoTileFitsError, eager_instead
 from .eager import eager_adapter
+from .options import AdapterOptions
 
 
 def routed_adapter(
@@ -20,30 +22,29 @@ def routed_adapter(
     up_weight: Tensor,
     up_bias: Tensor | None,
     *,
-    routing: str,
+    routing: str | Routing,
     activation: str = "gelu",
     residual: bool = True,
     relu: bool = False,
     backend: str | None = None,
     image: ImageCode | None = None,
 ) -> Tensor:
-    """A bottleneck whose code the image is routed into, with or without a residual around it.
+    """A bottleneck that the image is routed into, with or without a residual around it.
 
     Differentiable once in every tensor; runs in float64, float32, float16, bfloat16 and under autocast.
 
     Args:
         x: text hidden states [B, T, K], or [B*beams, T, K] where consecutive rows are the beams of one image.
-        v: visual tokens [B, L, K]; not read (and may be None) for routing "none".
+        v: visual tokens [B, L, K]; not read (and may be None) where the routing takes no image.
         down_weight: D [R, K], shared by text and image.
-        down_bias: d [R], added to text and image alike, or None.
+        down_bias: b_down [R], added to text and image alike, or None.
         up_weight: U [K, R].
-        up_bias: c [K] or None.
-        routing: name in ``ROUTINGS``.
+        up_bias: b_up [K] or None.
+        routing: name in ``ROUTINGS``, or its row.
         activation: name in ``ACTIVATIONS``, applied after routing.
         residual: add x to the result.
-        relu: ReLU on both factors of vllora's inner product.
+        relu: ReLU on both factors of the inner product, for routings that have one (``supports_relu``).
         backend: "eager", "triton", or None for the default of :func:`routingvl.kernels.dispatch.select_backend`.
-
         image: what :func:`routingvl.kernels.project_adapter_image` made of v for these weights, so that v is not
             projected again; None without.
 
@@ -55,8 +56,7 @@ def routed_adapter(
         ValueError: unknown name, unfit shapes or dtypes, more visual tokens than the routing takes, v missing.
         RuntimeError: the backend asked for cannot run.
     """
-    row = find_routing(routing)
-    find_activation(activation)
+    row, act = find_routing(routing), find_activation(activation)
     check_text_and_image(x, v, row, relu, beams=True)
     check_shape("down_weight", down_weight, ("R", x.shape[2]))
     check_shape("up_weight", up_weight, (x.shape[2], down_weight.shape[0]))
@@ -68,24 +68,27 @@ def routed_adapter(
     tensors = cast_for_autocast(device, x, v if row.uses_image else None, down_weight, down_bias, up_weight, up_bias)
     names = ("x", "v", "down_weight", "down_bias", "up_weight", "up_bias")
     check_dtypes(**dict(zip(names, tensors, strict=True)))
-    name, _ = select_backend(device, backend, dtype=tensors[0].dtype, width=down_weight.shape[0])
+    narrow, v, *weights = tensors
+    name, _ = select_backend(
+        device, backend, dtype=narrow.dtype, width=down_weight.shape[0], routing=row,
+        visual_tokens=0 if v is None else v.shape[1], relu=relu,
+    )  # fmt: skip
     if name == "triton":
         from .fused import fused_adapter as run
     else:
         run = eager_adapter
-    narrow, v, *weights = tensors
-    options = {"row": row, "activation": activation, "relu": relu}
+    # A float32 residual stream keeps its precision under autocast, as it would in the plain sum.
+    inside = residual and narrow.dtype == x.dtype
+    options = AdapterOptions(row, relu, act, inside)
     with without_autocast(device):
         if v is not None:
-            made = image or project_adapter_image(v, *weights[:2], routing=routing, relu=relu)
-            image = made.to(narrow.dtype)
-        # A float32 residual stream keeps its precision under autocast, as it would in the plain sum.
-        inside = residual and narrow.dtype == x.dtype
-        arguments = (fold_beams(narrow, v), image, *weights)
+            image = adapter_image(v, *weights[:2], row, relu) if image is None else image
+            image = image.to(narrow.dtype)
+        arguments = (fold_beams(narrow, v), image, *weights, options)
         try:
-            y = run(*arguments, residual=inside, **options)
+            y = run(*arguments)
         except NoTileFitsError as error:
             eager_instead(error)
-            y = eager_adapter(*arguments, residual=inside, **options)
+            y = eager_adapter(*arguments)
         y = y if y.shape == x.shape else y.reshape(x.shape)
         return y if inside or not residual else x + y

@@ -1,7 +1,7 @@
 """Eager backend of the routed Adapter: torch operations ordered so that nothing is computed or stored twice.
 
-:class:`DenseAdapter` serves any routing function. :class:`RankOneAdapter` serves expand and vllora with one visual
-token, where the down-projection of the text collapses to one inner product a row: z_b = (x_b . w_b + k_b) u_b.
+:class:`DenseAdapter` serves any routing function. :class:`RankOneAdapter` serves what is rank one in each image, where
+the down-projection of the text collapses to one inner product per row: z_b = (x_b . w_b + k_b) u_b.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..activations import find_activation
-from ..arguments import with_signature, without_autocast
+from ..autograd_function import backward_of, saving, with_signature
 from ..image_code import ImageCode
 from ..linear import add_product_, fresh_linear, inner_products, linear, plus_product, product
-from ..routing import Routing, find_routing, route_image
+from ..routing import route_by_gram
+from .options import AdapterOptions
 
 
 def _up(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
-    """[x +] h weight' + bias with h [B, T, R], weight [K, R]; the residual costs no pass of its own."""
+    """[x +] h weightᵀ + bias with h [B, T, R], weight [K, R]; the residual costs no pass of its own."""
     if not residual:
         return fresh_linear(h, weight, bias)
     # Not (x + bias).contiguous(): where that returns its operand, torch.compile of torch 2.11 loses all gradients.
@@ -40,7 +39,7 @@ def _up_gradients(
 
 
 class DenseAdapter(torch.autograd.Function):
-    """y = [x +] act(route(t, u)) U' + c with t = x D' + d [B, T, R], u the image's code (``gram`` its u' u, or None).
+    """y = [x +] act(route(t, u)) Uᵀ + b_up with t = x Dᵀ + b_down [B, T, R]; u and ``gram`` (uᵀ u) are the image's.
 
     Saved: x, t, u, the weights and h = act(...), because gelu through erf takes as long as a small matrix product.
     """
@@ -55,40 +54,28 @@ class DenseAdapter(torch.autograd.Function):
         up_weight: Tensor,
         up_bias: Tensor | None,
         gram: Tensor | None,
-        routing: str,
-        activation: str,
-        residual: bool,
-        relu: bool,
+        options: AdapterOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        routing, relu, act, residual = options
         t = linear(x, down_weight, down_bias)
-        h = find_activation(activation).forward(route_image(find_routing(routing), t, u, relu, gram))
+        h = act.forward(routing.route(t, u, relu) if gram is None else route_by_gram(t, gram, relu))
         return _up(h, x, up_weight, up_bias, residual), t, h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.set_materialize_grads(False)  # no zeros for the outputs that only exist to be saved
-        x, u, down_weight, _, up_weight, _, _, *ctx.options = inputs
+        x, u, down_weight, _, up_weight, _, _, ctx.options = inputs
         _, t, h = output
-        ctx.mark_non_differentiable(t, h)
-        ctx.save_for_backward(x, u, down_weight, up_weight, t, h)
+        saving(ctx, x, u, down_weight, up_weight, t, h, extra=(t, h))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * len(ctx.needs_input_grad)
-        with without_autocast(dy.device.type):
-            return DenseAdapter._gradients(ctx, dy.contiguous())
-
-    @staticmethod
-    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    @backward_of
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, u, down_weight, up_weight, t, h = ctx.saved_tensors
-        routing, activation, residual, relu = ctx.options
+        routing, relu, act, residual = ctx.options
         need_x, need_u, need_down, need_down_bias, need_up, need_up_bias = ctx.needs_input_grad[:6]
-        row, act = find_routing(routing), find_activation(activation)
-        z = row.route(t, u, relu)
+        z = routing.route(t, u, relu)
         dh, dup, dup_bias = _up_gradients(dy, h, up_weight, (need_up, need_up_bias))
-        dt, du = row.route_backward(act.backward(dh, z), t, u, relu)
+        dt, du = routing.route_backward(act.backward(dh, z), t, u, relu)
         rows = dt.flatten(0, 1)
         dx = None
         if need_x:
@@ -96,11 +83,11 @@ class DenseAdapter(torch.autograd.Function):
             dx = dx.view_as(x)
         ddown = product(rows.t(), x.flatten(0, 1)) if need_down else None
         ddown_bias = dt.sum((0, 1)) if need_down_bias else None
-        return dx, du if need_u else None, ddown, ddown_bias, dup, dup_bias, None, None, None, None, None
+        return dx, du if need_u else None, ddown, ddown_bias, dup, dup_bias
 
 
 class RankOneAdapter(torch.autograd.Function):
-    """y = [x +] act(c u) U' + bias with c = x_b . w_b + k_b [B, T, 1]; w [B, K], k [B] and u [B, R] are the image's.
+    """y = [x +] act(c u) Uᵀ + b_up with c = x_b . w_b + k_b [B, T, 1]; w [B, K], k [B] and u [B, R] are the image's.
 
     Saved: x, c, h = act(c u), w, u and U.
     """
@@ -114,46 +101,34 @@ class RankOneAdapter(torch.autograd.Function):
         u: Tensor,
         up_weight: Tensor,
         up_bias: Tensor | None,
-        activation: str,
-        residual: bool,
+        options: AdapterOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:
         c = inner_products(x, w) + k[:, None, None]
-        h = find_activation(activation).forward(c * u.unsqueeze(1))
-        return _up(h, x, up_weight, up_bias, residual), c, h
+        h = options.act.forward(c * u.unsqueeze(1))
+        return _up(h, x, up_weight, up_bias, options.residual), c, h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.set_materialize_grads(False)  # no zeros for the outputs that only exist to be saved
-        x, w, _, u, up_weight, _, *ctx.options = inputs
+        x, w, _, u, up_weight, _, ctx.options = inputs
         _, c, h = output
-        ctx.mark_non_differentiable(c, h)
-        ctx.save_for_backward(x, w, u, up_weight, c, h)
+        saving(ctx, x, w, u, up_weight, c, h, extra=(c, h))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * len(ctx.needs_input_grad)
-        with without_autocast(dy.device.type):
-            return RankOneAdapter._gradients(ctx, dy.contiguous())
-
-    @staticmethod
-    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    @backward_of
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, u, up_weight, c, h = ctx.saved_tensors
-        activation, residual = ctx.options
         need_x, need_w, need_k, need_u, need_up, need_up_bias = ctx.needs_input_grad[:6]
-        act = find_activation(activation)
         z = c * u.unsqueeze(1)
         dh, dup, dup_bias = _up_gradients(dy, h, up_weight, (need_up, need_up_bias))
-        dz = act.backward(dh, z)
+        dz = ctx.options.act.backward(dh, z)
         dc = inner_products(dz, u)  # [B, T, 1]
         dx = None
         if need_x:
-            dx = torch.addcmul(dy, dc, w.unsqueeze(1)) if residual else dc * w.unsqueeze(1)
+            dx = torch.addcmul(dy, dc, w.unsqueeze(1)) if ctx.options.residual else dc * w.unsqueeze(1)
         dw = torch.bmm(dc.mT, x).squeeze(1) if need_w else None
         dk = dc.sum((1, 2)) if need_k else None
         du = torch.bmm(c.mT, dz).squeeze(1) if need_u else None
-        return dx, dw, dk, du, dup, dup_bias, None, None
+        return dx, dw, dk, du, dup, dup_bias
 
 
 def eager_adapter(
@@ -163,19 +138,13 @@ def eager_adapter(
     down_bias: Tensor | None,
     up_weight: Tensor,
     up_bias: Tensor | None,
-    *,
-    row: Routing,
-    activation: str,
-    residual: bool,
-    relu: bool,
+    options: AdapterOptions,
 ) -> Tensor:
-    """The routed Adapter by the cheapest form there is; arguments as in :func:`routingvl.kernels.adapter.api`.
+    """The routed Adapter by the cheapest way there is; tensors as in :func:`routingvl.kernels.routed_adapter`.
 
-    ``image`` is None where the routing reads none.
+    ``image`` is None where the routing takes none.
     """
-    if image is not None and image.factors is not None and not relu:
-        code = image.u.squeeze(1)
-        return RankOneAdapter.apply(x, *image.factors, code, up_weight, up_bias, activation, residual)[0]
+    if image is not None and image.factors is not None and not options.relu:
+        return RankOneAdapter.apply(x, *image.factors, image.u.squeeze(1), up_weight, up_bias, options)[0]
     u, gram = (None, None) if image is None else (image.u, image.gram)
-    options = (row.name, activation, residual, relu)
-    return DenseAdapter.apply(x, u, down_weight, down_bias, up_weight, up_bias, gram, *options)[0]
+    return DenseAdapter.apply(x, u, down_weight, down_bias, up_weight, up_bias, gram, options)[0]

@@ -1,4 +1,4 @@
-"""Triton backend of the routed Adapter: one autograd function around the ops of :mod:`.triton_adapter_ops`."""
+"""Triton backend of the routed Adapter: one autograd function around the ops of :mod:`.ops`."""
 
 from __future__ import annotations
 
@@ -6,45 +6,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..activations import find_activation
-from ..arguments import without_autocast
-from ..dispatch import contiguous_rows
-from ..image_code import ImageCode, gram_of
-from ..lora.ops import FORMS
-from ..routing import Routing, find_routing, gram_is_cheaper, vllora_image_gradient
-from .ops import adapter_backward, adapter_forward_
-
-MAX_GRAM_RANK = 64  # a larger u' u would need more than half of the shared memory of some GPUs
+from ..autograd_function import backward_of, saving, with_signature
+from ..image_code import ImageCode
+from ..routing import inner_product_image_gradient
+from ..triton_common.launch import contiguous_rows
+from ..triton_common.visual_tokens import image_operand
+from . import ops
+from .options import AdapterOptions
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _operand(u: Tensor | None, form: str, relu: bool, gram: Tensor | None = None) -> Tensor | None:
-    """What a kernel takes in place of the image's code u [B, L, R]: for "gram" u' u [B, R, R], if it is there already
-    ``gram``.
-    """
-    if form != "gram":
-        return _contiguous(u)
-    return gram_of(u, relu) if gram is None else gram
-
-
-def _codes(form: str, routing: str, activation: str) -> tuple[int, int, int]:
-    return FORMS[form], find_routing(routing).code, find_activation(activation).code
-
-
 class FusedAdapter(torch.autograd.Function):
-    """y = [x +] act(route(x D' + d, u)) U' + c, with u [B, L, R] the image's code, or None.
+    """y = [x +] act(route(x Dᵀ + b_down, u)) Uᵀ + b_up, with u [B, L, R] the image's, or None.
 
-    With ``rank_one``: y = [x +] act((x_b . w_b + k_b) u_b) U' + c, and in place of D and d stand w [B, K] and k [B].
-    Saved: x, D, u, U and one code, t [B*T, R] or (rank one) the inner products [B*T]; what z and h were is computed
-    again in the backward kernel.
+    With ``rank_one``: y = [x +] act((x_b . w_b + k_b) u_b) Uᵀ + b_up, and in place of D and b_down stand w [B, K] and
+    k [B]. Saved: x, D, u, U and t [M, R] or (rank one) the inner products [M]; what z and h were is computed again in
+    the backward kernel.
     """
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor,
         down: Tensor,
@@ -53,67 +38,58 @@ class FusedAdapter(torch.autograd.Function):
         up: Tensor,
         up_bias: Tensor | None,
         gram: Tensor | None,
-        form: str,
-        routing: str,
-        activation: str,
-        relu: bool,
-        residual: bool,
+        options: AdapterOptions,
         rank_one: bool,
-        save_code: bool,
+        save_t: bool,
     ) -> tuple[Tensor, Tensor]:
         y = x.new_empty(x.shape)  # made here: an autograd function must not return a view
-        down_bias, up_bias = _contiguous(down_bias), _contiguous(up_bias)
-        code = adapter_forward_(
-            y.view(-1, y.shape[2]), contiguous_rows(x), down.contiguous(), down_bias, _operand(u, form, relu, gram),
-            up.contiguous(), up_bias, x.shape[1], *_codes(form, routing, activation),
-            relu, residual, rank_one, save_code,
+        visual, image = image_operand(u, x.shape[1], options.relu, gram)
+        t = ops.adapter_forward_(
+            y.view(-1, y.shape[2]), contiguous_rows(x), down.contiguous(), _contiguous(down_bias), image,
+            up.contiguous(), _contiguous(up_bias), x.shape[1], visual, rank_one, save_t, options,
         )  # fmt: skip
-        return y, code
+        return y, t
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, down, _, u, up, _, _, *ctx.options = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, down, u, up, output[1])
+        x, down, _, u, up, _, _, ctx.options, ctx.rank_one, _ = inputs
+        saving(ctx, x, down, u, up, output[1], extra=output[1:])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(dy.device.type):
-            return FusedAdapter._gradients(ctx, dy)
-
-    @staticmethod
-    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, down, u, up, code = ctx.saved_tensors
-        form, routing, activation, relu, residual, rank_one, _ = ctx.options
+    @backward_of
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, down, u, up, t = ctx.saved_tensors
         need_x, need_down, need_down_bias, need_u, need_up, need_up_bias = ctx.needs_input_grad[:6]
         batch, tokens, _ = x.shape
-        rows = contiguous_rows(dy)
-        dx, dcode, dz, du, h = adapter_backward(
-            rows, code, down.contiguous(), _operand(u, form, relu), up.contiguous(), tokens,
-            *_codes(form, routing, activation), relu, residual, rank_one, need_x, need_u, need_up,
+        rows = dy.flatten(0, 1)
+        visual, image = image_operand(u, tokens, ctx.options.relu)
+        dx, dt, dz, du, h = ops.adapter_backward(
+            rows, t, down.contiguous(), image, up.contiguous(), tokens, visual, ctx.rank_one, need_x, need_u, need_up,
+            ctx.options,
         )  # fmt: skip
         if not need_u:
             du = None
         elif not len(rows):
             du = torch.zeros_like(u)
-        elif form in ("tokens", "gram"):
-            du = vllora_image_gradient(dz.view(batch, tokens, -1), code.view(batch, tokens, -1), u, relu)
+        elif u.shape[1] > 1:
+            du = inner_product_image_gradient(
+                dz.view(batch, tokens, -1), t.view(batch, tokens, -1), u, ctx.options.relu
+            )
         else:
             du = du.view_as(u)
         ddown = ddown_bias = None
-        if rank_one:
-            dc = dcode.view(batch, tokens, 1)
+        if ctx.rank_one:
+            dc = dt.view(batch, tokens, 1)
             if need_down:
                 ddown = torch.bmm(dc.to(x.dtype).mT, x).squeeze(1)
             if need_down_bias:
                 ddown_bias = dc.sum((1, 2)).to(x.dtype)
         else:
-            ddown = torch.mm(dcode.t(), contiguous_rows(x)) if need_down else None
-            ddown_bias = dcode.sum(0) if need_down_bias else None
+            ddown = torch.mm(dt.t(), contiguous_rows(x)) if need_down else None
+            ddown_bias = dt.sum(0) if need_down_bias else None
         dup = torch.mm(rows.t(), h) if need_up else None
         dup_bias = rows.sum(0) if need_up_bias else None
-        return dx.view(x.shape) if need_x else None, ddown, ddown_bias, du, dup, dup_bias, *(None,) * 8
+        return dx.view(x.shape) if need_x else None, ddown, ddown_bias, du, dup, dup_bias
 
 
 def fused_adapter(
@@ -123,26 +99,16 @@ def fused_adapter(
     down_bias: Tensor | None,
     up_weight: Tensor,
     up_bias: Tensor | None,
-    *,
-    row: Routing,
-    activation: str,
-    residual: bool,
-    relu: bool,
+    options: AdapterOptions,
 ) -> Tensor:
-    """The routed Adapter by kernels; arguments as in :func:`routingvl.kernels.adapter.api`.
+    """The routed Adapter by kernels; tensors as in :func:`routingvl.kernels.routed_adapter`.
 
-    ``image`` is None where the routing reads none.
+    For what :meth:`~routingvl.kernels.routing.Routing.kernel_obstacle` allows. ``image`` is None where the routing
+    takes none.
     """
     u, factors, gram = (None, None, None) if image is None else image
-    form = "none"
-    if u is not None:
-        form = "token" if u.shape[1] == 1 else "tokens"
-        cheaper = gram is not None or gram_is_cheaper(x.shape[1], u.shape[1], u.shape[2])
-        if form == "tokens" and u.shape[2] <= MAX_GRAM_RANK and cheaper:
-            form = "gram"
-    rank_one = factors is not None and not relu
+    rank_one = factors is not None and not options.relu
     down, bias = factors if rank_one else (down_weight, down_bias)
     inputs = (x, down, bias, u, up_weight, up_bias)
-    saves = torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in inputs)
-    options = (form, row.name, activation, relu, residual, rank_one, saves)
-    return FusedAdapter.apply(*inputs, gram if form == "gram" else None, *options)[0]
+    save_t = torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in inputs)
+    return FusedAdapter.apply(*inputs, gram, options, rank_one, save_t)[0]

@@ -1,10 +1,10 @@
-"""Triton kernels of the routed Adapter: y = [x +] act(route(x D' + d, image)) U' + c in one pass, and back.
+"""Triton kernels of the routed Adapter: y = [x +] act(route(x Dᵀ + b_down, image)) Uᵀ + b_up in one pass, and back.
 
-Letters and names as in :mod:`.triton_lora`. A program takes its rows of text through the whole bottleneck: the code
-leaves the registers once, written for the backward pass, between the down- and the up-projection.
+Letters and names as in :mod:`routingvl.kernels.lora.triton`. A program takes its rows of text through the whole
+bottleneck: t leaves the registers once, written for the backward pass, between the down- and the up-projection.
 
-Where z is rank one in each image (expand and vllora with one visual token), the down-projection collapses to one inner
-product a row: z = c u with c = x . w + k, where w = D' p(u) and k = d . p(u) are the image's (constexpr RANK_ONE).
+Where z is rank one in each image, the down-projection collapses to one inner product per row: z = c u with
+c = x . w + k, where w = Dᵀ p(u) and k = b_down . p(u) are the image's (constexpr RANK_ONE).
 """
 
 from __future__ import annotations
@@ -13,27 +13,28 @@ import triton
 import triton.language as tl
 
 from ..activations import act_bwd, act_fwd
-from ..lora.triton import NO_IMAGE, ONE_TOKEN, block_rows, route_tokens, route_tokens_back
 from ..routing import route_bwd, route_fwd
+from ..triton_common.rows import block_rows
+from ..triton_common.visual_tokens import NO_IMAGE, ONE_TOKEN, route_tokens, route_tokens_back
 
 # Sizes that change from batch to batch: compiling anew when one becomes divisible by 16 would not pay.
-_VARYING = ["rows", "span", "tokens", "visual", "images"]
+_VARYING = ["rows", "span", "tokens", "visual_tokens", "images"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def adapter_forward_kernel(
     p_y,  # [M, K] result
-    p_code,  # t [M, R] result; RANK_ONE: c [M] float32
+    p_t,  # t [M, R] result; RANK_ONE: c [M] float32
     p_x,  # [M, K]
     p_down,  # D [R, K]; RANK_ONE: w [B, K]
-    p_down_bias,  # d [R]; RANK_ONE: k [B]
+    p_down_bias,  # b_down [R]; RANK_ONE: k [B]
     p_image,  # u [B, R], or as VISUAL says
     p_up,  # U [K, R]
-    p_up_bias,  # c [K]
+    p_up_bias,  # b_up [K]
     rows,
     span,
     tokens,
-    visual,
+    visual_tokens,
     width,  # K
     rank,
     stride_xm,
@@ -45,22 +46,22 @@ def adapter_forward_kernel(
     RESIDUAL: tl.constexpr,
     DOWN_BIAS: tl.constexpr,
     UP_BIAS: tl.constexpr,
-    SAVE_CODE: tl.constexpr,
+    SAVE_T: tl.constexpr,
     PRECISION: tl.constexpr,
-    CODE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """Grid: blocks of rows, shares of the columns of y (each share repeats the down-projection)."""
+    """Grid: blocks of rows, splits of the columns of y (each repeats the down-projection)."""
     i_m, m_m = block_rows(tl.program_id(0), rows, span, BLOCK_M)
     o_m = i_m.to(tl.int64)[:, None]
     i_b = i_m // tokens
-    i_r = tl.arange(0, CODE)
+    i_r = tl.arange(0, BLOCK_R)
     m_r = i_r < rank
     m_mr = m_m[:, None] & m_r[None, :]
-    saves = SAVE_CODE and tl.program_id(1) == 0
+    saves = SAVE_T and tl.program_id(1) == 0
 
     if RANK_ONE:
         products = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -74,11 +75,11 @@ def adapter_forward_kernel(
         if DOWN_BIAS:
             c += tl.load(p_down_bias + i_b, mask=m_m, other=0.0).to(tl.float32)
         if saves:
-            tl.store(p_code + i_m, c, mask=m_m)
+            tl.store(p_t + i_m, c, mask=m_m)
         u = tl.load(p_image + i_b[:, None] * rank + i_r[None, :], mask=m_mr, other=0.0)
         z = c[:, None] * u.to(tl.float32)
     else:
-        t = tl.zeros((BLOCK_M, CODE), tl.float32)
+        t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for k in range(0, width, BLOCK_K):
             i_k = k + tl.arange(0, BLOCK_K)
             m_k = i_k < width
@@ -88,22 +89,34 @@ def adapter_forward_kernel(
         if DOWN_BIAS:
             t += tl.load(p_down_bias + i_r, mask=m_r, other=0.0).to(tl.float32)[None, :]
         if saves:
-            tl.store(p_code + o_m * rank + i_r[None, :], t.to(p_code.dtype.element_ty), mask=m_mr)
+            tl.store(p_t + o_m * rank + i_r[None, :], t.to(p_t.dtype.element_ty), mask=m_mr)
         if VISUAL == NO_IMAGE:
-            z = t
+            z = tl.where(m_r[None, :], route_fwd(t, t, ROUTING, RELU), 0.0)
         elif VISUAL == ONE_TOKEN:
             u = tl.load(p_image + i_b[:, None] * rank + i_r[None, :], mask=m_mr, other=0.0)
-            z = route_fwd(t, u.to(tl.float32), ROUTING, RELU)
+            z = tl.where(m_r[None, :], route_fwd(t, u.to(tl.float32), ROUTING, RELU), 0.0)
         else:
             z = route_tokens(
-                t, p_image, tl.program_id(0), span, visual, rank, m_r, RELU, VISUAL, CODE, PRECISION, BLOCK_M, BLOCK_L
+                t,
+                p_image,
+                tl.program_id(0),
+                span,
+                visual_tokens,
+                rank,
+                m_r,
+                RELU,
+                VISUAL,
+                BLOCK_R,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_L,
             )
     h = act_fwd(z, ACT).to(p_up.dtype.element_ty)
 
-    share = tl.cdiv(tl.cdiv(width, BLOCK_N), tl.num_programs(1)) * BLOCK_N
-    first = tl.program_id(1) * share
+    split = tl.cdiv(tl.cdiv(width, BLOCK_N), tl.num_programs(1)) * BLOCK_N
+    first = tl.program_id(1) * split
     # Stages are asked for because only then the tile of x is loaded ahead like the operands of the product.
-    for n in tl.range(first, tl.minimum(first + share, width), BLOCK_N, num_stages=3):
+    for n in tl.range(first, tl.minimum(first + split, width), BLOCK_N, num_stages=3):
         i_n = n + tl.arange(0, BLOCK_N)
         m_n = i_n < width
         m_mn = m_m[:, None] & m_n[None, :]
@@ -119,19 +132,19 @@ def adapter_forward_kernel(
 @triton.jit(do_not_specialize=_VARYING)
 def adapter_backward_kernel(
     p_dx,  # [M, K] result
-    p_dcode,  # dt [M, R] result; RANK_ONE: dc [M] float32
+    p_dt,  # dt [M, R] result; RANK_ONE: dc [M] float32
     p_dz,  # [M, R] result
-    p_du,  # [B, blocks an image, R] float32 result
+    p_du,  # [B, blocks per image, R] float32 result
     p_h,  # [M, R] result
     p_dy,  # [M, K]
-    p_code,  # what the forward pass saved
+    p_t,  # what the forward pass saved
     p_down,  # as in the forward kernel, and so on
     p_image,
     p_up,
     rows,
     span,
     tokens,
-    visual,
+    visual_tokens,
     images,  # B
     width,
     rank,
@@ -147,7 +160,7 @@ def adapter_backward_kernel(
     WRITE_DZ: tl.constexpr,
     WRITE_H: tl.constexpr,
     PRECISION: tl.constexpr,
-    CODE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -162,12 +175,12 @@ def adapter_backward_kernel(
     i_m, m_m = block_rows(block, rows, span, BLOCK_M)
     o_m = i_m.to(tl.int64)[:, None]
     i_b = i_m // tokens
-    i_r = tl.arange(0, CODE)
+    i_r = tl.arange(0, BLOCK_R)
     m_r = i_r < rank
     m_mr = m_m[:, None] & m_r[None, :]
     o_mr = o_m * rank + i_r[None, :]
 
-    dh = tl.zeros((BLOCK_M, CODE), tl.float32)
+    dh = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for n in range(0, width, BLOCK_N):
         i_n = n + tl.arange(0, BLOCK_N)
         m_n = i_n < width
@@ -178,17 +191,17 @@ def adapter_backward_kernel(
     if VISUAL == ONE_TOKEN:
         u = tl.load(p_image + i_b[:, None] * rank + i_r[None, :], mask=m_mr, other=0.0).to(tl.float32)
     if RANK_ONE:
-        c = tl.load(p_code + i_m, mask=m_m, other=0.0)
+        c = tl.load(p_t + i_m, mask=m_m, other=0.0)
         z = c[:, None] * u
     else:
-        t = tl.load(p_code + o_mr, mask=m_mr, other=0.0).to(tl.float32)
+        t = tl.load(p_t + o_mr, mask=m_mr, other=0.0).to(tl.float32)
         if VISUAL == NO_IMAGE:
-            z = t
+            z = tl.where(m_r[None, :], route_fwd(t, t, ROUTING, RELU), 0.0)
         elif VISUAL == ONE_TOKEN:
-            z = route_fwd(t, u, ROUTING, RELU)
+            z = tl.where(m_r[None, :], route_fwd(t, u, ROUTING, RELU), 0.0)
         else:
             z = route_tokens(
-                t, p_image, block, span, visual, rank, m_r, RELU, VISUAL, CODE, PRECISION, BLOCK_M, BLOCK_L
+                t, p_image, block, span, visual_tokens, rank, m_r, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M, BLOCK_L
             )
     if WRITE_H:
         tl.store(p_h + o_mr, act_fwd(z, ACT).to(p_h.dtype.element_ty), mask=m_mr)
@@ -199,21 +212,34 @@ def adapter_backward_kernel(
     if RANK_ONE:
         dc = tl.sum(dz * u, 1)
         du = c[:, None] * dz
-        tl.store(p_dcode + i_m, dc, mask=m_m)
+        tl.store(p_dt + i_m, dc, mask=m_m)
     else:
         if VISUAL == NO_IMAGE:
-            dt = dz
+            dt, du = route_bwd(dz, t, t, ROUTING, RELU)
         elif VISUAL == ONE_TOKEN:
             # Loaded again, from the cache: kept through the activation they would cost registers, up to spilling.
-            t = tl.load(p_code + o_mr, mask=m_mr, other=0.0).to(tl.float32)
+            t = tl.load(p_t + o_mr, mask=m_mr, other=0.0).to(tl.float32)
             u = tl.load(p_image + i_b[:, None] * rank + i_r[None, :], mask=m_mr, other=0.0).to(tl.float32)
             dt, du = route_bwd(dz, t, u, ROUTING, RELU)
         else:
             dt = route_tokens_back(
-                dz, t, p_image, block, span, visual, rank, m_r, RELU, VISUAL, CODE, PRECISION, BLOCK_M, BLOCK_L
+                dz,
+                t,
+                p_image,
+                block,
+                span,
+                visual_tokens,
+                rank,
+                m_r,
+                RELU,
+                VISUAL,
+                BLOCK_R,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_L,
             )
-        dt = dt.to(p_down.dtype.element_ty)
-        tl.store(p_dcode + o_mr, dt, mask=m_mr)
+        dt = tl.where(m_r[None, :], dt, 0.0).to(p_down.dtype.element_ty)
+        tl.store(p_dt + o_mr, dt, mask=m_mr)
     if WRITE_DU:
         blocks = tl.cdiv(span, BLOCK_M)
         first = (block // blocks) * (span // tokens)

@@ -1,23 +1,20 @@
-"""Routed low-rank adaptation: y = base + scaling route(x a', v a') b' (arXiv 2403.09377)."""
+"""Routed low-rank adaptation: y = base + scaling route(x Aᵀ, v Aᵀ) Bᵀ (arXiv 2403.09377)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, fold_beams, without_autocast
-from ..dispatch import NoTileFitsError, eager_instead, select_backend
-from ..image_code import ImageCode, has_closed_form, project_lora_image
+from ..dispatch import select_backend
+from ..image_code import ImageCode, lora_image
+from ..inputs import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, fold_beams, without_autocast
 from ..routing import Routing, find_routing
+from ..triton_common.launch import NoTileFitsError, eager_instead
 from .eager import eager_lora
-
-PLACEMENTS = ("bottleneck", "output")
-WEIGHT_LAYOUTS = ("nk", "kn")
+from .options import PLACEMENTS, WEIGHT_LAYOUTS, LoRAOptions
 
 
 def routed_lora(
@@ -26,7 +23,7 @@ def routed_lora(
     a: Tensor,
     b: Tensor,
     *,
-    routing: str,
+    routing: str | Routing,
     scaling: float = 1.0,
     base: Tensor | None = None,
     backend: str | None = None,
@@ -38,23 +35,22 @@ def routed_lora(
     """Add a routed bottleneck to the output of a frozen projection.
 
     Differentiable once in x, v, a, b and base; runs in float64, float32, float16, bfloat16 and under autocast. ``base``
-    is
-    never modified: the result is one copy of it, into which the bottleneck is accumulated. :func:`routed_lora_linear`
-    computes the frozen projection itself and needs no copy.
+    is never modified: the result is one copy of it, into which the bottleneck is accumulated.
+    :func:`routed_lora_linear` computes the frozen projection itself and needs no copy.
 
     Args:
         x: text hidden states [B, T, K], or [B*beams, T, K] where consecutive rows are the beams of one image.
-        v: visual tokens [B, L, K]; not read (and may be None) for routing "none".
+        v: visual tokens [B, L, K]; not read (and may be None) where the routing takes no image.
         a: down-projection [G*R, K], shared by text and image.
-        b: up-projection [G*n, R]; rows g*n to (g+1)*n take components g*R to (g+1)*R of the routed code.
-        routing: name in ``ROUTINGS``; it acts on the joined code of width G*R.
+        b: up-projection [G*n, R]; rows g*n to (g+1)*n take components g*R to (g+1)*R of what was routed.
+        routing: name in ``ROUTINGS``, or its row; it acts on the G*R components of all groups together.
         scaling: factor of the bottleneck's output, alpha / R in the paper.
         base: output of the frozen projection [B, T, N], N = G*n unless ``columns`` is given; None: bottleneck alone.
         backend: "eager", "triton", or None for the default of :func:`routingvl.kernels.dispatch.select_backend`.
-        relu: ReLU on both factors of vllora's inner product.
+        relu: ReLU on both factors of the inner product, for routings that have one (``supports_relu``).
         groups: G, how many projections share the joined bottleneck (GPT-2's query and value: 2).
         columns: for each group the column of base at which its n outputs are added; the rest of base is only copied.
-        placement: "bottleneck" routes the codes, "output" the up-projected codes (joined over groups).
+        placement: "bottleneck" routes before the up-projection, "output" after it (all groups together).
 
     Returns:
         [B, T, N] in the dtype of the inputs. Under autocast the products run in its dtype and base keeps its own: the
@@ -64,21 +60,20 @@ def routed_lora(
         ValueError: unknown name, unfit shapes or dtypes, more visual tokens than the routing takes, v missing.
         RuntimeError: the backend asked for cannot run.
     """
-    row = find_routing(routing)
-    _check(x, v, a, b, row, relu, groups, placement)
+    options = LoRAOptions(find_routing(routing), relu, scaling, columns, placement)
     if base is not None:
-        check_shape("base", base, (*x.shape[:2], "N" if columns else b.shape[0]))
-    columns = _check_columns(columns, groups, b.shape[0] // groups, None if base is None else base.shape[2])
+        check_shape("base", base, (*x.shape[:2], b.shape[0] if columns is None else "N"))
+    options = _checked(x, v, a, b, options, groups, None if base is None else base.shape[2])
     device = x.device.type
-    x, v, a, b = cast_for_autocast(device, x, v if row.uses_image else None, a, b)
+    x, v, a, b = cast_for_autocast(device, x, v if options.routing.uses_image else None, a, b)
     autocast = torch.is_autocast_enabled(device)
     check_dtypes(x=x, v=v, a=a, b=b, base=None if autocast else base)
-    options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
     if base is not None and base.dtype != x.dtype:
         # A wider base keeps its precision, as it would in the plain sum.
         with without_autocast(device):
-            return base + _run(backend, x, v, a, b, row=row, base=torch.zeros_like(base, dtype=x.dtype), **options)
-    return _run(backend, x, v, a, b, row=row, base=base, **options)
+            zeros = torch.zeros_like(base, dtype=x.dtype)
+            return base + _run(backend, x, v, a, b, None, None, zeros, None, options)
+    return _run(backend, x, v, a, b, None, None, base, None, options)
 
 
 def routed_lora_linear(
@@ -89,7 +84,7 @@ def routed_lora_linear(
     a: Tensor,
     b: Tensor,
     *,
-    routing: str,
+    routing: str | Routing,
     scaling: float = 1.0,
     relu: bool = False,
     groups: int = 1,
@@ -100,10 +95,10 @@ def routed_lora_linear(
     backend: str | None = None,
     image: ImageCode | None = None,
 ) -> Tensor:
-    """The frozen projection and its routed bottleneck in one differentiable step: x W' + bias + scaling route(...) b'.
+    """The frozen projection and its routed bottleneck in one differentiable step: x Wᵀ + bias + scaling route(...) Bᵀ.
 
-    Because the projection's output is made here, the bottleneck is accumulated in place, and so is its share of dx in
-    the backward pass. With b = 0 the result has the same bits as the projection alone.
+    Because the projection's output is made here, the bottleneck is accumulated in place, and so is what it adds
+    to dx in the backward pass. With b = 0 the result has the same bits as the projection alone.
 
     Args:
         x, v, a, b, routing, scaling, relu, groups, columns, placement, backend: as in :func:`routed_lora`.
@@ -123,26 +118,38 @@ def routed_lora_linear(
         ValueError, RuntimeError: as :func:`routed_lora`.
     """
     row = find_routing(routing)
-    _check(x, v, a, b, row, relu, groups, placement)
     if weight_layout not in WEIGHT_LAYOUTS:
         raise ValueError(f"weight_layout={weight_layout!r} is not one of 'nk' (nn.Linear) and 'kn' (Conv1D)")
-    check_shape("weight", weight, ("N", x.shape[2]) if weight_layout == "nk" else (x.shape[2], "N"))
+    check_shape("weight", weight, ("N", x.shape[-1]) if weight_layout == "nk" else (x.shape[-1], "N"))
     outputs = weight.shape[0 if weight_layout == "nk" else 1]
+    options = LoRAOptions(row, relu, scaling, columns, placement, weight_layout, dropout)
+    options = _checked(x, v, a, b, options, groups, outputs)
     if bias is not None:
         check_shape("bias", bias, (outputs,))
     if columns is None and outputs != b.shape[0]:
         raise ValueError(
             f"b has {b.shape[0]} rows and the projection {outputs} outputs: give columns to say where they belong"
         )
-    columns = _check_columns(columns, groups, b.shape[0] // groups, outputs)
     device = x.device.type
     x, v, weight, bias, a, b = cast_for_autocast(device, x, v if row.uses_image else None, weight, bias, a, b)
     check_dtypes(x=x, v=v, weight=weight, bias=bias, a=a, b=b)
     if image is not None and dropout > 0:
         raise ValueError(f"dropout={dropout} draws a mask for v: image= holds a v that was projected without one")
-    options = {"scaling": scaling, "relu": relu, "groups": groups, "columns": columns, "placement": placement}
-    frozen = {"weight": weight, "bias": bias, "layout": weight_layout}
-    return _run(backend, x, v, a, b, image=image, dropout=dropout, row=row, **frozen, **options)
+    return _run(backend, x, v, a, b, weight, bias, None, image, options)
+
+
+def _checked(
+    x: Tensor, v: Tensor | None, a: Tensor, b: Tensor, options: LoRAOptions, groups: int, outputs: int | None
+) -> LoRAOptions:
+    """The options with their start columns, where everything fits; ``outputs`` is N, None without base."""
+    if options.placement not in PLACEMENTS:
+        raise ValueError(f"placement={options.placement!r} is not one of {', '.join(map(repr, PLACEMENTS))}")
+    check_text_and_image(x, v, options.routing, options.relu, beams=True)
+    check_shape("b", b, ("G*n", "R"))
+    if groups < 1 or b.shape[0] % groups:
+        raise ValueError(f"groups={groups} must be at least 1 and divide the {b.shape[0]} rows of b")
+    check_shape("a", a, (groups * b.shape[1], x.shape[2]))
+    return options._replace(columns=_checked_columns(options.columns, groups, b.shape[0] // groups, outputs))
 
 
 def _run(
@@ -151,66 +158,47 @@ def _run(
     v: Tensor | None,
     a: Tensor,
     b: Tensor,
-    *,
-    row: Routing,
-    relu: bool,
-    groups: int,
-    columns: tuple[int, ...],
-    placement: str,
-    scaling: float,
-    image: ImageCode | None = None,
-    base: Tensor | None = None,
-    dropout: float = 0.0,
-    **frozen: Any,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    image: ImageCode | None,
+    options: LoRAOptions,
 ) -> Tensor:
     """Hand checked arguments, and what the image comes to, to the backend."""
-    name, _ = select_backend(x.device.type, backend, dtype=x.dtype, width=a.shape[0])
+    routing, relu, dropout, placement = options.routing, options.relu, options.dropout, options.placement
+    visual_tokens = 0 if v is None else v.shape[1]
+    name, _ = select_backend(
+        x.device.type, backend, dtype=x.dtype, width=a.shape[0], routing=routing, visual_tokens=visual_tokens,
+        relu=relu, placement=placement,
+    )  # fmt: skip
+    fused = name == "triton" and options.equally_spaced
     shape, x, base = x.shape, fold_beams(x, v), fold_beams(base, v)
-    options = {"row": row, "scaling": scaling, "relu": relu, "columns": columns, "base": base, **frozen}
-    closed = has_closed_form(row, 0 if v is None else v.shape[1], relu, placement)
-    fused = name == "triton" and closed and equally_spaced(columns)
     with without_autocast(x.device.type):
-        low = F.dropout(x, dropout) if dropout > 0 and not fused else None
         # The image's mask is torch's own on any backend: v is B*L rows against M of text.
+        dropped = F.dropout(x, dropout) if dropout > 0 and not fused else x
         v = F.dropout(v, dropout) if dropout > 0 and v is not None else v
-        if v is not None and closed:
-            form = {"scaling": scaling, "relu": relu, "groups": groups, "placement": placement}
-            made = image or project_lora_image(v, a, b, routing=row.name, backend=name, **form)
-            image = made.to(x.dtype)
+        if v is not None and (placement == "bottleneck" or routing.moves_before_up(visual_tokens, relu)):
+            if image is None:
+                image = lora_image(
+                    v, a, b, routing, scaling=options.scaling, relu=relu, groups=options.groups, placement=placement,
+                    factors=not (relu and fused),
+                )  # fmt: skip
+            image = image.to(x.dtype)
         if fused:
             from .fused import fused_lora  # here, because it needs triton
 
             try:
-                y = fused_lora(x, image, a, b, dropout=dropout, **options)
+                y = fused_lora(x, image, a, b, weight, bias, base, options)
             except NoTileFitsError as error:
                 eager_instead(error)
-                fused, low = False, F.dropout(x, dropout) if dropout > 0 else None
+                fused, dropped = False, F.dropout(x, dropout) if dropout > 0 else x
         if not fused:
-            y = eager_lora(x, low, v, image, a, b, groups=groups, placement=placement, **options)
+            y = eager_lora(x, dropped, v, image, a, b, weight, bias, base, options)
     return y if y.shape[0] == shape[0] else y.reshape(*shape[:2], y.shape[2])
 
 
-def equally_spaced(columns: Sequence[int]) -> bool:
-    """Whether the start columns of the groups follow one another at one distance."""
-    return len({right - left for left, right in pairwise(columns)}) <= 1
-
-
-def _check(
-    x: Tensor, v: Tensor | None, a: Tensor, b: Tensor, row: Routing, relu: bool, groups: int, placement: str
-) -> None:
-    if placement not in PLACEMENTS:
-        raise ValueError(f"placement={placement!r} is not one of {', '.join(map(repr, PLACEMENTS))}")
-    check_text_and_image(x, v, row, relu, beams=True)
-    check_shape("b", b, ("G*n", "R"))
-    if groups < 1 or b.shape[0] % groups:
-        raise ValueError(f"groups={groups} must be at least 1 and divide the {b.shape[0]} rows of b")
-    check_shape("a", a, (groups * b.shape[1], x.shape[2]))
-
-
-def _check_columns(columns: Sequence[int] | None, groups: int, width: int, outputs: int | None) -> tuple[int, ...]:
-    """Start column of each group's ``width`` outputs; side by side unless told otherwise. ``outputs`` is N, None
-    without base.
-    """
+def _checked_columns(columns: Sequence[int] | None, groups: int, width: int, outputs: int | None) -> tuple[int, ...]:
+    """Start column of each group's ``width`` outputs; side by side unless told otherwise."""
     if columns is None:
         return tuple(group * width for group in range(groups))
     if outputs is None:

@@ -1,37 +1,39 @@
 """The registered ops of the routed LoRA's Triton backend: each checks nothing, allocates results and launches a kernel.
 
-Tensors are matrices of rows: x [M, K], y [M, N], with the last dimension contiguous. ``columns`` are the start columns
-of the groups in y, equally spaced. ``tokens`` is T, rows an image. ``seed`` [1] int64 draws the dropout mask, None for
-none. ``visual`` is the form of the image, see ``triton_lora``.
+Tensors are matrices of rows: x [M, K], y [M, N], with the last dimension contiguous; weights and the image are
+contiguous. ``tokens`` is T, rows per image. ``seed`` [1] int64 draws the dropout mask, None for none. ``visual`` and
+``image``: see :func:`~routingvl.kernels.triton_common.visual_tokens.image_operand`. The start columns in ``options``
+are equally spaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dispatch import define_op, launch, on_device
 from ..triton_common.cached_launcher import CachedKernel
-from ..triton_common.tiles import DECODE_ROWS, Tile, arch_of, column_splits, padded_rank, precision_of, tiles_for
-from .rank_one import rank_one_backward_kernel, rank_one_forward_kernel
-from .triton import (
-    GRAM,
-    NO_IMAGE,
-    ONE_TOKEN,
-    TOKENS,
-    dropped_gradient_kernel,
-    lora_backward_kernel,
-    lora_forward_kernel,
+from ..triton_common.dropout import dropout_arguments
+from ..triton_common.launch import (
+    block_sizes,
+    blocks_of,
+    define_op,
+    fitting_tiles,
+    image_tile,
+    launch,
+    on_device,
+    processors,
+    product_precision,
 )
+from ..triton_common.tiles import Tile, column_splits, padded_rank
+from ..triton_common.visual_tokens import Visual, image_arguments, rows_of_one_image
+from .options import LoRAOptions
+from .rank_one import rank_one_backward_kernel, rank_one_forward_kernel
+from .triton import dropped_gradient_kernel, lora_backward_kernel, lora_forward_kernel
 
-FORMS = {"none": NO_IMAGE.value, "token": ONE_TOKEN.value, "tokens": TOKENS.value, "gram": GRAM.value}
-BLOCK_L = 32
-SHARE_ROWS = 512  # least rows for which another share of dropped_gradient pays
-MAX_SHARES = 32
+SPLIT_ROWS = 512  # least rows for which another split of dropped_gradient pays
+MAX_SPLITS = 32
 
 launch_lora_forward = CachedKernel(lora_forward_kernel)
 launch_lora_backward = CachedKernel(lora_backward_kernel)
@@ -40,46 +42,40 @@ launch_rank_one_forward = CachedKernel(rank_one_forward_kernel)
 launch_rank_one_backward = CachedKernel(rank_one_backward_kernel)
 
 
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 where programs run one after another."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 1 if device.type == "cpu" else 64
+def _call_arguments(seed: Tensor | None, tokens: int, accumulate: bool, options: LoRAOptions) -> dict[str, Any]:
+    """What every kernel of the LoRA may ask for, by the names of its parameters in lower case."""
+    columns = options.columns
+    return {
+        **options._asdict(),
+        **dropout_arguments(seed, options.dropout),
+        "groups": len(columns),
+        "column": columns[0],
+        "column_step": columns[1] - columns[0] if len(columns) > 1 else 0,
+        "tokens": tokens,
+        "accumulate": accumulate,
+    }
 
 
-def fitting_tiles(kind: str, width: int, x: Tensor) -> tuple[Tile, ...]:
-    """Tiles for a kernel on x [M, K] with a code of this width, best first."""
-    arch = arch_of(x.device)
-    return tiles_for(kind, width, precision_of(x.dtype, arch), x.shape[0] <= DECODE_ROWS, arch)
+def _dense_arguments(a: Tensor, image: Tensor | None, visual: int, b: Tensor, groups: int) -> dict[str, Any]:
+    """What the two kernels with a low-rank activation take besides."""
+    return {
+        **image_arguments(image, visual, unused=b),
+        "p_a": a,
+        "p_b": b,
+        "width_in": a.shape[1],
+        "width_out": b.shape[0] // groups,
+        "rank": b.shape[1],
+        "block_r": padded_rank(a.shape[0]),
+        "precision": product_precision(a),
+    }
 
 
-def product_precision(x: Tensor) -> str:
-    """How tl.dot multiplies float32."""
-    precision = precision_of(x.dtype, arch_of(x.device))
-    return "tf32" if precision == "half" else precision
+def _fake_lora_forward(y, x, a, image, b, seed, tokens, visual, accumulate, save_t, options):
+    return x.new_empty(x.shape[0] if save_t else 0, a.shape[0])
 
 
-def blocks_of(rows: int, span: int, block_m: int) -> int:
-    """Programs that own ``rows`` when none crosses a multiple of ``span`` rows."""
-    return -(-rows // span) * -(-span // block_m)
-
-
-def image_tile(tile: Tile, tokens: int, one_image: bool) -> Tile:
-    """A tile without more rows than an image has, if a program takes rows of one image only."""
-    return replace(tile, block_m=min(tile.block_m, max(16, 1 << (tokens - 1).bit_length()))) if one_image else tile
-
-
-def _spacing(columns: Sequence[int]) -> tuple[int, int]:
-    return columns[0], columns[1] - columns[0] if len(columns) > 1 else 0
-
-
-def _dropout(seed: Tensor | None, dropout: float) -> tuple[int, float]:
-    """Threshold of a 31-bit integer and factor of what is kept."""
-    return (0, 1.0) if seed is None else (round(dropout * 2**31), 1 / (1 - dropout) if dropout < 1 else 0.0)
-
-
-def _lora_forward(
+@define_op(_fake_lora_forward, mutates=["y"])
+def lora_forward_(
     y: Tensor,
     x: Tensor,
     a: Tensor,
@@ -88,42 +84,49 @@ def _lora_forward(
     seed: Tensor | None,
     tokens: int,
     visual: int,
-    routing: int,
-    relu: bool,
-    columns: Sequence[int],
-    scaling: float,
-    dropout: float,
     accumulate: bool,
     save_t: bool,
+    options: LoRAOptions,
 ) -> Tensor:
-    rows, width_in = x.shape
-    width, rank, groups = a.shape[0], b.shape[1], len(columns)
-    t = x.new_empty(rows if save_t else 0, width)
+    """y[:, columns of each group] (+)= scaling z Bᵀ; returns t [M, G*R], empty unless ``save_t``."""
+    rows, one_image = x.shape[0], rows_of_one_image(visual)
+    t = x.new_empty(rows if save_t else 0, a.shape[0])
     if rows == 0:
         return t
-    one_image = visual in (FORMS["tokens"], FORMS["gram"])
     span = tokens if one_image else rows
+    arguments = {
+        **_call_arguments(seed, tokens, accumulate, options),
+        **_dense_arguments(a, image, visual, b, options.groups),
+        "p_y": y,
+        "p_x": x,
+        "p_t": t,
+        "p_seed": x if seed is None else seed,
+        "rows": rows,
+        "span": span,
+        "stride_ym": y.stride(0),
+        "stride_xm": x.stride(0),
+        "save_t": save_t,
+    }
 
     def attempt(tile: Tile) -> None:
         tile = image_tile(tile, tokens, one_image)
-        splits = column_splits(tile, rows, b.shape[0] // groups, processors(x.device))
-        launch_lora_forward(
-            (blocks_of(rows, span, tile.block_m), splits),
-            y, x, a, x if image is None else image, b, t, x if seed is None else seed,
-            rows, span, tokens, 1 if image is None else image.shape[1], width_in, b.shape[0] // groups, rank,
-            y.stride(0), x.stride(0), *_spacing(columns), scaling, *_dropout(seed, dropout),
-            ROUTING=routing, RELU=relu, VISUAL=visual, GROUPS=groups, CODE=padded_rank(width),
-            ACCUMULATE=accumulate, SAVE_T=save_t, DROPOUT=seed is not None, PRECISION=product_precision(x),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_L=BLOCK_L,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+        splits = column_splits(tile, rows, arguments["width_out"], processors(x.device))
+        launch_lora_forward((blocks_of(rows, span, tile.block_m), splits), {**arguments, **block_sizes(tile)})
 
     with on_device(x):
-        launch("lora_forward", fitting_tiles("lora_forward", width, x), attempt)
+        launch("lora_forward", fitting_tiles("lora_forward", a.shape[0], x), attempt)
     return t
 
 
-def _lora_backward(
+def _fake_lora_backward(dx, dy, t, a, image, b, seed, tokens, visual, accumulate, need_u, options):
+    one_image = rows_of_one_image(visual)
+    dz = torch.empty_like(t) if need_u and one_image else t.new_empty(0, t.shape[1])
+    images = image.shape[0] if need_u and visual == Visual.ONE_TOKEN else 0
+    return torch.empty_like(t), dz, t.new_empty(images, t.shape[1])
+
+
+@define_op(_fake_lora_backward, mutates=["dx"])
+def lora_backward_(
     dx: Tensor | None,
     dy: Tensor,
     t: Tensor,
@@ -133,106 +136,136 @@ def _lora_backward(
     seed: Tensor | None,
     tokens: int,
     visual: int,
-    routing: int,
-    relu: bool,
-    columns: Sequence[int],
-    scaling: float,
-    dropout: float,
     accumulate: bool,
     need_u: bool,
+    options: LoRAOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = dy.shape[0]
-    width, rank, groups = a.shape[0], b.shape[1], len(columns)
-    one_image = visual in (FORMS["tokens"], FORMS["gram"])
-    write_du, write_dz = need_u and visual == FORMS["token"], need_u and one_image
+    """dx (+)= dt A where given; returns dt [M, G*R], and where ``need_u``: dz [M, G*R] of several visual tokens, or
+    du [B, G*R] of one; empty otherwise.
+    """
+    (rows, width), one_image = t.shape, rows_of_one_image(visual)
+    write_du, write_dz = need_u and visual == Visual.ONE_TOKEN, need_u and one_image
     images = 0 if image is None else image.shape[0]
     dt = torch.empty_like(t)
     dz = torch.empty_like(t) if write_dz else t.new_empty(0, width)
     if rows == 0:
         return dt, dz, t.new_zeros(images if write_du else 0, width)
+    target = t if dx is None else dx
+    arguments = {
+        **_call_arguments(seed, tokens, accumulate, options),
+        **_dense_arguments(a, image, visual, b, options.groups),
+        "p_dx": target,
+        "p_dt": dt,
+        "p_dz": dz,
+        "p_dy": dy,
+        "p_t": t,
+        "p_seed": t if seed is None else seed,
+        "rows": rows,
+        "images": images,
+        "stride_dxm": target.stride(0),
+        "stride_dym": dy.stride(0),
+        "write_dx": dx is not None,
+        "write_du": write_du,
+        "write_dz": write_dz,
+    }
 
     def attempt(tile: Tile) -> Tensor:
         tile = image_tile(tile, tokens, one_image)
         span = tokens if one_image else max(1, tile.block_m // tokens) * tokens
-        partial = dy.new_empty(images if write_du else 0, -(-span // tile.block_m), width, dtype=torch.float32)
-        target = t if dx is None else dx
-        launch_lora_backward(
-            (blocks_of(rows, span, tile.block_m),),
-            target, dt, dz, partial, dy, t, a, t if image is None else image, b, t if seed is None else seed,
-            rows, span, tokens, 1 if image is None else image.shape[1], images, a.shape[1], b.shape[0] // groups, rank,
-            target.stride(0), dy.stride(0), *_spacing(columns), scaling, *_dropout(seed, dropout),
-            ROUTING=routing, RELU=relu, VISUAL=visual, GROUPS=groups, CODE=padded_rank(width), ACCUMULATE=accumulate,
-            WRITE_DX=dx is not None, WRITE_DU=write_du, WRITE_DZ=write_dz, DROPOUT=seed is not None,
-            PRECISION=product_precision(dy),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_L=BLOCK_L,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-        return partial
+        du = dy.new_empty(images if write_du else 0, -(-span // tile.block_m), width, dtype=torch.float32)
+        grid = (blocks_of(rows, span, tile.block_m),)
+        launch_lora_backward(grid, {**arguments, "span": span, "p_du": du, **block_sizes(tile)})
+        return du
 
     with on_device(dy):
-        partial = launch("lora_backward", fitting_tiles("lora_backward", width, dy), attempt)
-    return dt, dz, partial.sum(1).to(t.dtype)
+        du = launch("lora_backward", fitting_tiles("lora_backward", width, dy), attempt)
+    return dt, dz, du.sum(1).to(t.dtype)
 
 
-def _dropped_gradient(dt: Tensor, x: Tensor, seed: Tensor, dropout: float) -> Tensor:
-    rows, width_in = x.shape
-    width = dt.shape[1]
+@define_op(lambda dt, x, seed, options: dt.new_empty(dt.shape[1], x.shape[1]))
+def dropped_gradient(dt: Tensor, x: Tensor, seed: Tensor, options: LoRAOptions) -> Tensor:
+    """dA [G*R, K] = dtᵀ dropout(x) from dt [M, G*R], the mask drawn again."""
+    (rows, width_in), width = x.shape, dt.shape[1]
     if rows == 0:
         return dt.new_zeros(width, width_in)
+    # A function of the number of rows alone, so that equal calls add in the same order.
+    split_rows = max(SPLIT_ROWS, -(-rows // MAX_SPLITS))
+    splits = -(-rows // split_rows)
+    da = x.new_empty(splits, width, width_in, dtype=torch.float32)
+    arguments = {
+        **dropout_arguments(seed, options.dropout),
+        "p_da": da,
+        "p_dt": dt,
+        "p_x": x,
+        "p_seed": seed,
+        "rows": rows,
+        "split_rows": split_rows,
+        "width_in": width_in,
+        "width": width,
+        "stride_xm": x.stride(0),
+        "block_r": padded_rank(width),
+        "precision": product_precision(x),
+    }
 
-    def attempt(tile: Tile) -> Tensor:
-        # A function of the number of rows alone, so that equal calls add in the same order.
-        split_rows = max(SHARE_ROWS, -(-rows // MAX_SHARES))
-        shares = -(-rows // split_rows)
-        partial = x.new_empty(shares, width, width_in, dtype=torch.float32)
-        launch_dropped_gradient(
-            (-(-width_in // tile.block_k), shares),
-            partial, dt, x, seed, rows, split_rows, width_in, width, x.stride(0), *_dropout(seed, dropout),
-            CODE=padded_rank(width), PRECISION=product_precision(x), BLOCK_M=tile.block_m, BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
-        return partial
+    def attempt(tile: Tile) -> None:
+        launch_dropped_gradient((-(-width_in // tile.block_k), splits), {**arguments, **block_sizes(tile)})
 
     with on_device(x):
-        partial = launch("dropped_gradient", fitting_tiles("lora_backward", width, x), attempt)
-    return partial.sum(0).to(dt.dtype)
+        launch("dropped_gradient", fitting_tiles("lora_backward", width, x), attempt)
+    return da.sum(0).to(dt.dtype)
 
 
-def _rank_one_forward(
+def _fake_rank_one_forward(y, x, p, o, seed, tokens, accumulate, options):
+    return x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@define_op(_fake_rank_one_forward, mutates=["y"])
+def rank_one_forward_(
     y: Tensor,
     x: Tensor,
     p: Tensor,
     o: Tensor,
     seed: Tensor | None,
     tokens: int,
-    columns: Sequence[int],
-    dropout: float,
     accumulate: bool,
+    options: LoRAOptions,
 ) -> Tensor:
-    rows, width_in = x.shape
-    groups = len(columns)
+    """y_b[:, columns of each group] (+)= c_b o_b; returns c [M] = x . p in float32."""
+    (rows, width_in), groups = x.shape, options.groups
     c = x.new_empty(rows, dtype=torch.float32)
     if rows == 0:
         return c
+    arguments = {
+        **_call_arguments(seed, tokens, accumulate, options),
+        "p_y": y,
+        "p_x": x,
+        "p_p": p,
+        "p_o": o,
+        "p_c": c,
+        "p_seed": x if seed is None else seed,
+        "width_in": width_in,
+        "width_out": o.shape[1] // groups,
+        "stride_ym": y.stride(0),
+        "stride_xm": x.stride(0),
+    }
 
     def attempt(tile: Tile) -> None:
         splits = column_splits(tile, rows, o.shape[1] // groups, processors(x.device))
-        launch_rank_one_forward(
-            (rows // tokens, -(-tokens // tile.block_m), splits),
-            y, x, p, o, c, x if seed is None else seed,
-            tokens, width_in, o.shape[1] // groups, y.stride(0), x.stride(0), *_spacing(columns),
-            *_dropout(seed, dropout),
-            GROUPS=groups, ACCUMULATE=accumulate, DROPOUT=seed is not None,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+        grid = (rows // tokens, -(-tokens // tile.block_m), splits)
+        launch_rank_one_forward(grid, {**arguments, **block_sizes(tile)})
 
     with on_device(x):
         launch("rank_one_forward", fitting_tiles("rank_one_forward", 1, x), attempt)
     return c
 
 
-def _rank_one_backward(
+def _fake_rank_one_backward(dx, dy, x, p, o, c, seed, tokens, accumulate, need_p, need_o, options):
+    images = p.shape[0]
+    return p.new_empty(images if need_p else 0, p.shape[1]), o.new_empty(images if need_o else 0, o.shape[1])
+
+
+@define_op(_fake_rank_one_backward, mutates=["dx"])
+def rank_one_backward_(
     dx: Tensor | None,
     dy: Tensor,
     x: Tensor,
@@ -241,83 +274,42 @@ def _rank_one_backward(
     c: Tensor,
     seed: Tensor | None,
     tokens: int,
-    columns: Sequence[int],
-    dropout: float,
     accumulate: bool,
     need_p: bool,
     need_o: bool,
+    options: LoRAOptions,
 ) -> tuple[Tensor, Tensor]:
-    rows, width_in = x.shape
-    images, groups = p.shape[0], len(columns)
+    """dx (+)= dc p where given; returns dp [B, K] and do [B, G*n], empty unless needed."""
+    (rows, width_in), images = x.shape, p.shape[0]
     if rows == 0:
         return torch.zeros_like(p[: images if need_p else 0]), torch.zeros_like(o[: images if need_o else 0])
+    target = x if dx is None else dx
+    arguments = {
+        **_call_arguments(seed, tokens, accumulate, options),
+        "p_dx": target,
+        "p_dy": dy,
+        "p_x": x,
+        "p_p": p,
+        "p_o": o,
+        "p_c": c,
+        "p_seed": x if seed is None else seed,
+        "width_in": width_in,
+        "width_out": o.shape[1] // options.groups,
+        "stride_dxm": target.stride(0),
+        "stride_dym": dy.stride(0),
+        "stride_xm": x.stride(0),
+        "write_dx": dx is not None,
+        "write_dp": need_p,
+        "write_do": need_o,
+    }
 
     def attempt(tile: Tile) -> tuple[Tensor, Tensor]:
         blocks = -(-tokens // tile.block_m)
         dp = x.new_empty(images if need_p else 0, blocks, width_in, dtype=torch.float32)
         do = x.new_empty(images if need_o else 0, blocks, o.shape[1], dtype=torch.float32)
-        target = x if dx is None else dx
-        launch_rank_one_backward(
-            (images, blocks),
-            target, dp, do, dy, x, p, o, c, x if seed is None else seed,
-            tokens, width_in, o.shape[1] // groups, target.stride(0), dy.stride(0), x.stride(0), *_spacing(columns),
-            *_dropout(seed, dropout),
-            GROUPS=groups, ACCUMULATE=accumulate, WRITE_DX=dx is not None, WRITE_DP=need_p, WRITE_DO=need_o,
-            DROPOUT=seed is not None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+        launch_rank_one_backward((images, blocks), {**arguments, "p_dp": dp, "p_do": do, **block_sizes(tile)})
         return dp, do
 
     with on_device(x):
         dp, do = launch("rank_one_backward", fitting_tiles("rank_one_backward", 1, x), attempt)
     return dp.sum(1).to(p.dtype), do.sum(1).to(o.dtype)
-
-
-def _fake_lora_forward(y, x, a, image, b, seed, tokens, visual, routing, relu, columns, scaling, dropout, add, save_t):
-    return x.new_empty(x.shape[0] if save_t else 0, a.shape[0])
-
-
-def _fake_lora_backward(dx, dy, t, a, image, b, seed, tokens, visual, *options):
-    width, need_u = a.shape[0], options[-1]
-    one_image = visual in (FORMS["tokens"], FORMS["gram"])
-    dz = torch.empty_like(t) if need_u and one_image else t.new_empty(0, width)
-    images = image.shape[0] if need_u and visual == FORMS["token"] else 0
-    return torch.empty_like(t), dz, t.new_empty(images, width)
-
-
-def _fake_rank_one_backward(dx, dy, x, p, o, c, seed, tokens, columns, dropout, accumulate, need_p, need_o):
-    images = p.shape[0]
-    return p.new_empty(images if need_p else 0, p.shape[1]), o.new_empty(images if need_o else 0, o.shape[1])
-
-
-lora_forward_ = define_op(
-    "lora_forward_(Tensor(a!) y, Tensor x, Tensor a, Tensor? image, Tensor b, Tensor? seed, SymInt tokens, int visual,"
-    " int routing, bool relu, int[] columns, float scaling, float dropout, bool accumulate, bool save_t) -> Tensor",
-    _lora_forward,
-    _fake_lora_forward,
-)
-lora_backward_ = define_op(
-    "lora_backward_(Tensor(a!)? dx, Tensor dy, Tensor t, Tensor a, Tensor? image, Tensor b, Tensor? seed,"
-    " SymInt tokens, int visual, int routing, bool relu, int[] columns, float scaling, float dropout, bool accumulate,"
-    " bool need_u) -> (Tensor dt, Tensor dz, Tensor du)",
-    _lora_backward,
-    _fake_lora_backward,
-)
-dropped_gradient = define_op(
-    "dropped_gradient(Tensor dt, Tensor x, Tensor seed, float dropout) -> Tensor",
-    _dropped_gradient,
-    lambda dt, x, seed, dropout: dt.new_empty(dt.shape[1], x.shape[1]),
-)
-rank_one_forward_ = define_op(
-    "rank_one_forward_(Tensor(a!) y, Tensor x, Tensor p, Tensor o, Tensor? seed, SymInt tokens, int[] columns,"
-    " float dropout, bool accumulate) -> Tensor",
-    _rank_one_forward,
-    lambda y, x, p, o, seed, tokens, columns, dropout, accumulate: x.new_empty(x.shape[0], dtype=torch.float32),
-)
-rank_one_backward_ = define_op(
-    "rank_one_backward_(Tensor(a!)? dx, Tensor dy, Tensor x, Tensor p, Tensor o, Tensor c, Tensor? seed,"
-    " SymInt tokens, int[] columns, float dropout, bool accumulate, bool need_p, bool need_o)"
-    " -> (Tensor dp, Tensor do)",
-    _rank_one_backward,
-    _fake_rank_one_backward,
-)

@@ -1,8 +1,8 @@
 """Triton kernels of the routed LoRA where it is rank one in each image: y_b += c_b o_b with c_b = x_b . p_b, and back.
 
-That is expand and vllora with one visual token. There is no code of width R and no matrix product: a row costs K + N
-multiply-adds, all in float32, and the kernels run at the speed of reading x and y. Letters and prefixes as in
-``triton_lora``. A program owns BLOCK_M rows of one image.
+There is no low-rank activation and no matrix product: a row costs K + N multiply-adds, all in float32, and the kernels
+run at the speed of reading x and y. Letters and prefixes as in :mod:`.triton`. A program owns BLOCK_M rows of one
+image.
 """
 
 from __future__ import annotations
@@ -10,16 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton import keep_mask
+from ..triton_common.dropout import keep_mask
+from ..triton_common.rows import image_rows
 
 _VARYING = ["tokens", "threshold"]
-
-
-@triton.jit
-def image_rows(tokens, BLOCK_M: tl.constexpr):
-    """Rows [BLOCK_M] of this program in x and y, and whether they exist."""
-    i_t = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return tl.program_id(0) * tokens + i_t, i_t < tokens
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -32,7 +26,7 @@ def rank_one_forward_kernel(
     p_seed,  # [1]
     tokens,
     width_in,
-    width_out,  # n, columns of y a group
+    width_out,  # n, columns of y per group
     stride_ym,
     stride_xm,
     column,  # of y, where the first group's outputs are
@@ -46,7 +40,7 @@ def rank_one_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y[:, columns of g] (+)= (x . p) o_g. Grid: images, blocks of rows, shares of the columns of y."""
+    """y[:, columns of g] (+)= (x . p) o_g. Grid: images, blocks of rows, splits of the columns of y."""
     image = tl.program_id(0).to(tl.int64)
     i_m, m_m = image_rows(tokens, BLOCK_M)
     o_m = i_m.to(tl.int64)[:, None]
@@ -66,12 +60,12 @@ def rank_one_forward_kernel(
     if tl.program_id(2) == 0:
         tl.store(p_c + i_m, c, mask=m_m)
 
-    share = tl.cdiv(tl.cdiv(width_out, BLOCK_N), tl.num_programs(2)) * BLOCK_N
-    first = tl.program_id(2) * share
+    split = tl.cdiv(tl.cdiv(width_out, BLOCK_N), tl.num_programs(2)) * BLOCK_N
+    first = tl.program_id(2) * split
     for group in tl.static_range(GROUPS):
         p_y_g = p_y + column + group * column_step
         p_o_g = p_o + (image * GROUPS + group) * width_out
-        for n in range(first, tl.minimum(first + share, width_out), BLOCK_N):
+        for n in range(first, tl.minimum(first + split, width_out), BLOCK_N):
             i_n = n + tl.arange(0, BLOCK_N)
             m_n = i_n < width_out
             m_mn = m_m[:, None] & m_n[None, :]
@@ -113,12 +107,12 @@ def rank_one_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dc = dy . o, dx (+)= dc p, and dp = dc' x and do = c' dy over this program's rows. Grid: images, blocks of rows.
+    """dc = dy . o, dx (+)= dc p, and dp = dcᵀ x and do = cᵀ dy over this program's rows. Grid: images, blocks of rows.
 
     The blocks of an image write apart and are added afterwards: no atomics, equal calls give equal bits.
     """
     image = tl.program_id(0).to(tl.int64)
-    part = image * tl.num_programs(1) + tl.program_id(1)
+    block = image * tl.num_programs(1) + tl.program_id(1)
     i_m, m_m = image_rows(tokens, BLOCK_M)
     o_m = i_m.to(tl.int64)[:, None]
     c = tl.load(p_c + i_m, mask=m_m, other=0.0)
@@ -127,7 +121,7 @@ def rank_one_backward_kernel(
     for group in tl.static_range(GROUPS):
         p_dy_g = p_dy + column + group * column_step
         p_o_g = p_o + (image * GROUPS + group) * width_out
-        p_do_g = p_do + (part * GROUPS + group) * width_out
+        p_do_g = p_do + (block * GROUPS + group) * width_out
         for n in range(0, width_out, BLOCK_N):
             i_n = n + tl.arange(0, BLOCK_N)
             m_n = i_n < width_out
@@ -151,7 +145,7 @@ def rank_one_backward_kernel(
                 weight = tl.where(keep_mask(p_seed, i_m, k, threshold, BLOCK_M, BLOCK_K), weight, 0.0)
             if WRITE_DP:
                 x = tl.load(p_x + o_m * stride_xm + i_k[None, :], mask=m_mk, other=0.0).to(tl.float32)
-                tl.store(p_dp + part * width_in + i_k, tl.sum(weight * x, 0), mask=m_k)
+                tl.store(p_dp + block * width_in + i_k, tl.sum(weight * x, 0), mask=m_k)
             if WRITE_DX:
                 p = tl.load(p_p + image * width_in + i_k, mask=m_k, other=0.0).to(tl.float32)
                 dx = weight * p[None, :]

@@ -1,11 +1,9 @@
-"""Triton kernels of the routed LoRA for any routing function: y += s route(x a', image) b' in one pass, and back.
+"""Triton kernels of the routed LoRA for any routing function: y += s route(x Aᵀ, image) Bᵀ in one pass, and back.
 
-Letters: B images, T rows of text an image, M = B*T rows, L visual tokens, K columns of x, N columns of y, R rank,
-C = G*R the width of the code that G groups share. Names: p_ pointer, i_ index, m_ mask, o_ offset. A program owns
-BLOCK_M rows and keeps their code, padded to CODE components, in registers.
-
-The image reaches a kernel in one of four forms (constexpr VISUAL): NO_IMAGE; ONE_TOKEN, u [B, C]; TOKENS, u [B, L, C]
-for z = (t u') u; GRAM, u' u [B, C, C] in float32 for z = t (u' u). In the last two a program's rows are of one image.
+Letters: B images, T rows of text per image, M = B T rows, L visual tokens, K columns of x, N columns of y, R rank,
+C = G*R the width of the low-rank activation that G groups split. Names: p_ pointer, i_ index, m_ mask, o_ offset. A
+program owns BLOCK_M rows and keeps their t, z and gradients, padded to BLOCK_R components, in registers. How the image
+reaches a kernel (VISUAL): :mod:`~routingvl.kernels.triton_common.visual_tokens`.
 """
 
 from __future__ import annotations
@@ -14,35 +12,12 @@ import triton
 import triton.language as tl
 
 from ..routing import route_bwd, route_fwd
-
-NO_IMAGE, ONE_TOKEN, TOKENS, GRAM = (tl.constexpr(form) for form in range(4))
+from ..triton_common.dropout import keep_mask
+from ..triton_common.rows import block_rows
+from ..triton_common.visual_tokens import NO_IMAGE, ONE_TOKEN, route_tokens, route_tokens_back
 
 # Sizes that change from batch to batch: compiling anew when one becomes divisible by 16 would not pay.
-_VARYING = ["rows", "span", "tokens", "visual", "images", "split_rows", "threshold"]
-
-
-@triton.jit
-def block_rows(block, rows, span, BLOCK_M: tl.constexpr):
-    """Rows [BLOCK_M] of a program and whether they exist, where blocks do not cross a multiple of ``span`` rows."""
-    blocks = tl.cdiv(span, BLOCK_M)
-    i_s = (block % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    i_m = (block // blocks) * span + i_s
-    return i_m, (i_s < span) & (i_m < rows)
-
-
-@triton.jit
-def keep_mask(p_seed, i_m, k, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Which of the columns k, k+1, ... of these rows dropout keeps [BLOCK_M, BLOCK_K]; k is a multiple of 4.
-
-    The bit of an element depends on the seed, its row and its column alone, never on the tile, so every kernel draws
-    the same mask. One call of the generator serves four neighbouring columns. ``threshold``: probability times 2^31.
-    """
-    zeros = tl.zeros((BLOCK_M, BLOCK_K // 4), tl.int32)
-    i_q = k // 4 + tl.arange(0, BLOCK_K // 4)
-    seed = tl.load(p_seed)
-    w0, w1, w2, w3 = tl.philox(seed, zeros + i_q[None, :], zeros + i_m[:, None], zeros, zeros, n_rounds=7)
-    word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return (word >> 1).to(tl.int32) >= threshold
+_VARYING = ["rows", "span", "tokens", "visual_tokens", "images", "split_rows", "threshold"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -57,9 +32,9 @@ def lora_forward_kernel(
     rows,
     span,
     tokens,
-    visual,
+    visual_tokens,
     width_in,
-    width_out,  # n, columns of y a group
+    width_out,  # n, columns of y per group
     rank,
     stride_ym,
     stride_xm,
@@ -72,7 +47,7 @@ def lora_forward_kernel(
     RELU: tl.constexpr,
     VISUAL: tl.constexpr,
     GROUPS: tl.constexpr,
-    CODE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     SAVE_T: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -82,15 +57,15 @@ def lora_forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """y[:, columns of g] (+)= scaling z_g b_g'. Grid: blocks of rows, shares of the columns of y."""
+    """y[:, columns of g] (+)= scaling z_g B_gᵀ. Grid: blocks of rows, splits of the columns of y."""
     i_m, m_m = block_rows(tl.program_id(0), rows, span, BLOCK_M)
     o_m = i_m.to(tl.int64)[:, None]
-    i_c = tl.arange(0, CODE)
+    i_c = tl.arange(0, BLOCK_R)
     width = GROUPS * rank
     m_c = i_c < width
     m_mc = m_m[:, None] & m_c[None, :]
 
-    t = tl.zeros((BLOCK_M, CODE), tl.float32)
+    t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, width_in, BLOCK_K):
         i_k = k + tl.arange(0, BLOCK_K)
         m_k = i_k < width_in
@@ -105,25 +80,37 @@ def lora_forward_kernel(
         tl.store(p_t + o_m * width + i_c[None, :], t.to(p_t.dtype.element_ty), mask=m_mc)
 
     if VISUAL == NO_IMAGE:
-        z = t
+        z = tl.where(m_c[None, :], route_fwd(t, t, ROUTING, RELU), 0.0)
     elif VISUAL == ONE_TOKEN:
         u = tl.load(p_image + (i_m // tokens)[:, None] * width + i_c[None, :], mask=m_mc, other=0.0)
-        z = route_fwd(t, u.to(tl.float32), ROUTING, RELU)
+        z = tl.where(m_c[None, :], route_fwd(t, u.to(tl.float32), ROUTING, RELU), 0.0)
     else:
         z = route_tokens(
-            t, p_image, tl.program_id(0), span, visual, width, m_c, RELU, VISUAL, CODE, PRECISION, BLOCK_M, BLOCK_L
+            t,
+            p_image,
+            tl.program_id(0),
+            span,
+            visual_tokens,
+            width,
+            m_c,
+            RELU,
+            VISUAL,
+            BLOCK_R,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_L,
         )
     z = (z * scaling).to(p_b.dtype.element_ty)
 
-    share = tl.cdiv(tl.cdiv(width_out, BLOCK_N), tl.num_programs(1)) * BLOCK_N
-    first = tl.program_id(1) * share
+    split = tl.cdiv(tl.cdiv(width_out, BLOCK_N), tl.num_programs(1)) * BLOCK_N
+    first = tl.program_id(1) * split
     for group in tl.static_range(GROUPS):
         i_r = i_c - group * rank
         m_r = (i_r >= 0) & (i_r < rank)
         p_b_g = p_b + group * width_out * rank
         p_y_g = p_y + column + group * column_step
         # Stages are asked for because only then the tile of y is loaded ahead like the operands of the product.
-        for n in tl.range(first, tl.minimum(first + share, width_out), BLOCK_N, num_stages=4):
+        for n in tl.range(first, tl.minimum(first + split, width_out), BLOCK_N, num_stages=4):
             i_n = n + tl.arange(0, BLOCK_N)
             m_n = i_n < width_out
             b = tl.load(p_b_g + i_n[None, :] * rank + i_r[:, None], mask=m_r[:, None] & m_n[None, :], other=0.0)
@@ -134,97 +121,12 @@ def lora_forward_kernel(
             tl.store(p_y_g + o_m * stride_ym + i_n[None, :], y.to(p_y.dtype.element_ty), mask=m_mn)
 
 
-@triton.jit
-def route_tokens(
-    t,  # [BLOCK_M, CODE] float32, rows of one image
-    p_image,
-    block,
-    span,
-    visual,
-    width,
-    m_c,
-    RELU: tl.constexpr,
-    VISUAL: tl.constexpr,
-    CODE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
-    """vllora's z = relu(t) relu(u)' u [BLOCK_M, CODE], the ReLU where RELU."""
-    image = block // tl.cdiv(span, BLOCK_M)
-    i_c = tl.arange(0, CODE)
-    if RELU:
-        t = tl.maximum(t, 0.0)
-    if VISUAL == GRAM:
-        p_gram = p_image + image.to(tl.int64) * width * width
-        m_cc = m_c[:, None] & m_c[None, :]
-        gram = tl.load(p_gram + i_c[:, None] * width + i_c[None, :], mask=m_cc, other=0.0)
-        z = tl.dot(t, gram, input_precision=PRECISION)
-    else:
-        z = tl.zeros((BLOCK_M, CODE), tl.float32)
-        left = t.to(p_image.dtype.element_ty)
-        p_u = p_image + image.to(tl.int64) * visual * width
-        for o_l in range(0, visual, BLOCK_L):
-            i_l = o_l + tl.arange(0, BLOCK_L)
-            m_l = (i_l < visual)[:, None] & m_c[None, :]
-            u = tl.load(p_u + i_l[:, None] * width + i_c[None, :], mask=m_l, other=0.0)
-            right = u
-            if RELU:
-                right = tl.maximum(u.to(tl.float32), 0.0).to(u.dtype)
-            scores = tl.dot(left, tl.trans(right), input_precision=PRECISION).to(u.dtype)
-            z = tl.dot(scores, u, z, input_precision=PRECISION)
-    return z
-
-
-@triton.jit
-def route_tokens_back(
-    dz,  # [BLOCK_M, CODE] float32, rows of one image
-    t,  # likewise
-    p_image,
-    block,
-    span,
-    visual,
-    width,
-    m_c,
-    RELU: tl.constexpr,
-    VISUAL: tl.constexpr,
-    CODE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
-    """dt [BLOCK_M, CODE] of :func:`route_tokens`."""
-    image = block // tl.cdiv(span, BLOCK_M)
-    i_c = tl.arange(0, CODE)
-    if VISUAL == GRAM:
-        p_gram = p_image + image.to(tl.int64) * width * width
-        m_cc = m_c[:, None] & m_c[None, :]
-        transposed = tl.load(p_gram + i_c[None, :] * width + i_c[:, None], mask=m_cc, other=0.0)
-        dt = tl.dot(dz, transposed, input_precision=PRECISION)
-    else:
-        dt = tl.zeros((BLOCK_M, CODE), tl.float32)
-        narrow = dz.to(p_image.dtype.element_ty)
-        p_u = p_image + image.to(tl.int64) * visual * width
-        for o_l in range(0, visual, BLOCK_L):
-            i_l = o_l + tl.arange(0, BLOCK_L)
-            m_l = (i_l < visual)[:, None] & m_c[None, :]
-            u = tl.load(p_u + i_l[:, None] * width + i_c[None, :], mask=m_l, other=0.0)
-            right = u
-            if RELU:
-                right = tl.maximum(u.to(tl.float32), 0.0).to(u.dtype)
-            dscores = tl.dot(narrow, tl.trans(u), input_precision=PRECISION).to(u.dtype)
-            dt = tl.dot(dscores, right, dt, input_precision=PRECISION)
-    if RELU:
-        dt = tl.where(t > 0, dt, 0.0)
-    return dt
-
-
 @triton.jit(do_not_specialize=_VARYING)
 def lora_backward_kernel(
     p_dx,  # [M, K], modified in place
     p_dt,  # [M, C] result
     p_dz,  # [M, C] result
-    p_du,  # [B, blocks an image, C] float32 result
+    p_du,  # [B, blocks per image, C] float32 result
     p_dy,  # [M, N]
     p_t,  # [M, C]
     p_a,  # [C, K]
@@ -234,7 +136,7 @@ def lora_backward_kernel(
     rows,
     span,
     tokens,
-    visual,
+    visual_tokens,
     images,  # B
     width_in,
     width_out,
@@ -250,7 +152,7 @@ def lora_backward_kernel(
     RELU: tl.constexpr,
     VISUAL: tl.constexpr,
     GROUPS: tl.constexpr,
-    CODE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     WRITE_DX: tl.constexpr,
     WRITE_DU: tl.constexpr,
@@ -262,7 +164,7 @@ def lora_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """dz = scaling dy b, dt, dx (+)= dt a, and du summed over this program's rows of each of its images.
+    """dz = scaling dy B, dt, dx (+)= dt A, and du summed over this program's rows of each of its images.
 
     Nobody else adds to those sums, so there are no atomics and equal calls give equal bits. Grid: blocks of rows; span
     is a whole number of images.
@@ -270,12 +172,12 @@ def lora_backward_kernel(
     block = tl.program_id(0)
     i_m, m_m = block_rows(block, rows, span, BLOCK_M)
     o_m = i_m.to(tl.int64)[:, None]
-    i_c = tl.arange(0, CODE)
+    i_c = tl.arange(0, BLOCK_R)
     width = GROUPS * rank
     m_c = i_c < width
     m_mc = m_m[:, None] & m_c[None, :]
 
-    dz = tl.zeros((BLOCK_M, CODE), tl.float32)
+    dz = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for group in tl.static_range(GROUPS):
         i_r = i_c - group * rank
         m_r = (i_r >= 0) & (i_r < rank)
@@ -291,27 +193,26 @@ def lora_backward_kernel(
     if WRITE_DZ:
         tl.store(p_dz + o_m * width + i_c[None, :], dz.to(p_dz.dtype.element_ty), mask=m_mc)
 
+    t = tl.load(p_t + o_m * width + i_c[None, :], mask=m_mc, other=0.0).to(tl.float32)
     if VISUAL == NO_IMAGE:
-        dt = dz
+        dt, du = route_bwd(dz, t, t, ROUTING, RELU)
+    elif VISUAL == ONE_TOKEN:
+        i_b = i_m // tokens
+        u = tl.load(p_image + i_b[:, None] * width + i_c[None, :], mask=m_mc, other=0.0).to(tl.float32)
+        dt, du = route_bwd(dz, t, u, ROUTING, RELU)
+        if WRITE_DU:
+            blocks = tl.cdiv(span, BLOCK_M)
+            first = (block // blocks) * (span // tokens)
+            p_total = p_du + (first.to(tl.int64) * blocks + block % blocks) * width
+            for image in range(first, tl.minimum(first + span // tokens, images)):
+                total = tl.sum(tl.where((i_b == image)[:, None], du, 0.0), 0)
+                tl.store(p_total + i_c, total, mask=m_c)
+                p_total += blocks * width
     else:
-        t = tl.load(p_t + o_m * width + i_c[None, :], mask=m_mc, other=0.0).to(tl.float32)
-        if VISUAL == ONE_TOKEN:
-            i_b = i_m // tokens
-            u = tl.load(p_image + i_b[:, None] * width + i_c[None, :], mask=m_mc, other=0.0).to(tl.float32)
-            dt, du = route_bwd(dz, t, u, ROUTING, RELU)
-            if WRITE_DU:
-                blocks = tl.cdiv(span, BLOCK_M)
-                first = (block // blocks) * (span // tokens)
-                p_total = p_du + (first.to(tl.int64) * blocks + block % blocks) * width
-                for image in range(first, tl.minimum(first + span // tokens, images)):
-                    total = tl.sum(tl.where((i_b == image)[:, None], du, 0.0), 0)
-                    tl.store(p_total + i_c, total, mask=m_c)
-                    p_total += blocks * width
-        else:
-            dt = route_tokens_back(
-                dz, t, p_image, block, span, visual, width, m_c, RELU, VISUAL, CODE, PRECISION, BLOCK_M, BLOCK_L
-            )
-    dt = dt.to(p_a.dtype.element_ty)
+        dt = route_tokens_back(
+            dz, t, p_image, block, span, visual_tokens, width, m_c, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M, BLOCK_L
+        )
+    dt = tl.where(m_c[None, :], dt, 0.0).to(p_a.dtype.element_ty)
     tl.store(p_dt + o_m * width + i_c[None, :], dt, mask=m_mc)
 
     if WRITE_DX:
@@ -330,32 +231,32 @@ def lora_backward_kernel(
 
 @triton.jit(do_not_specialize=_VARYING)
 def dropped_gradient_kernel(
-    p_da,  # [shares, C, K] float32 result
+    p_da,  # [splits, C, K] float32 result
     p_dt,  # [M, C]
     p_x,  # [M, K]
     p_seed,  # [1]
     rows,
-    split_rows,  # of a share
+    split_rows,  # rows per split
     width_in,
     width,  # C
     stride_xm,
     threshold,
     keep_scale,
-    CODE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """da = dt' dropout(x) with the mask drawn again, over one share of the rows. Grid: columns of x, shares."""
+    """da = dtᵀ dropout(x) with the mask drawn again, over one split of the rows. Grid: columns of x, splits."""
     k = tl.program_id(0) * BLOCK_K
-    share = tl.program_id(1)
+    split = tl.program_id(1)
     i_k = k + tl.arange(0, BLOCK_K)
     m_k = i_k < width_in
-    i_c = tl.arange(0, CODE)
+    i_c = tl.arange(0, BLOCK_R)
     m_c = i_c < width
-    last = tl.minimum((share + 1) * split_rows, rows)
-    da = tl.zeros((CODE, BLOCK_K), tl.float32)
-    for m in range(share * split_rows, last, BLOCK_M):
+    last = tl.minimum((split + 1) * split_rows, rows)
+    da = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for m in range(split * split_rows, last, BLOCK_M):
         i_m = m + tl.arange(0, BLOCK_M)
         m_m = i_m < last
         o_m = i_m.to(tl.int64)
@@ -363,5 +264,5 @@ def dropped_gradient_kernel(
         x = tl.load(p_x + o_m[:, None] * stride_xm + i_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
         x = tl.where(keep_mask(p_seed, i_m, k, threshold, BLOCK_M, BLOCK_K), x, 0.0).to(dt.dtype)
         da = tl.dot(dt, x, da, input_precision=PRECISION)
-    o_da = (share.to(tl.int64) * width + i_c[:, None]) * width_in + i_k[None, :]
+    o_da = (split.to(tl.int64) * width + i_c[:, None]) * width_in + i_k[None, :]
     tl.store(p_da + o_da, da * keep_scale, mask=m_c[:, None] & m_k[None, :])

@@ -8,8 +8,10 @@ Triton's way: its interpreter, other GPUs than NVIDIA's, tensors that are no pla
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -35,13 +37,12 @@ def specialization(argument: Any) -> Hashable | None:
     return float if kind is float else None
 
 
-def launch_key(arguments: Sequence[Any], constants: dict[str, Any]) -> Hashable | None:
+def launch_key(arguments: Sequence[Any], constants: Sequence[Any]) -> Hashable | None:
     """Key of a launch: equal keys run the same machine code. None when the launch must go Triton's way."""
     found = tuple(map(specialization, arguments))
     if None in found or type(arguments[0]) not in _PLAIN:
         return None
-    values = tuple(constants.values())
-    return arguments[0].device, found, tuple(constants), values, tuple(map(type, values))
+    return arguments[0].device, found, constants, tuple(map(type, constants))
 
 
 def _supported(kernel: Any) -> bool:
@@ -68,29 +69,36 @@ def _watched(kernel: Any) -> bool:
 
 
 class CachedKernel:
-    """A ``triton.jit`` function that remembers its machine code: ``kernel(grid, *arguments, **constants)``.
+    """A ``triton.jit`` function that is launched from a mapping of names, and remembers its machine code.
 
-    Arguments go by position, constants and launch options (num_warps, num_stages) by name. ROUTINGVL_LAUNCH=triton,
-    read when the kernels are imported, turns the shortcut off.
+    ``kernel(grid, arguments)``: each parameter of the function takes the value of its name in lower case, num_warps and
+    num_stages are the launch's own; what else is in the mapping is left alone. Constants are the parameters in upper
+    case, and come last. ROUTINGVL_LAUNCH=triton, read when the kernels are imported, turns the shortcut off.
     """
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
+        names = list(inspect.signature(kernel.fn).parameters)
+        self._constants = [name for name in names if name.isupper()]
+        count = len(names) - len(self._constants)
+        self._select = itemgetter(*names[:count])
+        self._select_constants = itemgetter(*map(str.lower, self._constants), "num_warps", "num_stages")
         self._direct = os.environ.get(LAUNCH_VARIABLE) != "triton" and _supported(kernel)
         self._compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
-    def __call__(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """Launch on the current device and stream; raises what Triton raises."""
+    def __call__(self, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+        """Launch on the current device and stream; raises what Triton raises, KeyError for a name that is missing."""
+        values, constants = self._select(arguments), self._select_constants(arguments)
         key = None
         if self._direct and not _watched(self._kernel):
-            key = launch_key(arguments, constants)
+            key = launch_key(values, constants)
         found = None if key is None else self._compiled.get(key)
         if found is not None:
             compiled, rest = found
-            compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
+            compiled[(*grid, 1, 1)[:3]](*values, *rest)
             return
-        compiled = self._kernel[grid](*arguments, **constants)
+        *rest, warps, stages = constants
+        named = dict(zip(self._constants, rest, strict=True))
+        compiled = self._kernel[grid](*values, **named, num_warps=warps, num_stages=stages)
         if key is not None and isinstance(compiled, triton.compiler.CompiledKernel):
-            names = [parameter.name for parameter in self._kernel.params[len(arguments) :]]
-            if all(name in constants for name in names):
-                self._compiled[key] = compiled, tuple(constants[name] for name in names)
+            self._compiled[key] = compiled, tuple(rest)

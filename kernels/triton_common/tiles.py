@@ -2,7 +2,7 @@
 
 No autotuning while a model runs: a table says how many rows, columns, warps and pipeline stages a program gets, and
 what the table proposes is shrunk until it fits the device's shared memory. ``docs/kernels.md`` says what the entries
-rest on: what compiles without spilling registers (``routingvl doctor --codegen``), not measurements on a GPU.
+rest on: what compiles without spilling registers (``python -m benchmarks.codegen``), not measurements on a GPU.
 Measured ones come from a file, see :mod:`routingvl.kernels.triton_common.tile_file`.
 """
 
@@ -18,7 +18,7 @@ import torch
 from .tile_file import tuned_key, tuned_tile
 
 DECODE_ROWS = 64  # up to so many rows a forward pass is bound by latency and takes the decode tile
-MIN_RANK, MAX_RANK = 16, 256  # tl.dot takes no smaller side; above, a code no longer fits the registers
+MIN_RANK, MAX_RANK = 16, 256  # tl.dot takes no smaller side; above, a low-rank activation no longer fits the registers
 _KIB = 1024
 
 # Shared memory one program may have, in bytes, by architecture; the vendors' documents give these figures.
@@ -50,7 +50,7 @@ class Tile:
         block_m: rows of text a program owns (at a time).
         block_n: columns of y (in the backward pass: of dy) taken in one step.
         block_k: columns of x (in the backward pass: of dx) taken in one step.
-        num_warps: warps a program.
+        num_warps: warps per program.
         num_stages: depth of the software pipeline.
     """
 
@@ -149,7 +149,7 @@ def precision_of(dtype: torch.dtype, arch: str) -> str:
 
 
 def padded_rank(rank: int) -> int:
-    """The power of two that a code of this rank occupies in a kernel; ``ValueError`` above 256."""
+    """The power of two that a low-rank activation of this rank occupies in a kernel; ``ValueError`` above 256."""
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"the Triton kernels take ranks 1 to {MAX_RANK}, got {rank}")
     return max(MIN_RANK, 1 << (rank - 1).bit_length())
@@ -166,7 +166,9 @@ def shared_memory(kind: str, tile: Tile, rank: int, element_size: int, arch: str
     spare = 1 if family_of(arch) == "gfx942" else 0  # one step of the pipeline stays in registers there
     down = (down_stages - spare) * tile.block_k * (tile.block_m + width)
     up = (up_stages - spare) * tile.block_n * (tile.block_m + width)
-    return (max(down, up) + tile.block_m * width) * element_size + 4 * _KIB  # the code, and room for sums
+    return (
+        max(down, up) + tile.block_m * width
+    ) * element_size + 4 * _KIB  # the low-rank activation, and room for sums
 
 
 def shrunken(tile: Tile) -> Iterator[Tile]:
@@ -223,7 +225,7 @@ def tile_for(kind: str, rank: int, dtype: torch.dtype, rows: int, arch: str) -> 
 
     Args:
         kind: which kernel, one of ``KINDS``.
-        rank: width of the code, 1 to 256 (for GPT-2's joined q, v bottleneck: of one group).
+        rank: width of the low-rank activation, groups times rank, 1 to 256.
         dtype: of the operands.
         rows: M, rows of text; few rows take the decode tile.
         arch: as :func:`arch_of` gives it; unknown ones get a small, safe tile.
@@ -236,7 +238,7 @@ def tile_for(kind: str, rank: int, dtype: torch.dtype, rows: int, arch: str) -> 
 
 
 def column_splits(tile: Tile, rows: int, columns: int, processors: int) -> int:
-    """How many programs share the columns of one block of rows, so that few rows still fill the GPU.
+    """How many programs split the columns of one block of rows, so that few rows still fill the GPU.
 
     Each of them repeats the down-projection, whose operands the L2 cache holds by then; more than six would spend more
     on that than they gain.

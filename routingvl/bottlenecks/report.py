@@ -57,7 +57,9 @@ def trainable_report(model: nn.Module, exclude: str | None = None) -> TrainableR
     for name, module in model.named_modules():
         if isinstance(module, RoutedLayer):
             a = module.projection[0]
-            backend, reason = select_backend(a.device.type, module.backend, dtype=a.dtype, width=a.shape[0])
+            placement = getattr(module, "placement", "bottleneck")  # Adapters have no other
+            options = {"routing": module.routing, "relu": module.relu, "placement": placement}
+            backend, reason = select_backend(a.device.type, module.backend, dtype=a.dtype, width=a.shape[0], **options)
             layers.append(LayerReport(name, module.kind, module.routing.name, module.rank, backend, reason))
     return TrainableReport(
         trainable=sum(size for _, size in trainable),

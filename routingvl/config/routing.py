@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from routingvl.config.checks import ConfigError, check_choice
 from routingvl.kernels import ROUTINGS
-from routingvl.kernels.lora.api import PLACEMENTS
+from routingvl.kernels.lora.options import PLACEMENTS
 
 METHODS = ("lora", "adapter")
 POSITIONS = ("post_module", "pre_norm", "post_norm")

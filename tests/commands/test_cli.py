@@ -192,8 +192,8 @@ def test_doctor(capsys):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels run on a CPU only when interpreted")
 def test_doctor_tries_the_kernels(monkeypatch):
     pytest.importorskip("triton")
-    from routingvl.kernels import dispatch as launch
     from routingvl.kernels.lora import ops as triton_ops
+    from routingvl.kernels.triton_common import launch
 
     assert doctor.try_kernels("cpu", rank=4) == "run forward and backward at rank 4 in float32"
     tiles = ()
@@ -202,7 +202,7 @@ def test_doctor_tries_the_kernels(monkeypatch):
 
     def refuse_backward(kind, *rest):
         if kind == "lora_backward":
-            raise launch.NoTileFitsError(launch._unfit(kind))
+            raise launch.NoTileFitsError(launch.unfit_message(kind))
         return launch.launch(kind, *rest)
 
     monkeypatch.setattr(triton_ops, "launch", refuse_backward)

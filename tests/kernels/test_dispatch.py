@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from routingvl.kernels import dispatch as launch
-from routingvl.kernels import routed_adapter, routed_lora, select_backend
+from routingvl.kernels import dispatch, routed_adapter, routed_lora, select_backend
 from routingvl.kernels.optional_triton import interpreted, triton
+from routingvl.kernels.triton_common import launch
 from routingvl.kernels.triton_common.tiles import tiles_for
 
 needs_triton = pytest.mark.skipif(triton is None, reason="no triton")
@@ -24,7 +24,8 @@ def _no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are compiled ones, not interpreted, as in a process without TRITON_INTERPRET."""
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    for module in (dispatch, launch):
+        monkeypatch.setattr(module, "interpreted", lambda: False)
 
 
 def test_default_on_a_cpu_is_eager_with_a_reason() -> None:
@@ -77,7 +78,7 @@ def test_what_the_kernels_do_not_cover_is_eager_with_the_reason() -> None:
 
 @needs_triton
 def test_without_triton_the_reason_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "triton", None)
+    monkeypatch.setattr(dispatch, "triton", None)
     assert select_backend("cuda") == ("eager", "triton is not installed")
     with pytest.raises(RuntimeError, match="triton is not installed"):
         select_backend("cuda", "triton")
@@ -214,10 +215,10 @@ def test_bfloat16_is_not_interpreted_wrongly() -> None:
 
 
 def test_a_wrong_self_check_leads_to_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "interpreted", lambda: True)
-    monkeypatch.setattr(launch, "interpreter_multiplies_bfloat16", lambda: False)
-    assert launch.call_obstacle(torch.float32, 16) is None
-    assert "multiplies bfloat16 wrongly" in launch.call_obstacle(torch.bfloat16, 16)
+    monkeypatch.setattr(dispatch, "interpreted", lambda: True)
+    monkeypatch.setattr(dispatch, "interpreter_multiplies_bfloat16", lambda: False)
+    assert dispatch.call_obstacle(torch.float32, 16) is None
+    assert "multiplies bfloat16 wrongly" in dispatch.call_obstacle(torch.bfloat16, 16)
 
 
 @needs_triton
@@ -251,6 +252,6 @@ def test_what_fits_nowhere_is_in_the_reason_and_in_the_report(
     assert name == "triton"
     assert str(raised.value) in reason
     assert select_backend("cuda", "eager") == ("eager", "backend='eager'")
-    monkeypatch.setattr(launch, "triton_obstacle", lambda device_type: None)
+    monkeypatch.setattr(dispatch, "triton_obstacle", lambda device_type: None)
     layer.backend = "triton"
     assert str(raised.value) in trainable_report(layer).layers[0].reason

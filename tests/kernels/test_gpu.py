@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from routingvl import RoutingConfig
-from routingvl.kernels import ImageCode, project_lora_images, routed_adapter, routed_lora_linear
+from routingvl.kernels import ImageCode, project_lora_image, routed_adapter, routed_lora_linear
 
 pytest.importorskip("triton")
 from routingvl.benchmarks.each_kernel import CALLS, SIZES, missed_by
@@ -201,7 +201,7 @@ def test_decoding_with_a_prepared_image(routing: str, tokens: int) -> None:
     leaves = {name: leaf.detach() for name, leaf in drawn(8, 1, tokens, dtype=torch.bfloat16).items()}
     x = torch.randn(40, 1, 96, device=DEVICE, dtype=torch.bfloat16)
     op = partial(routed_lora_linear, routing=routing, backend="triton")
-    image = project_lora_images(leaves["v"], [leaves["a"]], [leaves["b"]], routing=routing, decoding=True)[0]
+    image = project_lora_image(leaves["v"], leaves["a"], leaves["b"], routing=routing, decoding=True)
     assert isinstance(image, ImageCode)
     want = op(**leaves | {"x": x, "v": leaves["v"].repeat_interleave(5, 0)})
     assert relative_rms(op(**leaves | {"x": x}, image=image), want) < 1e-2

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from routed_cases import FORMS
 from tolerances import relative_rms
 
 from routingvl.kernels import (
+    ROUTINGS,
     project_adapter_image,
     project_lora_image,
     routed_adapter,
@@ -18,13 +20,10 @@ BACKENDS = [
     pytest.param("triton", marks=pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter")),
 ]
 CASES = [
-    ("add", False, 1),
-    ("mul", False, 1),
-    ("expand", False, 1),
-    ("vllora", False, 1),
-    ("vllora", True, 1),
-    ("vllora", False, 7),
-    ("vllora", True, 7),
+    (name, relu, tokens)
+    for name, relu in FORMS
+    if ROUTINGS[name].uses_image
+    for tokens in (1, 7)[: 2 if ROUTINGS[name].max_visual_tokens is None else 1]
 ]
 
 

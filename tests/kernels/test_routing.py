@@ -108,7 +108,7 @@ def test_codes_are_distinct() -> None:
 def test_table_in_markdown_has_a_line_for_each() -> None:
     lines = routing_table().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(ROUTINGS)
-    assert "| vllora | `z = t v' v` | any | yes |" in lines
+    assert "| vllora | `z = t uᵀ u` | any | yes |" in lines
 
 
 def test_unknown_name_suggests_the_nearest() -> None:

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from routed_cases import KERNEL_CASES as CASES
 from tolerances import assert_as_good_as, relative_rms, run
 from torch import Tensor
 from torch.library import opcheck
@@ -18,18 +19,12 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="neither a GPU nor Triton's interpreter")
 
-from routingvl.kernels.lora import fused, ops  # noqa: E402
+from routingvl.kernels.lora import ops  # noqa: E402
+from routingvl.kernels.lora.options import LoRAOptions  # noqa: E402
+from routingvl.kernels.triton_common.visual_tokens import Visual, image_operand  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Routing, ReLU, visual tokens, and rows of text: 2 tokens are cheaper one by one, 70 as a matrix of inner products.
-CASES = [
-    ("none", False, 1, 37),
-    ("add", False, 1, 37),
-    ("mul", False, 1, 37),
-    ("expand", False, 1, 37),
-    *(("vllora", relu, *tokens) for relu in (False, True) for tokens in ((1, 37), (2, 5), (70, 37))),
-]
-FEW = [CASES[case] for case in (0, 2, 3, 5, 8)]
+FEW = [case for case in CASES if case[2] == 2 or (case[2] == 1 and not case[1])]
 EDGES = [(1, 1, 1, 1, 1), (2, 3, 16, 16, 16), (1, 150, 70, 33, 17), (9, 7, 130, 70, 3)]  # B, T, K, n, R
 LAYOUTS = {"plain": (1, None, 1), "c_attn": (2, (0, 2), 3)}  # groups, columns and width of y in units of n
 fused_linear = partial(routed_lora_linear, backend="triton")
@@ -176,7 +171,8 @@ def read_mask(seed: Tensor, rows: int, width: int, dropout: float) -> Tensor:
     """The mask [rows, width] that the kernels draw, scaled: dropout of ones through identity weights."""
     ones, eye = torch.ones(rows, width, device=DEVICE), torch.eye(width, device=DEVICE)
     y = torch.full((rows, width), torch.nan, device=DEVICE)
-    ops.lora_forward_(y, ones, eye, None, eye, seed, rows, 0, 0, False, (0,), 1.0, dropout, False, False)
+    plain = LoRAOptions(ROUTINGS["none"], False, 1.0, (0,), "bottleneck", dropout=dropout)
+    ops.lora_forward_(y, ones, eye, None, eye, seed, rows, int(Visual.NO_IMAGE), False, False, plain)
     return y
 
 
@@ -277,16 +273,21 @@ def test_ops_are_what_they_declare() -> None:
     x, a, b = drawn["x"].flatten(0, 1), drawn["a"], drawn["b"]
     y, dy, dx = torch.randn(15, 48, device=DEVICE), torch.randn(15, 48, device=DEVICE), torch.randn_like(x)
     u, seed = F.linear(drawn["v"], a), torch.tensor([3], device=DEVICE)
-    code, form = ROUTINGS["mul"].code, ops.FORMS["token"]
-    shared = (seed, 5, form, code, False, (0, 32), 1.7, 0.5, True)
-    opcheck(ops.lora_forward_, (y, x, a, u, b, *shared, True))
-    opcheck(ops.lora_backward_, (dx, dy, F.linear(x, a), a, u, b, *shared, True))
-    opcheck(ops.lora_backward_, (None, dy, F.linear(x, a), a, u, b, *shared, False))
-    opcheck(ops.dropped_gradient, (F.linear(x, a), x, seed, 0.5))
+    dropped = LoRAOptions(ROUTINGS["mul"], False, 1.7, (0, 32), "bottleneck", dropout=0.5)
+    plain = dropped._replace(dropout=0.0)
+
+    def check(op, *arguments, options=dropped) -> None:
+        opcheck(op.op, (*arguments, options.routing.code, *options[1:]))
+
+    shared = (seed, 5, int(Visual.ONE_TOKEN), True)
+    check(ops.lora_forward_, y, x, a, u, b, *shared, True)
+    check(ops.lora_backward_, dx, dy, F.linear(x, a), a, u, b, *shared, True)
+    check(ops.lora_backward_, None, dy, F.linear(x, a), a, u, b, *shared, False)
+    check(ops.dropped_gradient, F.linear(x, a), x, seed)
     p, o, c = torch.randn(3, 20, device=DEVICE), torch.randn(3, 32, device=DEVICE), torch.randn(15, device=DEVICE)
-    opcheck(ops.rank_one_forward_, (y, x, p, o, None, 5, (0, 32), 0.0, True))
-    opcheck(ops.rank_one_backward_, (dx, dy, x, p, o, c, seed, 5, (0, 32), 0.5, True, True, True))
-    opcheck(ops.rank_one_backward_, (None, dy, x, p, o, c, None, 5, (0, 32), 0.0, True, True, False))
+    check(ops.rank_one_forward_, y, x, p, o, None, 5, True, options=plain)
+    check(ops.rank_one_backward_, dx, dy, x, p, o, c, seed, 5, True, True, True)
+    check(ops.rank_one_backward_, None, dy, x, p, o, c, None, 5, True, True, False, options=plain)
 
 
 def test_what_the_kernels_do_not_cover_goes_to_eager(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,5 +335,5 @@ def test_no_text() -> None:
 def test_many_visual_tokens_take_both_forms() -> None:
     """The cases above reach the matrix of inner products and the tokens one by one."""
     u = torch.ones(1, 70, 5)
-    assert fused._image_operand(u, 37, False)[0] == ops.FORMS["gram"]
-    assert fused._image_operand(u[:, :2], 5, False)[0] == ops.FORMS["tokens"]
+    assert image_operand(u, 37, False)[0] == Visual.GRAM
+    assert image_operand(u[:, :2], 5, False)[0] == Visual.TOKENS

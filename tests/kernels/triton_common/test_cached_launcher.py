@@ -50,17 +50,17 @@ def test_what_has_no_key_goes_tritons_way() -> None:
 
     for odd in (None, True, 2**31, -(2**31) - 1, "text", torch.zeros(2).as_subclass(Wrapped)):
         assert specialization(odd) is None
-        assert launch_key((MEMORY, odd), {}) is None
-    assert launch_key((3, MEMORY), {}) is None  # no tensor that names the device
+        assert launch_key((MEMORY, odd), ()) is None
+    assert launch_key((3, MEMORY), ()) is None  # no tensor that names the device
     with torch._subclasses.FakeTensorMode():
-        assert launch_key((torch.zeros(2),), {}) is None
+        assert launch_key((torch.zeros(2),), ()) is None
 
 
 def test_constants_and_their_types_are_in_the_key() -> None:
-    keys = [launch_key((MEMORY,), constants) for constants in ({"A": 1}, {"A": True}, {"A": 2}, {"B": 1}, {})]
+    keys = [launch_key((MEMORY,), constants) for constants in ((1,), (True,), (2,), (1, 1), ())]
     assert len(set(keys)) == len(keys)
-    assert launch_key((MEMORY,), {"A": 1}) == launch_key((MEMORY,), {"A": 1})
-    assert launch_key((torch.zeros(2, device="meta"),), {}) != launch_key((torch.zeros(2),), {})
+    assert launch_key((MEMORY,), (1,)) == launch_key((MEMORY,), (1,))
+    assert launch_key((torch.zeros(2, device="meta"),), ()) != launch_key((torch.zeros(2),), ())
 
 
 class Compiled:
@@ -73,12 +73,19 @@ class Compiled:
         return lambda *arguments: self.log.append((grid, arguments))
 
 
+ARGUMENTS_OF_KERNEL = {"p_x": MEMORY, "rows": 5, "block_r": 64, "act": 2, "num_warps": 4, "num_stages": 3}
+
+
 class Kernel:
     """A jitted function as far as CachedKernel knows one."""
 
     def __init__(self) -> None:
-        self.params = [SimpleNamespace(name=name) for name in ("p_x", "rows", "CODE", "ACT")]
+        self.params = []
         self.searched, self.direct, self.pre_run_hooks = [], [], []
+
+    @staticmethod
+    def fn(p_x, rows, BLOCK_R, ACT) -> None:
+        """Only its signature is read."""
 
     def __getitem__(self, grid):
         def run(*arguments, **constants):
@@ -103,12 +110,16 @@ def knobs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_the_second_launch_goes_straight_to_the_machine_code(knobs: SimpleNamespace) -> None:
     kernel = Kernel()
     launch = CachedKernel(kernel)
+    given = {"act": 2, "p_x": MEMORY, "block_r": 64, "num_warps": 4, "num_stages": 3, "of no concern": 1}
     for rows in (5, 7, 16, 32):
-        launch((3,), MEMORY, rows, ACT=2, CODE=64, num_warps=4)
+        launch((3,), {**given, "rows": rows})
     assert [arguments[1] for _, arguments, _ in kernel.searched] == [5, 16]
     assert kernel.direct == [((3, 1, 1), (MEMORY, 7, 64, 2)), ((3, 1, 1), (MEMORY, 32, 64, 2))]
-    launch((3, 2), MEMORY, 7, ACT=2, CODE=64, num_warps=8)
+    assert kernel.searched[0][2] == {"BLOCK_R": 64, "ACT": 2, "num_warps": 4, "num_stages": 3}
+    launch((3, 2), {**given, "rows": 7, "num_warps": 8})
     assert len(kernel.searched) == 3
+    with pytest.raises(KeyError, match="rows"):
+        launch((3,), given)
 
 
 def test_a_launch_that_somebody_watches_goes_tritons_way(knobs: SimpleNamespace) -> None:
@@ -117,7 +128,7 @@ def test_a_launch_that_somebody_watches_goes_tritons_way(knobs: SimpleNamespace)
 
     def searches() -> bool:
         before = len(kernel.searched)
-        launch((1,), MEMORY, 5, CODE=64, ACT=2)
+        launch((1,), ARGUMENTS_OF_KERNEL)
         return len(kernel.searched) > before
 
     assert [searches(), searches()] == [True, False]
@@ -138,24 +149,22 @@ def test_a_launch_that_somebody_watches_goes_tritons_way(knobs: SimpleNamespace)
 
 
 def test_what_is_not_as_expected_is_left_to_triton(knobs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    def count(launch: CachedKernel, kernel: Kernel, **constants) -> int:
+    def count(launch: CachedKernel, kernel: Kernel) -> int:
         for _ in range(3):
-            launch((1,), MEMORY, 5, **constants)
+            launch((1,), ARGUMENTS_OF_KERNEL)
         return len(kernel.searched)
 
-    kernel = Kernel()
-    assert count(CachedKernel(kernel), kernel, CODE=64) == 3  # ACT has a default that is not known here
     monkeypatch.setenv("ROUTINGVL_LAUNCH", "triton")
     kernel = Kernel()
-    assert count(CachedKernel(kernel), kernel, CODE=64, ACT=2) == 3
+    assert count(CachedKernel(kernel), kernel) == 3
     monkeypatch.delenv("ROUTINGVL_LAUNCH")
     monkeypatch.setattr(torch.version, "hip", "6.4")
     kernel = Kernel()
-    assert count(CachedKernel(kernel), kernel, CODE=64, ACT=2) == 3
+    assert count(CachedKernel(kernel), kernel) == 3
     monkeypatch.setattr(torch.version, "hip", None)
     del knobs.runtime.launch_exit_hook
     kernel = Kernel()
-    assert count(CachedKernel(kernel), kernel, CODE=64, ACT=2) == 3
+    assert count(CachedKernel(kernel), kernel) == 3
 
 
 PROGRAM = """
@@ -176,9 +185,10 @@ def call(rows, width, first):
     ops = torch.ops.routingvl
     x, y = memory[first : first + rows * width].view(rows, width), memory[: rows * width].view(rows, width)
     up, u = memory[: 8 * width].view(width, 8), memory[:8].view(1, 8)
-    ops.rank_one_forward_(y, x, memory[:width].view(1, -1), memory[:width].view(1, -1), None, rows, [0], 0.0, True)
+    ones = memory[:width].view(1, -1)
+    ops.rank_one_forward_(y, x, ones, ones, None, rows, True, 3, False, 1.0, [0], "bottleneck", "nk", 0.0)
     down = memory[: 8 * width].view(8, width)
-    ops.adapter_forward_(y, x, down, None, u, up, None, rows, 1, 1, 1, False, True, False, True)
+    ops.adapter_forward_(y, x, down, None, u, up, None, rows, 1, False, True, 1, False, 1, True)
 for rows, width, first in [(8, 64, 0), (24, 64, 0), (8, 64, 1), (8, 60, 0), (1, 64, 0)]:
     for _ in range(2):
         call(rows, width, first)

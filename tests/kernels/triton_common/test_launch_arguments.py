@@ -15,15 +15,18 @@ import torch
 import stub_gpu
 
 launches = stub_gpu.install()
-from routingvl.kernels import routed_lora_linear
-from routingvl.kernels import dispatch as launch
-from routingvl.kernels import routed_adapter
+from routingvl.kernels import ROUTINGS, dispatch, routed_adapter, routed_lora_linear
 
-launch.triton_obstacle = lambda device_type: None  # tensors on the CPU stand for those on the GPU
+dispatch.triton_obstacle = lambda device_type: None  # tensors on the CPU stand for those on the GPU
 kind, dtype = sys.argv[1], getattr(torch, sys.argv[2])
 new = lambda *shape: torch.zeros(*shape, dtype=dtype, requires_grad=True)
-ROUTINGS = [("none", 1, False), ("add", 1, False), ("mul", 1, False), ("expand", 1, False)]
-ROUTINGS += [("vllora", tokens, relu) for tokens in (1, 2, 70) for relu in (False, True)]
+CASES = [
+    (name, tokens, relu)
+    for name, row in ROUTINGS.items()
+    for tokens in ((1, 2, 70) if row.inner_product else (1,))
+    for relu in (False, True)[: 1 + row.supports_relu]
+    if row.kernel_obstacle(tokens, relu, "bottleneck") is None
+]
 
 def lora(name, tokens, relu, sizes, dropout):
     batch, text, inputs, n, rank = sizes
@@ -45,7 +48,7 @@ CALLS = {
 }
 call, sizes, options = CALLS[kind]
 made = []
-for routing, size, option in itertools.product(ROUTINGS, sizes, options):
+for routing, size, option in itertools.product(CASES, sizes, options):
     before = len(launches)
     y = call(*routing, size, option)
     forward = len(launches) - before

@@ -1,18 +1,13 @@
-"""Checks and casts that the public ops share."""
+"""Checks and casts of the tensors that the public functions are given."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from .routing import Routing
-
-F = TypeVar("F", bound=Callable)
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
@@ -25,17 +20,17 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None
         raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
 
 
-def check_text_and_image(x: Tensor, v: Tensor | None, row: Routing, relu: bool, *, beams: bool = False) -> None:
+def check_text_and_image(x: Tensor, v: Tensor | None, routing: Routing, relu: bool, *, beams: bool = False) -> None:
     """Raise ``ValueError`` unless x [B, T, K] and v [B, L, K] suit each other and the routing function; with ``beams``
     x may have a multiple of B rows.
     """
     check_shape("x", x, ("B", "T", "K"))
-    if row.uses_image and v is not None:
+    if routing.uses_image and v is not None:
         check_shape("v", v, ("B", "L", x.shape[2]))
         if x.shape[0] != v.shape[0] and not (beams and v.shape[0] and x.shape[0] % v.shape[0] == 0):
             needed = "for each row of x" + (" or group of beams" if beams else "")
             raise ValueError(f"v has batch {v.shape[0]}, x has batch {x.shape[0]}: one row of v {needed} is needed")
-    row.check(v.shape[1] if row.uses_image and v is not None else None, relu)
+    routing.check(v.shape[1] if routing.uses_image and v is not None else None, relu)
 
 
 def fold_beams(x: Tensor | None, v: Tensor | None) -> Tensor | None:
@@ -72,34 +67,3 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     if not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
-
-
-class _AllPositional(inspect.Signature):
-    """A signature that binds a call with all arguments by position, without looking at each of them."""
-
-    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
-        if kwargs or len(args) != len(self.parameters):
-            return super().bind(*args, **kwargs)
-        return _Bound(args)
-
-
-class _Bound:
-    """The part of inspect.BoundArguments that torch reads."""
-
-    kwargs: ClassVar[dict[str, Any]] = {}
-
-    def __init__(self, args: tuple[Any, ...]) -> None:
-        self.args = args
-
-    def apply_defaults(self) -> None:
-        """Nothing is left to fill in."""
-
-
-def with_signature(function: F) -> F:
-    """Keep the function's signature on it, in a form that takes no time to bind.
-
-    For the forward of an autograd.Function with setup_context: torch makes and binds it on every call, which is a good
-    part of a small layer's time.
-    """
-    function.__signature__ = _AllPositional.from_callable(function)
-    return function

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from routingvl.kernels.arguments import with_signature
+from routingvl.kernels.autograd_function import with_signature
 
 
 def plain(x, low, scale=2.0):

@@ -6,14 +6,14 @@ import difflib
 from collections.abc import Mapping
 from typing import TypeVar
 
-Row = TypeVar("Row")
+Entry = TypeVar("Entry")
 
 
-def find_row(table: Mapping[str, Row], name: str, kind: str) -> Row:
-    """The row called ``name``; ``ValueError`` names the known ones of this kind and the nearest when there is none."""
-    row = table.get(name)
-    if row is None:
+def find_by_name(table: Mapping[str, Entry], name: str, kind: str) -> Entry:
+    """The entry called ``name``; ``ValueError`` names the known ones and the nearest when there is none."""
+    entry = table.get(name)
+    if entry is None:
         close = difflib.get_close_matches(str(name), list(table), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown {kind} {name!r}: known are {', '.join(map(repr, table))}{hint}")
-    return row
+    return entry

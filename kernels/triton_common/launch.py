@@ -1,0 +1,194 @@
+"""Registering the ops of the Triton backend, and launching their kernels.
+
+An op is one typed function. The last of its parameters may be the options of a call, a ``NamedTuple`` of numbers, flags
+and rows of the tables of functions: torch's registry knows only scalars, so the fields become arguments of the
+schema, and a row is its ``code`` on the other side. A kernel takes its arguments by name from one mapping
+(:class:`~.cached_launcher.CachedKernel`). So a new argument of a kernel is a parameter of the kernel and one entry: a
+field of the options, or a key of the mapping.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cache
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+from ..activations import Activation
+from ..optional_triton import interpreted, triton
+from ..routing import Routing
+from .tiles import DECODE_ROWS, Tile, arch_of, precision_of, tiles_for
+
+DEVICE_KEYS = ("CPU", "CUDA", "XPU")
+NO_CODE = -1  # of a function without a branch in the kernels, which compile none then
+BLOCK_L = 32  # visual tokens taken in one step
+
+_logger = logging.getLogger(__name__)
+_library = torch.library.Library("routingvl", "FRAGMENT")
+interpreter_lock = threading.RLock()  # Triton's interpreter patches its language's module while a kernel runs
+_first_fit: dict[tuple[str, tuple[Tile, ...]], int] = {}  # by kernel and tiles: the first that the device could launch
+_said: set[str] = set()
+
+Result = TypeVar("Result")
+
+
+class NoTileFitsError(RuntimeError):
+    """Not even the smallest tile of a kernel fits the device; nothing was launched or written."""
+
+
+def define_op(fake: Callable[..., Any], *, mutates: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+    """Register the decorated function as an op ``routingvl::name``, and put the op in its place.
+
+    Registered ops are what torch.compile, autocast, activation checkpointing and the interpreter agree on. They stand
+    below autograd: only an autograd function may call them on tensors that need gradients. The schema is inferred from
+    the annotations. (``torch.library.custom_op`` does all of this too, at several microseconds more for each call.)
+
+    Args:
+        fake: shapes and dtypes of the results, for tracing; takes the same arguments.
+        mutates: parameters that are written in place.
+    """
+
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(run, eval_str=True)
+        *plain, last = signature.parameters.values()
+        fields = getattr(last.annotation, "_fields", None)
+        flat = [*plain, last]
+        if fields is not None:
+            types = get_type_hints(last.annotation)
+            rows = [index for index, name in enumerate(fields) if types[name] in (Routing, Activation)]
+            kinds = [int if index in rows else types[name] for index, name in enumerate(fields)]
+            flat = plain + [last.replace(name=name, annotation=kind) for name, kind in zip(fields, kinds, strict=True)]
+
+        def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
+            def called(*args: Any) -> Any:
+                return function(*args[: len(plain)], last.annotation(*args[len(plain) :]))
+
+            return function if fields is None else called
+
+        def prototype() -> None:
+            """Only its signature is read."""
+
+        prototype.__signature__ = signature.replace(parameters=flat)
+        _library.define(run.__name__ + torch.library.infer_schema(prototype, mutates_args=mutates))
+        for key in DEVICE_KEYS:
+            _library.impl(run.__name__, with_options(run), key)
+        torch.library.register_fake(f"routingvl::{run.__name__}", with_options(fake), lib=_library)
+        op = getattr(torch.ops.routingvl, run.__name__).default
+        if fields is None:
+            return op
+
+        def call(*args: Any) -> Any:
+            *tensors, options = args
+            scalars = list(options)
+            for index in rows:
+                code = scalars[index].code
+                scalars[index] = NO_CODE if code is None else code
+            return op(*tensors, *scalars)
+
+        call.op = op
+        return call
+
+    return register
+
+
+def launch(kind: str, tiles: tuple[Tile, ...], attempt: Callable[[Tile], Result]) -> Result:
+    """``attempt(tile)`` with the first tile whose resources the device has; it must launch its kernel first of all.
+
+    Raises:
+        NoTileFitsError: none of them; in later calls without another attempt. :func:`unfit_kernels` remembers it, and
+            the reason that :func:`routingvl.kernels.select_backend` gives says so from then on.
+    """
+    if interpreted():
+        with interpreter_lock:
+            return attempt(tiles[0])
+    start = _first_fit.get((kind, tiles), 0)
+    for index in range(start, len(tiles)):
+        try:
+            result = attempt(tiles[index])
+        except triton.OutOfResources as error:
+            _logger.warning("%s does not fit this device with %s (%s): trying less", kind, tiles[index], error)
+            continue
+        _first_fit[kind, tiles] = index
+        return result
+    _first_fit[kind, tiles] = len(tiles)
+    raise NoTileFitsError(unfit_message(kind))
+
+
+def unfit_kernels() -> tuple[str, ...]:
+    """Kernels of which a launch in this process found that no tile fits the device, in alphabetical order."""
+    return tuple(sorted({kind for (kind, tiles), first in _first_fit.items() if first == len(tiles)}))
+
+
+def unfit_message(kind: str) -> str:
+    """What it means that no tile of this kernel fits, and what to do."""
+    found = f"no tile of {kind} fits this device"
+    if kind.endswith("_forward"):
+        return f"{found}: set ROUTINGVL_BACKEND=eager"
+    return (
+        f"{found}, so there are no gradients: set ROUTINGVL_BACKEND=eager or pass backend='eager' (model.backend of a "
+        "run), or take a smaller rank, and run again"
+    )
+
+
+def eager_instead(error: NoTileFitsError) -> None:
+    """Say, once for each kernel, that a forward pass is computed eagerly after all."""
+    if str(error) not in _said:
+        _said.add(str(error))
+        _logger.warning("%s; computed eagerly until then", error)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Context in which kernels are launched on the tensor's own GPU, whichever is the current one."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    if tensor.device.type == "xpu":
+        return torch.xpu.device(tensor.device)
+    return nullcontext()
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x [..., K] as rows [M, K] with K contiguous: a view wherever strides allow, else one copy."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 where programs run one after another."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if device.type == "cpu" else 64
+
+
+def fitting_tiles(kind: str, width: int, x: Tensor) -> tuple[Tile, ...]:
+    """Tiles for a kernel on x [M, K] with a low-rank activation of this width, best first."""
+    arch = arch_of(x.device)
+    return tiles_for(kind, width, precision_of(x.dtype, arch), x.shape[0] <= DECODE_ROWS, arch)
+
+
+def product_precision(x: Tensor) -> str:
+    """How tl.dot multiplies float32."""
+    precision = precision_of(x.dtype, arch_of(x.device))
+    return "tf32" if precision == "half" else precision
+
+
+def blocks_of(rows: int, span: int, block_m: int) -> int:
+    """Programs that own ``rows`` when none crosses a multiple of ``span`` rows."""
+    return -(-rows // span) * -(-span // block_m)
+
+
+def image_tile(tile: Tile, tokens: int, one_image: bool) -> Tile:
+    """A tile without more rows than an image has, if a program takes rows of one image only."""
+    return replace(tile, block_m=min(tile.block_m, max(16, 1 << (tokens - 1).bit_length()))) if one_image else tile
+
+
+def block_sizes(tile: Tile) -> dict[str, int]:
+    """The tile as kernels and launches take it."""
+    return {**vars(tile), "block_l": BLOCK_L}
