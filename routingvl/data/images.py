@@ -36,7 +36,7 @@ from routingvl.data.files import DataError, read_json
 
 logger = logging.getLogger(__name__)
 
-Features = Mapping[int, Tensor] | Callable[[int], Tensor]
+Features = Mapping[int | str, Tensor] | Callable[[Any], Tensor]
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _WORKER_SLOTS = 257  # of the counter of skipped images: the main process, then one per DataLoader worker
 
@@ -195,9 +195,9 @@ def _pretrained_file(name_or_dir: str | os.PathLike[str], file_name: str) -> Pat
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image of a split: its COCO id, its file name and, when an image root is known, its path."""
+    """One image of a split: its id (COCO's, or its name), its file name and, when an image root is known, its path."""
 
-    image_id: int
+    image_id: int | str
     file_name: str
     path: Path | None = None
 
