@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -194,10 +195,15 @@ class _Binding:
         if not torch.compiler.is_compiling():
             # The product for all layers, of which each one's code is a part; everything prepared comes from it.
             products = [prepared.u if prepared.u._base is None else prepared.u._base for _, prepared in pairs]
+            # Weakly: the hook is part of the graph, which this binding holds by what was prepared, and no garbage
+            # collector looks for such a circle.
+            binding = weakref.ref(self)
             for product in {id(product): product for product in products}.values():
                 if product.requires_grad:
-                    product.register_hook(self._spend)
+                    product.register_hook(lambda _: _spend(binding()))
         return pairs
 
-    def _spend(self, gradient: torch.Tensor) -> None:
-        self.spent = True
+
+def _spend(binding: _Binding | None) -> None:
+    if binding is not None:
+        binding.spent = True

@@ -3,12 +3,14 @@
 import copy
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
+from small_models import answerer, batch, captioner
 from torch.utils.checkpoint import checkpoint
 
-from routingvl import VisualContext
+from routingvl import RoutingConfig, VisualContext
 
 
 def test_read_needs_a_binding():
@@ -70,6 +72,25 @@ def test_threads_see_their_own_features():
     for thread in threads:
         thread.join()
     assert seen == {1.0: 1.0, 2.0: 2.0}
+
+
+@pytest.mark.parametrize("build", [captioner, answerer])
+def test_nothing_of_a_step_is_kept(build):
+    """Neither the binding nor the graph of the image's codes, without a garbage collector."""
+    model = build(RoutingConfig(rank=4, routing="mul")).train()
+    made = []
+
+    def remember(reader, *_):
+        binding, code = reader.prepared.get()
+        made.append((weakref.ref(binding), weakref.ref(code.u)))
+
+    handle = model.context.readers[0].register_forward_hook(remember)
+    for _ in range(3):
+        model(**batch()).logits.square().mean().backward()
+        model.zero_grad()
+    handle.remove()
+    assert len(made) == 3
+    assert all(reference() is None for pair in made for reference in pair)
 
 
 def test_recomputation_sees_the_features_of_its_forward():
