@@ -13,6 +13,7 @@ from routingvl.config import RoutingConfig
 from routingvl.context import VisualContext
 from routingvl.families import FAMILIES, Family, Projection
 from routingvl.kernels.launch import select_backend
+from routingvl.kernels.routing import find_routing
 from routingvl.layers import (
     AdaptedDropout,
     AdaptedLayerNorm,
@@ -155,7 +156,13 @@ def trainable_report(model: nn.Module, exclude: str | None = None) -> TrainableR
         if isinstance(module, RoutedLoRALinear | RoutedAdapter):
             kind = "lora" if isinstance(module, RoutedLoRALinear) else "adapter"
             down = module.lora_A if kind == "lora" else module.down_sampler.weight  # [width of the code, K]
-            backend, reason = select_backend(down.device.type, module.backend, dtype=down.dtype, width=down.shape[0])
+            dense = kind == "adapter" or find_routing(module.routing).probe is None
+            try:
+                backend, reason = select_backend(
+                    down.device.type, module.backend, dtype=down.dtype, width=down.shape[0], dense=dense
+                )
+            except RuntimeError as error:  # a model is often built on the CPU and moved to its GPU afterwards
+                backend, reason = "triton", str(error)
             layers.append(LayerReport(name, kind, module.routing, module.rank, backend, reason))
     return TrainableReport(
         trainable=sum(size for _, size in trainable),

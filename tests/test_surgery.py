@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
 from routingvl import RoutingConfig, VisualContext, ViTRobertaForVQA, inject
+from routingvl.kernels import launch
 from routingvl.kernels.device import interpreted
 from routingvl.layers import RoutedAdapter, RoutedLoRALinear
 from routingvl.surgery import SurgeryError, remove, trainable_report
@@ -156,6 +157,13 @@ def test_report_names_what_the_fused_kernels_do_not_take(monkeypatch):
         (layer, _) = inject(model, RoutingConfig(rank=rank)).layers
         assert layer.backend == "eager"
         assert word in layer.reason
+
+
+def test_a_model_for_the_gpu_is_built_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    report = inject(small_gpt2(), RoutingConfig(rank=2), backend="triton")
+    assert {layer.backend for layer in report.layers} == {"triton"}
+    assert all("cannot run" in layer.reason for layer in report.layers)
 
 
 def test_deepcopy_gives_an_independent_model():
