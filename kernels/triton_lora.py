@@ -45,6 +45,23 @@ def keep_mask(p_seed, i_m, k, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.cons
     return (word >> 1).to(tl.int32) >= threshold
 
 
+@triton.jit
+def nearest_tf32(x, PRECISION: tl.constexpr):
+    """float32 rounded to the nearest tf32 where products are in tf32: the tensor cores cut off the lower bits, and such
+    errors all have one sign. Other types stay as they are.
+    """
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # NaN has no bits to carry into
+    return x
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b."""
+    return tl.dot(nearest_tf32(a, PRECISION), nearest_tf32(b, PRECISION), acc, input_precision=PRECISION)
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def lora_forward_kernel(
     p_y,  # [M, N], modified in place
@@ -98,7 +115,7 @@ def lora_forward_kernel(
         a = tl.load(p_a + i_c[None, :] * width_in + i_k[:, None], mask=m_c[None, :] & m_k[:, None], other=0.0)
         if DROPOUT:
             x = tl.where(keep_mask(p_seed, i_m, k, threshold, BLOCK_M, BLOCK_K), x, 0.0).to(a.dtype)
-        t = tl.dot(x, a, t, input_precision=PRECISION)
+        t = dot(x, a, t, PRECISION)
     if DROPOUT:
         t *= keep_scale
     if SAVE_T and tl.program_id(1) == 0:
@@ -128,7 +145,7 @@ def lora_forward_kernel(
             m_n = i_n < width_out
             b = tl.load(p_b_g + i_n[None, :] * rank + i_r[:, None], mask=m_r[:, None] & m_n[None, :], other=0.0)
             m_mn = m_m[:, None] & m_n[None, :]
-            y = tl.dot(z, b, input_precision=PRECISION)
+            y = dot(z, b, None, PRECISION)
             if ACCUMULATE:
                 y += tl.load(p_y_g + o_m * stride_ym + i_n[None, :], mask=m_mn, other=0.0).to(tl.float32)
             tl.store(p_y_g + o_m * stride_ym + i_n[None, :], y.to(p_y.dtype.element_ty), mask=m_mn)
@@ -159,7 +176,7 @@ def route_tokens(
         p_gram = p_image + image.to(tl.int64) * width * width
         m_cc = m_c[:, None] & m_c[None, :]
         gram = tl.load(p_gram + i_c[:, None] * width + i_c[None, :], mask=m_cc, other=0.0)
-        z = tl.dot(t, gram, input_precision=PRECISION)
+        z = dot(t, gram, None, PRECISION)
     else:
         z = tl.zeros((BLOCK_M, CODE), tl.float32)
         left = t.to(p_image.dtype.element_ty)
@@ -171,8 +188,8 @@ def route_tokens(
             right = u
             if RELU:
                 right = tl.maximum(u.to(tl.float32), 0.0).to(u.dtype)
-            scores = tl.dot(left, tl.trans(right), input_precision=PRECISION).to(u.dtype)
-            z = tl.dot(scores, u, z, input_precision=PRECISION)
+            scores = dot(left, tl.trans(right), None, PRECISION).to(u.dtype)
+            z = dot(scores, u, z, PRECISION)
     return z
 
 
@@ -200,7 +217,7 @@ def route_tokens_back(
         p_gram = p_image + image.to(tl.int64) * width * width
         m_cc = m_c[:, None] & m_c[None, :]
         transposed = tl.load(p_gram + i_c[None, :] * width + i_c[:, None], mask=m_cc, other=0.0)
-        dt = tl.dot(dz, transposed, input_precision=PRECISION)
+        dt = dot(dz, transposed, None, PRECISION)
     else:
         dt = tl.zeros((BLOCK_M, CODE), tl.float32)
         narrow = dz.to(p_image.dtype.element_ty)
@@ -212,8 +229,8 @@ def route_tokens_back(
             right = u
             if RELU:
                 right = tl.maximum(u.to(tl.float32), 0.0).to(u.dtype)
-            dscores = tl.dot(narrow, tl.trans(u), input_precision=PRECISION).to(u.dtype)
-            dt = tl.dot(dscores, right, dt, input_precision=PRECISION)
+            dscores = dot(narrow, tl.trans(u), None, PRECISION).to(u.dtype)
+            dt = dot(dscores, right, dt, PRECISION)
     if RELU:
         dt = tl.where(t > 0, dt, 0.0)
     return dt
@@ -286,7 +303,7 @@ def lora_backward_kernel(
             m_n = i_n < width_out
             dy = tl.load(p_dy_g + o_m * stride_dym + i_n[None, :], mask=m_m[:, None] & m_n[None, :], other=0.0)
             b = tl.load(p_b_g + i_n[:, None] * rank + i_r[None, :], mask=m_n[:, None] & m_r[None, :], other=0.0)
-            dz = tl.dot(dy, b, dz, input_precision=PRECISION)
+            dz = dot(dy, b, dz, PRECISION)
     dz *= scaling
     if WRITE_DZ:
         tl.store(p_dz + o_m * width + i_c[None, :], dz.to(p_dz.dtype.element_ty), mask=m_mc)
@@ -320,7 +337,7 @@ def lora_backward_kernel(
             m_k = i_k < width_in
             a = tl.load(p_a + i_c[:, None] * width_in + i_k[None, :], mask=m_c[:, None] & m_k[None, :], other=0.0)
             m_mk = m_m[:, None] & m_k[None, :]
-            dx = tl.dot(dt, a, input_precision=PRECISION)
+            dx = dot(dt, a, None, PRECISION)
             if DROPOUT:
                 dx = tl.where(keep_mask(p_seed, i_m, k, threshold, BLOCK_M, BLOCK_K), dx * keep_scale, 0.0)
             if ACCUMULATE:
@@ -362,6 +379,6 @@ def dropped_gradient_kernel(
         dt = tl.load(p_dt + o_m[None, :] * width + i_c[:, None], mask=m_c[:, None] & m_m[None, :], other=0.0)
         x = tl.load(p_x + o_m[:, None] * stride_xm + i_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
         x = tl.where(keep_mask(p_seed, i_m, k, threshold, BLOCK_M, BLOCK_K), x, 0.0).to(dt.dtype)
-        da = tl.dot(dt, x, da, input_precision=PRECISION)
+        da = dot(dt, x, da, PRECISION)
     o_da = (share.to(tl.int64) * width + i_c[:, None]) * width_in + i_k[None, :]
     tl.store(p_da + o_da, da * keep_scale, mask=m_c[:, None] & m_k[None, :])
