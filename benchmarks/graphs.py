@@ -34,9 +34,19 @@ def capture(whole: Pass, device: torch.device) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream(device).wait_stream(side)
     whole.clear()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        whole.run()
+    try:
+        with torch.cuda.graph(graph):
+            whole.run()
+    except Exception as error:
+        free_generators()
+        raise (error.__context__ or error) from None  # leaving a block that failed fails again and hides why
     return graph
+
+
+def free_generators() -> None:
+    """Let the GPUs' generators draw again: a capture that failed leaves them waiting for its end."""
+    for generator in torch.cuda.default_generators:
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 @dataclass

@@ -30,6 +30,7 @@ from routingvl.kernels import ImageCode, project_adapter_images, project_lora_im
 from .cases import CASES, DTYPES, Case, Layer, definition, make_tensors
 from .environment import describe_environment
 from .gate import failures, relative_rms
+from .graphs import free_generators
 from .measure import attempt, in_words, saved_mib, turns
 from .providers import ours, providers
 from .timing import COLD_BYTES, append_rows, cpu_threads, quantiles
@@ -80,6 +81,8 @@ TARGETS = (
     Target("T8", "roberta_lora_m10240", "vllora", dtype="float32", prepared=True),
     Target("T8", "roberta_lora_m10240", "expand", dtype="float32", prepared=True),
     Target("T8", "roberta_lora_m10240", "mul", dtype="float32", prepared=True),
+    Target("T8", "adapter_m10240", "mul", dtype="float32"),
+    Target("T8", "adapter_m10240", "vllora", dtype="float32"),
     Target("T9", "adapter_m10240", "vllora", prepared=True),
     Target("T10", "gpt2_adapter_m2040", "vllora", prepared=True),
     Target("T1", "roberta_lora_m10240", "add", prepared=True),
@@ -341,8 +344,12 @@ def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except Exception as error:
+        free_generators()
+        raise (error.__context__ or error) from None  # leaving a block that failed fails again and hides why
     return graph
 
 
@@ -454,7 +461,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             append_rows(args.output, [{**row, "repeats": args.repeats, **environment} for row in made])
             print(table(made), f"{time.monotonic() - begun:.0f} s", sep="\n", flush=True)
             rows += made
-    return int(any(row["gate"] == "failed" for row in rows if row["side"] not in ("reference", "compile")))
+    return int(any(row.get("gate") == "failed" for row in rows if row["side"] not in ("reference", "compile")))
 
 
 if __name__ == "__main__":
