@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from .activations import find_activation
 from .arguments import with_signature, without_autocast
 from .image import ImageCode
-from .products import add_product_, fresh_linear, inner_products, linear, plus_product, product
+from .products import add_product_, column_sums, fresh_linear, inner_products, linear, plus_product, product
 from .routing import Routing, find_routing, route_image
 
 
@@ -36,7 +36,7 @@ def _up_gradients(
     rows = dy.flatten(0, 1)
     dh = product(rows, weight).view_as(h)
     dweight = product(rows.t(), h.flatten(0, 1)) if needs[0] else None
-    return dh, dweight, dy.sum((0, 1)) if needs[1] else None
+    return dh, dweight, column_sums(dy.flatten(0, 1)) if needs[1] else None
 
 
 class DenseAdapter(torch.autograd.Function):
@@ -95,7 +95,7 @@ class DenseAdapter(torch.autograd.Function):
             dx = plus_product(dy.flatten(0, 1), rows, down_weight) if residual else product(rows, down_weight)
             dx = dx.view_as(x)
         ddown = product(rows.t(), x.flatten(0, 1)) if need_down else None
-        ddown_bias = dt.sum((0, 1)) if need_down_bias else None
+        ddown_bias = column_sums(dt.flatten(0, 1)) if need_down_bias else None
         return dx, du if need_u else None, ddown, ddown_bias, dup, dup_bias, None, None, None, None, None
 
 

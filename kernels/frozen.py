@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .products import fresh_linear, product
+from .products import column_sums, fresh_linear, product
 
 
 def start_from(
@@ -42,5 +42,5 @@ def frozen_gradients(
             left, right = (rows, x.flatten(0, 1)) if layout == "nk" else (x.flatten(0, 1), rows)
             dweight = product(left.t(), right)
         if needs[2]:
-            dbias = dy.sum((0, 1))
+            dbias = column_sums(rows)
     return [dx, dweight, dbias, dy if needs[3] else None]

@@ -12,6 +12,7 @@ from .activations import find_activation
 from .arguments import without_autocast
 from .image import ImageCode, gram_of
 from .launch import contiguous_rows
+from .products import column_sums
 from .routing import Routing, find_routing, gram_is_cheaper, vllora_image_gradient
 from .triton_adapter_ops import adapter_backward, adapter_forward_
 from .triton_ops import FORMS
@@ -110,9 +111,9 @@ class FusedAdapter(torch.autograd.Function):
                 ddown_bias = dc.sum((1, 2)).to(x.dtype)
         else:
             ddown = torch.mm(dcode.t(), contiguous_rows(x)) if need_down else None
-            ddown_bias = dcode.sum(0) if need_down_bias else None
+            ddown_bias = column_sums(dcode) if need_down_bias else None
         dup = torch.mm(rows.t(), h) if need_up else None
-        dup_bias = rows.sum(0) if need_up_bias else None
+        dup_bias = column_sums(rows) if need_up_bias else None
         return dx.view(x.shape) if need_x else None, ddown, ddown_bias, du, dup, dup_bias, *(None,) * 8
 
 

@@ -97,8 +97,9 @@ def project_lora_images(
         return None
     device = v.device.type
     v, down = cast_for_autocast(device, v, _joined(a))
-    name, _ = select_backend(device, backend, dtype=v.dtype, width=a[0].shape[0])
-    factored = is_rank_one(row, v.shape[1]) and not (relu and name == "triton")
+    rank_one = is_rank_one(row, v.shape[1])
+    name, _ = select_backend(device, backend, dtype=v.dtype, width=a[0].shape[0], dense=relu or not rank_one)
+    factored = rank_one and not (relu and name == "triton")
     up = cast_for_autocast(device, _stacked(b))[0] if factored else None
     with without_autocast(device):
         code = F.linear(v, down)

@@ -69,13 +69,20 @@ def call_obstacle(dtype: torch.dtype | None, width: int | None) -> str | None:
 
 
 def select_backend(
-    device_type: str, backend: str | None = None, *, dtype: torch.dtype | None = None, width: int | None = None
+    device_type: str,
+    backend: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    width: int | None = None,
+    dense: bool = False,
 ) -> tuple[str, str]:
     """Choose the backend for tensors on ``device_type`` ("cpu", "cuda", ...).
 
     ``backend`` ("eager" or "triton") decides when given, else the environment variable ``ROUTINGVL_BACKEND``, else the
     fastest backend that runs there. Returns its name and the reason in words. With ``dtype`` and ``width`` (groups
     times rank) of a call, what the kernels do not cover goes to "eager" whatever was asked for, and the reason says so.
+    ``dense`` says that the call has products of the code, rather than being rank one in each image: such products of
+    float32 are torch's unless the kernels are asked for by name, because without tensor cores cuBLAS is faster.
 
     Raises:
         ValueError: the name is not a backend.
@@ -83,6 +90,8 @@ def select_backend(
     """
     name, reason = _device_backend(device_type, backend)
     obstacle = call_obstacle(dtype, width) if name == "triton" else None
+    if name == "triton" and dense and dtype == torch.float32 and _left_to_torch(device_type, backend):
+        obstacle = obstacle or "exact products of float32 are faster in torch on a GPU; backend='triton' overrides this"
     return ("eager", obstacle) if obstacle else (name, reason)
 
 
@@ -105,6 +114,13 @@ def _device_backend(device_type: str, backend: str | None) -> tuple[str, str]:
         return "eager", obstacle or f"default on {device_type!r} devices"
     untested = device_type == "xpu" or torch.version.hip is not None
     return "triton", f"default on {device_type!r} devices" + (", untested there" if untested else "") + _unfit_note()
+
+
+@torch.compiler.assume_constant_result
+def _left_to_torch(device_type: str, backend: str | None) -> bool:
+    """Whether exact products of float32 are torch's: on a GPU, where nobody asked for a backend or allowed tf32."""
+    asked = backend or os.environ.get(BACKEND_VARIABLE)
+    return not asked and device_type in GPU_TYPES and not torch.backends.cuda.matmul.allow_tf32
 
 
 def unfit_kernels() -> tuple[str, ...]:

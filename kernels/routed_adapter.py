@@ -68,7 +68,7 @@ def routed_adapter(
     tensors = cast_for_autocast(device, x, v if row.uses_image else None, down_weight, down_bias, up_weight, up_bias)
     names = ("x", "v", "down_weight", "down_bias", "up_weight", "up_bias")
     check_dtypes(**dict(zip(names, tensors, strict=True)))
-    name, _ = select_backend(device, backend, dtype=tensors[0].dtype, width=down_weight.shape[0])
+    name, _ = select_backend(device, backend, dtype=tensors[0].dtype, width=down_weight.shape[0], dense=True)
     if name == "triton":
         from .fused_adapter import fused_adapter as run
     else:

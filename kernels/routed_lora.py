@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .arguments import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, fold_beams, without_autocast
 from .eager_lora import eager_lora
-from .image import ImageCode, has_closed_form, project_lora_images
+from .image import ImageCode, has_closed_form, is_rank_one, project_lora_images
 from .launch import NoTileFitsError, eager_instead, select_backend
 from .routing import Routing, find_routing
 
@@ -164,7 +164,8 @@ def _run(
     **frozen: Any,
 ) -> Tensor:
     """Hand checked arguments, and what the image comes to, to the backend."""
-    name, _ = select_backend(x.device.type, backend, dtype=x.dtype, width=a.shape[0])
+    dense = relu or v is None or not is_rank_one(row, v.shape[1])
+    name, _ = select_backend(x.device.type, backend, dtype=x.dtype, width=a.shape[0], dense=dense)
     shape, x, base = x.shape, fold_beams(x, v), fold_beams(base, v)
     options = {"row": row, "scaling": scaling, "relu": relu, "columns": columns, "base": base, **frozen}
     closed = has_closed_form(row, 0 if v is None else v.shape[1], relu, placement)

@@ -14,7 +14,7 @@ from .compiled import CachedKernel
 from .launch import define_op, launch, on_device
 from .tiles import Tile, column_splits, padded_rank
 from .triton_adapter import adapter_backward_kernel, adapter_forward_kernel
-from .triton_ops import BLOCK_L, FORMS, blocks_of, fitting_tiles, image_tile, processors, product_precision
+from .triton_ops import BLOCK_L, FORMS, added, blocks_of, fitting_tiles, image_tile, processors, product_precision
 
 ONE_IMAGE_FORMS = (FORMS["tokens"], FORMS["gram"])
 
@@ -116,8 +116,8 @@ def _adapter_backward(
         return partial
 
     with on_device(dy):
-        partial = launch("adapter_backward", fitting_tiles("adapter_backward", rank, dy), attempt)
-    return dx, dcode, dz, partial.sum(1).to(dy.dtype), h
+        partial = launch("adapter_backward", fitting_tiles("adapter_backward", rank, dy, relu=relu), attempt)
+    return dx, dcode, dz, added(partial, dy.dtype), h
 
 
 def _fake_adapter_forward(y, x, down, down_bias, image, up, up_bias, tokens, *options):

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from .compiled import CachedKernel
 from .launch import define_op, launch, on_device
-from .tiles import DECODE_ROWS, Tile, arch_of, column_splits, padded_rank, precision_of, tiles_for
+from .tiles import (
+    DECODE_ROWS,
+    Tile,
+    arch_of,
+    column_splits,
+    padded_rank,
+    precision_of,
+    tiles_for_call,
+)
 from .triton_lora import (
     GRAM,
     NO_IMAGE,
@@ -30,6 +38,7 @@ from .triton_rank_one import rank_one_backward_kernel, rank_one_forward_kernel
 
 FORMS = {"none": NO_IMAGE.value, "token": ONE_TOKEN.value, "tokens": TOKENS.value, "gram": GRAM.value}
 BLOCK_L = 32
+FEW_ROWS = 64  # for each processor: with less some have nothing to do, whatever the tile
 SHARE_ROWS = 512  # least rows for which another share of dropped_gradient pays
 MAX_SHARES = 32
 
@@ -48,10 +57,12 @@ def processors(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 64
 
 
-def fitting_tiles(kind: str, width: int, x: Tensor) -> tuple[Tile, ...]:
-    """Tiles for a kernel on x [M, K] with a code of this width, best first."""
+def fitting_tiles(kind: str, width: int, x: Tensor, **call: bool) -> tuple[Tile, ...]:
+    """Tiles for a kernel on x [M, K] with a code of this width, best first; ``call`` as for ``tiles_for_call``."""
     arch = arch_of(x.device)
-    return tiles_for(kind, width, precision_of(x.dtype, arch), x.shape[0] <= DECODE_ROWS, arch)
+    few = x.shape[0] < FEW_ROWS * processors(x.device)
+    options = {"few": few, **call}
+    return tiles_for_call(kind, width, precision_of(x.dtype, arch), x.shape[0] <= DECODE_ROWS, arch, **options)
 
 
 def product_precision(x: Tensor) -> str:
@@ -77,6 +88,11 @@ def _spacing(columns: Sequence[int]) -> tuple[int, int]:
 def _dropout(seed: Tensor | None, dropout: float) -> tuple[int, float]:
     """Threshold of a 31-bit integer and factor of what is kept."""
     return (0, 1.0) if seed is None else (round(dropout * 2**31), 1 / (1 - dropout) if dropout < 1 else 0.0)
+
+
+def added(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the programs of each image wrote apart [B, parts, ...], added up."""
+    return (parts.squeeze(1) if parts.shape[1] == 1 else parts.sum(1)).to(dtype)
 
 
 def _lora_forward(
@@ -119,7 +135,7 @@ def _lora_forward(
         )  # fmt: skip
 
     with on_device(x):
-        launch("lora_forward", fitting_tiles("lora_forward", width, x), attempt)
+        launch("lora_forward", fitting_tiles("lora_forward", width, x, dropout=seed is not None), attempt)
     return t
 
 
@@ -170,8 +186,9 @@ def _lora_backward(
         return partial
 
     with on_device(dy):
-        partial = launch("lora_backward", fitting_tiles("lora_backward", width, dy), attempt)
-    return dt, dz, partial.sum(1).to(t.dtype)
+        tiles = fitting_tiles("lora_backward", width, dy, dropout=seed is not None, relu=relu)
+        partial = launch("lora_backward", tiles, attempt)
+    return dt, dz, added(partial, t.dtype)
 
 
 def _dropped_gradient(dt: Tensor, x: Tensor, seed: Tensor, dropout: float) -> Tensor:
@@ -269,8 +286,10 @@ def _rank_one_backward(
         return dp, do
 
     with on_device(x):
-        dp, do = launch("rank_one_backward", fitting_tiles("rank_one_backward", 1, x), attempt)
-    return dp.sum(1).to(p.dtype), do.sum(1).to(o.dtype)
+        few, two_parts = images * -(-tokens // 32) <= 2 * processors(x.device), 16 < tokens <= 32
+        tiles = fitting_tiles("rank_one_backward", 1, x, few=few, two_parts=two_parts)
+        dp, do = launch("rank_one_backward", tiles, attempt)
+    return added(dp, p.dtype), added(do, o.dtype)
 
 
 def _fake_lora_forward(y, x, a, image, b, seed, tokens, visual, routing, relu, columns, scaling, dropout, add, save_t):
