@@ -7,6 +7,7 @@ replay writes them there.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ def capture(whole: Pass, device: torch.device) -> torch.cuda.CUDAGraph:
     Raises:
         RuntimeError: the pass does what cannot be captured, such as waiting for the device.
     """
+    gc.collect()  # graphs that only it would free keep their gradients' nodes on the default stream
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -34,9 +36,19 @@ def capture(whole: Pass, device: torch.device) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream(device).wait_stream(side)
     whole.clear()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        whole.run()
+    try:
+        with torch.cuda.graph(graph):
+            whole.run()
+    except Exception as error:
+        free_generators()
+        raise (error.__context__ or error) from None  # leaving a block that failed fails again and hides why
     return graph
+
+
+def free_generators() -> None:
+    """Let the GPUs' generators draw again: a capture that failed leaves them waiting for its end."""
+    for generator in torch.cuda.default_generators:
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 @dataclass

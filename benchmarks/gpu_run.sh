@@ -15,7 +15,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZER
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results/gpu}
 LIMIT=${LIMIT:-530}
-PHASES=(ceilings tests golden sanitizer suite models graphs training tune ncu demo)
+PHASES=(ceilings tests golden targets sanitizer suite models graphs training tune ncu demo)
 DRY=
 
 SKIPPED=77 # a phase's status when something it needs is not there: no failure, and not done either
@@ -44,13 +44,30 @@ phase_ceilings() { # measured limits: copy, matrix products, addmm with beta = 1
     program benchmarks.ceilings --device cuda --output "$OUT/ceilings.jsonl"
 }
 
-phase_tests() { # the tests marked gpu
-    program pytest -m gpu -q -p no:cacheprovider tests/kernels tests/bottlenecks/test_triton_suite.py \
-        tests/benchmarks/test_benchmark_graphs.py -k "not golden"
+# Most of the tests' time goes into compiling, one kernel after another: pytest-xdist's option, where it is installed.
+workers() {
+    local cpus
+    cpus=$(nproc)
+    ! "$PYTHON" -c 'import xdist' 2>/dev/null || printf -- '-n %d --dist worksteal' $((cpus > 3 ? cpus - 2 : 1))
+}
+
+phase_tests() { # the tests marked gpu; alone those that take much of the GPU's memory
+    local status=0
+    export TORCHINDUCTOR_COMPILE_THREADS=1
+    # shellcheck disable=SC2046 # several words
+    program pytest -m gpu -q -p no:cacheprovider $(workers) tests/kernels \
+        tests/bottlenecks/test_triton_suite.py tests/benchmarks/test_benchmark_graphs.py -k "not golden and not addresses" || status=$?
+    program pytest -m gpu -q -p no:cacheprovider tests/kernels/test_gpu.py -k addresses || status=$?
+    return "$status"
 }
 
 phase_golden() { # the published code's numbers in fp32, tf32, bf16 and fp16
-    program pytest -m gpu -q -p no:cacheprovider tests/kernels/test_gpu.py tests/kernels/test_triton_golden.py -k golden
+    # shellcheck disable=SC2046
+    program pytest -m gpu -q -p no:cacheprovider $(workers) tests/kernels/test_gpu.py tests/kernels/test_triton_golden.py -k golden
+}
+
+phase_targets() { # the targets of benchmarks/NOTES.md: summed kernels, graphs, wall and host time of every side
+    program benchmarks.targets --time-limit $((LIMIT - 60)) --output "$OUT/targets.jsonl"
 }
 
 phase_sanitizer() { # memcheck and racecheck over one run of every kernel
@@ -62,17 +79,20 @@ phase_sanitizer() { # memcheck and racecheck over one run of every kernel
 }
 
 phase_suite() { # ops and layers at the paper's shapes: published chain, eager and compiled, PEFT, both backends
-    program benchmarks.run --suite gpu --levels op,layer --resume --output "$OUT/suite.jsonl"
+    program benchmarks.run --suite gpu --levels op,layer --time-limit $((LIMIT - 80)) --resume \
+        --output "$OUT/suite.jsonl"
 }
 
 phase_models() { # steps, generation and training of whole models
-    program benchmarks.run --suite gpu --levels step,generate,train --resume --output "$OUT/models.jsonl"
+    program benchmarks.run --suite gpu --levels step,generate,train --time-limit $((LIMIT - 80)) \
+        --resume --output "$OUT/models.jsonl"
 }
 
 phase_graphs() { # layers and steps replayed from CUDA graphs, beside the same by wall time
     program benchmarks.run --suite gpu --case roberta_lora_m10240 --case gpt2_lora_m2040 --case gpt2_lora_decode_m40 \
         --case gpt2_step_b8 --routing mul --routing vllora --dtype bfloat16 --dropout 0 --clock wall \
-        --provider eager --provider triton --cuda-graphs --resume --output "$OUT/graphs.jsonl"
+        --provider eager --provider triton --cuda-graphs --time-limit $((LIMIT - 80)) \
+        --resume --output "$OUT/graphs.jsonl"
 }
 
 phase_training() { # steps and training throughput of both recipes

@@ -62,6 +62,7 @@ def select_backend(
     visual_tokens: int | None = None,
     relu: bool = False,
     placement: str = "bottleneck",
+    products: bool = False,
 ) -> tuple[str, str]:
     """Choose the backend for tensors on ``device_type`` ("cpu", "cuda", ...).
 
@@ -77,6 +78,9 @@ def select_backend(
         routing: function, or its name; None: one that has kernels.
         visual_tokens: L of the call; None: not known yet, which the reason then speaks of where it matters.
         relu, placement: as in :func:`routingvl.kernels.routed_lora`.
+        products: whether the call multiplies matrices inside the bottleneck (it does not where it is rank one in each
+            image). Such products of float32 are torch's unless the kernels are asked for by name, because without
+            tensor cores cuBLAS is faster.
 
     Returns:
         The backend's name and the reason in words.
@@ -90,6 +94,8 @@ def select_backend(
         return name, reason
     row = None if routing is None else find_routing(routing)
     obstacle = call_obstacle(dtype, width)
+    if obstacle is None and products and dtype == torch.float32 and _left_to_torch(device_type, backend):
+        obstacle = "exact products of float32 are faster in torch on a GPU; backend='triton' overrides this"
     if obstacle is None and row is not None:
         obstacle = row.kernel_obstacle(visual_tokens, relu, placement)
     if obstacle:
@@ -119,6 +125,13 @@ def _device_backend(device_type: str, backend: str | None) -> tuple[str, str]:
         return "eager", obstacle or f"default on {device_type!r} devices"
     untested = device_type == "xpu" or torch.version.hip is not None
     return "triton", f"default on {device_type!r} devices" + (", untested there" if untested else "") + _unfit_note()
+
+
+@torch.compiler.assume_constant_result
+def _left_to_torch(device_type: str, backend: str | None) -> bool:
+    """Whether exact products of float32 are torch's: on a GPU, where nobody asked for a backend or allowed tf32."""
+    asked = backend or os.environ.get(BACKEND_VARIABLE)
+    return not asked and device_type in GPU_TYPES and not torch.backends.cuda.matmul.allow_tf32
 
 
 def _unfit_note() -> str:

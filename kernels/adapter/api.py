@@ -71,7 +71,7 @@ def routed_adapter(
     narrow, v, *weights = tensors
     name, _ = select_backend(
         device, backend, dtype=narrow.dtype, width=down_weight.shape[0], routing=row,
-        visual_tokens=0 if v is None else v.shape[1], relu=relu,
+        visual_tokens=0 if v is None else v.shape[1], relu=relu, products=True,
     )  # fmt: skip
     if name == "triton":
         from .fused import fused_adapter as run

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..autograd_function import backward_of, saving, with_signature
 from ..image_code import ImageCode
-from ..linear import add_product_, fresh_linear, inner_products, linear, plus_product, product
+from ..linear import add_product_, column_sums, fresh_linear, inner_products, linear, plus_product, product
 from ..routing import route_by_gram
 from .options import AdapterOptions
 
@@ -82,7 +82,7 @@ class DenseAdapter(torch.autograd.Function):
             dx = plus_product(dy.flatten(0, 1), rows, down_weight) if residual else product(rows, down_weight)
             dx = dx.view_as(x)
         ddown = product(rows.t(), x.flatten(0, 1)) if need_down else None
-        ddown_bias = dt.sum((0, 1)) if need_down_bias else None
+        ddown_bias = column_sums(dt.flatten(0, 1)) if need_down_bias else None
         return dx, du if need_u else None, ddown, ddown_bias, dup, dup_bias
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..autograd_function import backward_of, saving, with_signature
 from ..image_code import ImageCode
+from ..linear import column_sums
 from ..routing import inner_product_image_gradient
 from ..triton_common.launch import contiguous_rows
 from ..triton_common.visual_tokens import image_operand
@@ -86,9 +87,9 @@ class FusedAdapter(torch.autograd.Function):
                 ddown_bias = dc.sum((1, 2)).to(x.dtype)
         else:
             ddown = torch.mm(dt.t(), contiguous_rows(x)) if need_down else None
-            ddown_bias = dt.sum(0) if need_down_bias else None
+            ddown_bias = column_sums(dt) if need_down_bias else None
         dup = torch.mm(rows.t(), h) if need_up else None
-        dup_bias = rows.sum(0) if need_up_bias else None
+        dup_bias = column_sums(rows) if need_up_bias else None
         return dx.view(x.shape) if need_x else None, ddown, ddown_bias, du, dup, dup_bias
 
 

@@ -24,6 +24,7 @@ from ..triton_common.launch import (
     on_device,
     processors,
     product_precision,
+    sum_of_blocks,
 )
 from ..triton_common.tiles import Tile, column_splits, padded_rank
 from ..triton_common.visual_tokens import Visual, image_arguments, rows_of_one_image
@@ -172,5 +173,6 @@ def adapter_backward(
         return du
 
     with on_device(dy):
-        du = launch("adapter_backward", fitting_tiles("adapter_backward", rank, dy), attempt)
-    return dx, dt, dz, du.sum(1).to(dy.dtype), h
+        tiles = fitting_tiles("adapter_backward", rank, dy, relu=options.relu)
+        du = launch("adapter_backward", tiles, attempt)
+    return dx, dt, dz, sum_of_blocks(du, dy.dtype), h

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..activations import act_bwd, act_fwd
 from ..routing import route_bwd, route_fwd
+from ..triton_common.products import dot
 from ..triton_common.rows import block_rows
 from ..triton_common.visual_tokens import NO_IMAGE, ONE_TOKEN, route_tokens, route_tokens_back
 
@@ -85,7 +86,7 @@ def adapter_forward_kernel(
             m_k = i_k < width
             x = tl.load(p_x + o_m * stride_xm + i_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
             down = tl.load(p_down + i_r[None, :] * width + i_k[:, None], mask=m_r[None, :] & m_k[:, None], other=0.0)
-            t = tl.dot(x, down, t, input_precision=PRECISION)
+            t = dot(x, down, t, PRECISION)
         if DOWN_BIAS:
             t += tl.load(p_down_bias + i_r, mask=m_r, other=0.0).to(tl.float32)[None, :]
         if saves:
@@ -121,7 +122,7 @@ def adapter_forward_kernel(
         m_n = i_n < width
         m_mn = m_m[:, None] & m_n[None, :]
         up = tl.load(p_up + i_n[None, :] * rank + i_r[:, None], mask=m_r[:, None] & m_n[None, :], other=0.0)
-        y = tl.dot(h, up, input_precision=PRECISION)
+        y = dot(h, up, None, PRECISION)
         if UP_BIAS:
             y += tl.load(p_up_bias + i_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
         if RESIDUAL:  # the second reading of x meets the L2 cache
@@ -186,7 +187,7 @@ def adapter_backward_kernel(
         m_n = i_n < width
         dy = tl.load(p_dy + o_m * stride_dym + i_n[None, :], mask=m_m[:, None] & m_n[None, :], other=0.0)
         up = tl.load(p_up + i_n[:, None] * rank + i_r[None, :], mask=m_n[:, None] & m_r[None, :], other=0.0)
-        dh = tl.dot(dy, up, dh, input_precision=PRECISION)
+        dh = dot(dy, up, dh, PRECISION)
 
     if VISUAL == ONE_TOKEN:
         u = tl.load(p_image + i_b[:, None] * rank + i_r[None, :], mask=m_mr, other=0.0).to(tl.float32)
@@ -261,7 +262,7 @@ def adapter_backward_kernel(
                 down = tl.load(
                     p_down + i_r[:, None] * width + i_k[None, :], mask=m_r[:, None] & m_k[None, :], other=0.0
                 )
-                dx = tl.dot(dt, down, input_precision=PRECISION)
+                dx = dot(dt, down, None, PRECISION)
             if RESIDUAL:
                 dx += tl.load(p_dy + o_m * stride_dym + i_k[None, :], mask=m_mk, other=0.0).to(tl.float32)
             tl.store(p_dx + o_m * width + i_k[None, :], dx.to(p_dx.dtype.element_ty), mask=m_mk)

@@ -169,7 +169,7 @@ def _run(
     visual_tokens = 0 if v is None else v.shape[1]
     name, _ = select_backend(
         x.device.type, backend, dtype=x.dtype, width=a.shape[0], routing=routing, visual_tokens=visual_tokens,
-        relu=relu, placement=placement,
+        relu=relu, placement=placement, products=relu or not routing.is_rank_one(visual_tokens),
     )  # fmt: skip
     fused = name == "triton" and options.equally_spaced
     shape, x, base = x.shape, fold_beams(x, v), fold_beams(base, v)

@@ -25,6 +25,7 @@ from ..triton_common.launch import (
     on_device,
     processors,
     product_precision,
+    sum_of_blocks,
 )
 from ..triton_common.tiles import Tile, column_splits, padded_rank
 from ..triton_common.visual_tokens import Visual, image_arguments, rows_of_one_image
@@ -114,7 +115,8 @@ def lora_forward_(
         launch_lora_forward((blocks_of(rows, span, tile.block_m), splits), {**arguments, **block_sizes(tile)})
 
     with on_device(x):
-        launch("lora_forward", fitting_tiles("lora_forward", a.shape[0], x), attempt)
+        tiles = fitting_tiles("lora_forward", a.shape[0], x, dropout=seed is not None)
+        launch("lora_forward", tiles, attempt)
     return t
 
 
@@ -178,8 +180,9 @@ def lora_backward_(
         return du
 
     with on_device(dy):
-        du = launch("lora_backward", fitting_tiles("lora_backward", width, dy), attempt)
-    return dt, dz, du.sum(1).to(t.dtype)
+        tiles = fitting_tiles("lora_backward", width, dy, dropout=seed is not None, relu=options.relu)
+        du = launch("lora_backward", tiles, attempt)
+    return dt, dz, sum_of_blocks(du, t.dtype)
 
 
 @define_op(lambda dt, x, seed, options: dt.new_empty(dt.shape[1], x.shape[1]))
@@ -311,5 +314,7 @@ def rank_one_backward_(
         return dp, do
 
     with on_device(x):
-        dp, do = launch("rank_one_backward", fitting_tiles("rank_one_backward", 1, x), attempt)
-    return dp.sum(1).to(p.dtype), do.sum(1).to(o.dtype)
+        few, two_parts = images * -(-tokens // 32) <= 2 * processors(x.device), 16 < tokens <= 32
+        tiles = fitting_tiles("rank_one_backward", 1, x, few=few, two_parts=two_parts)
+        dp, do = launch("rank_one_backward", tiles, attempt)
+    return sum_of_blocks(dp, p.dtype), sum_of_blocks(do, o.dtype)

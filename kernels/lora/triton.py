@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..routing import route_bwd, route_fwd
 from ..triton_common.dropout import keep_mask
+from ..triton_common.products import dot
 from ..triton_common.rows import block_rows
 from ..triton_common.visual_tokens import NO_IMAGE, ONE_TOKEN, route_tokens, route_tokens_back
 
@@ -73,7 +74,7 @@ def lora_forward_kernel(
         a = tl.load(p_a + i_c[None, :] * width_in + i_k[:, None], mask=m_c[None, :] & m_k[:, None], other=0.0)
         if DROPOUT:
             x = tl.where(keep_mask(p_seed, i_m, k, threshold, BLOCK_M, BLOCK_K), x, 0.0).to(a.dtype)
-        t = tl.dot(x, a, t, input_precision=PRECISION)
+        t = dot(x, a, t, PRECISION)
     if DROPOUT:
         t *= keep_scale
     if SAVE_T and tl.program_id(1) == 0:
@@ -115,7 +116,7 @@ def lora_forward_kernel(
             m_n = i_n < width_out
             b = tl.load(p_b_g + i_n[None, :] * rank + i_r[:, None], mask=m_r[:, None] & m_n[None, :], other=0.0)
             m_mn = m_m[:, None] & m_n[None, :]
-            y = tl.dot(z, b, input_precision=PRECISION)
+            y = dot(z, b, None, PRECISION)
             if ACCUMULATE:
                 y += tl.load(p_y_g + o_m * stride_ym + i_n[None, :], mask=m_mn, other=0.0).to(tl.float32)
             tl.store(p_y_g + o_m * stride_ym + i_n[None, :], y.to(p_y.dtype.element_ty), mask=m_mn)
@@ -188,7 +189,7 @@ def lora_backward_kernel(
             m_n = i_n < width_out
             dy = tl.load(p_dy_g + o_m * stride_dym + i_n[None, :], mask=m_m[:, None] & m_n[None, :], other=0.0)
             b = tl.load(p_b_g + i_n[:, None] * rank + i_r[None, :], mask=m_n[:, None] & m_r[None, :], other=0.0)
-            dz = tl.dot(dy, b, dz, input_precision=PRECISION)
+            dz = dot(dy, b, dz, PRECISION)
     dz *= scaling
     if WRITE_DZ:
         tl.store(p_dz + o_m * width + i_c[None, :], dz.to(p_dz.dtype.element_ty), mask=m_mc)
@@ -221,7 +222,7 @@ def lora_backward_kernel(
             m_k = i_k < width_in
             a = tl.load(p_a + i_c[:, None] * width_in + i_k[None, :], mask=m_c[:, None] & m_k[None, :], other=0.0)
             m_mk = m_m[:, None] & m_k[None, :]
-            dx = tl.dot(dt, a, input_precision=PRECISION)
+            dx = dot(dt, a, None, PRECISION)
             if DROPOUT:
                 dx = tl.where(keep_mask(p_seed, i_m, k, threshold, BLOCK_M, BLOCK_K), dx * keep_scale, 0.0)
             if ACCUMULATE:
@@ -263,6 +264,6 @@ def dropped_gradient_kernel(
         dt = tl.load(p_dt + o_m[None, :] * width + i_c[:, None], mask=m_c[:, None] & m_m[None, :], other=0.0)
         x = tl.load(p_x + o_m[:, None] * stride_xm + i_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
         x = tl.where(keep_mask(p_seed, i_m, k, threshold, BLOCK_M, BLOCK_K), x, 0.0).to(dt.dtype)
-        da = tl.dot(dt, x, da, input_precision=PRECISION)
+        da = dot(dt, x, da, PRECISION)
     o_da = (split.to(tl.int64) * width + i_c[:, None]) * width_in + i_k[None, :]
     tl.store(p_da + o_da, da * keep_scale, mask=m_c[:, None] & m_k[None, :])

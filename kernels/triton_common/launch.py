@@ -24,11 +24,12 @@ from torch import Tensor
 from ..activations import Activation
 from ..optional_triton import interpreted, triton
 from ..routing import Routing
-from .tiles import DECODE_ROWS, Tile, arch_of, precision_of, tiles_for
+from .tiles import DECODE_ROWS, Tile, arch_of, precision_of, tiles_for_call
 
 DEVICE_KEYS = ("CPU", "CUDA", "XPU")
 NO_CODE = -1  # of a function without a branch in the kernels, which compile none then
 BLOCK_L = 32  # visual tokens taken in one step
+FEW_ROWS = 64  # per processor: with fewer some have nothing to do, whatever the tile
 
 _logger = logging.getLogger(__name__)
 _library = torch.library.Library("routingvl", "FRAGMENT")
@@ -167,10 +168,19 @@ def processors(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 64
 
 
-def fitting_tiles(kind: str, width: int, x: Tensor) -> tuple[Tile, ...]:
-    """Tiles for a kernel on x [M, K] with a low-rank activation of this width, best first."""
+def fitting_tiles(kind: str, width: int, x: Tensor, **call: bool) -> tuple[Tile, ...]:
+    """Tiles for a kernel on x [M, K] with a low-rank activation of this width, best first.
+
+    ``call`` holds what else :func:`~.tiles.tiles_for_call` wants to know of the call.
+    """
     arch = arch_of(x.device)
-    return tiles_for(kind, width, precision_of(x.dtype, arch), x.shape[0] <= DECODE_ROWS, arch)
+    options = {"few": x.shape[0] < FEW_ROWS * processors(x.device), **call}
+    return tiles_for_call(kind, width, precision_of(x.dtype, arch), x.shape[0] <= DECODE_ROWS, arch, **options)
+
+
+def sum_of_blocks(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the programs of each image wrote separately [B, programs, ...], added up: [B, ...]."""
+    return (blocks.squeeze(1) if blocks.shape[1] == 1 else blocks.sum(1)).to(dtype)
 
 
 def product_precision(x: Tensor) -> str:

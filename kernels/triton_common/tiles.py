@@ -105,6 +105,8 @@ _CDNA_FORWARD: _Rows = {64: Tile(64, 64, 64, 4, 2), 128: Tile(32, 64, 64, 4, 2),
 _CDNA_BACKWARD: _Rows = {64: Tile(64, 64, 64, 4, 2), 128: Tile(32, 64, 64, 4, 2), 256: Tile(32, 32, 32, 4, 2)}
 _CDNA_IEEE: _Rows = {128: Tile(32, 32, 32, 4, 2), 256: Tile(16, 16, 16, 4, 2)}
 _OVERRIDES: Mapping[tuple[str, str, str], _Rows] = {
+    # One warp, because then no sum over the rows of a program crosses warps: a quarter of the time on an H100.
+    ("sm_90", "rank_one_backward", "half"): {256: Tile(16, 128, 128, 1, 2)},
     ("gfx942", "lora_forward", "half"): _CDNA_FORWARD,
     ("gfx942", "adapter_forward", "half"): _CDNA_FORWARD,
     ("gfx942", "lora_backward", "half"): _CDNA_BACKWARD,
@@ -237,13 +239,60 @@ def tile_for(kind: str, rank: int, dtype: torch.dtype, rows: int, arch: str) -> 
     return tiles_for(kind, rank, precision_of(dtype, arch), rows <= DECODE_ROWS, arch)[0]
 
 
+@cache
+def tiles_for_call(
+    kind: str,
+    rank: int,
+    precision: str,
+    decode: bool,
+    arch: str,
+    *,
+    few: bool = False,
+    dropout: bool = False,
+    relu: bool = False,
+    two_parts: bool = False,
+) -> tuple[Tile, ...]:
+    """:func:`tiles_for`, with what was measured to pay on an H100 (benchmarks/NOTES.md) on Hopper GPUs.
+
+    Args:
+        kind, rank, precision, decode, arch: as there.
+        few: there are fewer blocks of rows than processors.
+        dropout: the kernel draws a mask.
+        relu: it applies vllora's ReLU, which takes registers.
+        two_parts: of a rank-one kernel whose tile has half as many rows as an image or little more.
+    """
+    tiles = tiles_for(kind, rank, precision, decode, arch)
+    tuned = tuned_tile(tuned_key(arch, kind, padded_rank(rank), precision, decode and has_decode_tile(kind)), KINDS)
+    if family_of(arch) != "sm_90" or precision != "half" or decode or tuned is not None:
+        return tiles
+    return tuple(
+        dict.fromkeys(_on_hopper(kind, tile, padded_rank(rank), few, dropout, relu, two_parts) for tile in tiles)
+    )
+
+
+def _on_hopper(kind: str, tile: Tile, rank: int, few: bool, dropout: bool, relu: bool, two_parts: bool) -> Tile:
+    if kind == "rank_one_backward":
+        if two_parts:  # they would have to be added up
+            tile = replace(tile, block_m=2 * tile.block_m, num_warps=2 * tile.num_warps)
+        if few:
+            wide = {"block_n": 4 * tile.block_n, "block_k": 4 * tile.block_k}
+            tile = replace(tile, **wide, num_warps=4 * tile.num_warps)
+    elif kind in ("lora_backward", "adapter_backward"):
+        if rank > 32 and tile.block_m >= 64:
+            tile = replace(tile, num_warps=8 if few or dropout or relu else 4)
+    elif kind == "lora_forward" and dropout and tile.block_m > 16:
+        # Programs that share the columns of y would all draw the mask.
+        tile = replace(tile, block_m=16) if few else replace(tile, num_warps=8)
+    return tile
+
+
 def column_splits(tile: Tile, rows: int, columns: int, processors: int) -> int:
     """How many programs split the columns of one block of rows, so that few rows still fill the GPU.
 
     Each of them repeats the down-projection, whose operands the L2 cache holds by then; more than six would spend more
-    on that than they gain.
+    on that than they gain, and so would programs that have to wait for a processor.
     """
     row_blocks = -(-rows // tile.block_m)
-    wanted = -(-processors // row_blocks)
+    wanted = processors // row_blocks
     limit = 6 if tile.block_m > 16 else 32
     return max(1, min(wanted, limit, -(-columns // tile.block_n)))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..optional_triton import constexpr, jit, tl
 from ..routing import gram_is_cheaper, gram_of
+from .products import dot
 
 
 class Visual(IntEnum):
@@ -86,7 +87,7 @@ def route_tokens(
         p_gram = p_image + image.to(tl.int64) * width * width
         m_cc = m_c[:, None] & m_c[None, :]
         gram = tl.load(p_gram + i_c[:, None] * width + i_c[None, :], mask=m_cc, other=0.0)
-        z = tl.dot(t, gram, input_precision=PRECISION)
+        z = dot(t, gram, None, PRECISION)
     else:
         z = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         left = t.to(p_image.dtype.element_ty)
@@ -98,8 +99,8 @@ def route_tokens(
             right = u
             if RELU:
                 right = tl.maximum(u.to(tl.float32), 0.0).to(u.dtype)
-            scores = tl.dot(left, tl.trans(right), input_precision=PRECISION).to(u.dtype)
-            z = tl.dot(scores, u, z, input_precision=PRECISION)
+            scores = dot(left, tl.trans(right), None, PRECISION).to(u.dtype)
+            z = dot(scores, u, z, PRECISION)
     return z
 
 
@@ -127,7 +128,7 @@ def route_tokens_back(
         p_gram = p_image + image.to(tl.int64) * width * width
         m_cc = m_c[:, None] & m_c[None, :]
         transposed = tl.load(p_gram + i_c[None, :] * width + i_c[:, None], mask=m_cc, other=0.0)
-        dt = tl.dot(dz, transposed, input_precision=PRECISION)
+        dt = dot(dz, transposed, None, PRECISION)
     else:
         dt = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         narrow = dz.to(p_image.dtype.element_ty)
@@ -139,8 +140,8 @@ def route_tokens_back(
             right = u
             if RELU:
                 right = tl.maximum(u.to(tl.float32), 0.0).to(u.dtype)
-            dscores = tl.dot(narrow, tl.trans(u), input_precision=PRECISION).to(u.dtype)
-            dt = tl.dot(dscores, right, dt, input_precision=PRECISION)
+            dscores = dot(narrow, tl.trans(u), None, PRECISION).to(u.dtype)
+            dt = dot(dscores, right, dt, PRECISION)
     if RELU:
         dt = tl.where(t > 0, dt, 0.0)
     return dt

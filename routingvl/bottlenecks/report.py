@@ -59,7 +59,13 @@ def trainable_report(model: nn.Module, exclude: str | None = None) -> TrainableR
             a = module.projection[0]
             placement = getattr(module, "placement", "bottleneck")  # Adapters have no other
             options = {"routing": module.routing, "relu": module.relu, "placement": placement}
-            backend, reason = select_backend(a.device.type, module.backend, dtype=a.dtype, width=a.shape[0], **options)
+            options["products"] = module.kind == "adapter" or module.relu or module.routing.probe is None
+            try:
+                backend, reason = select_backend(
+                    a.device.type, module.backend, dtype=a.dtype, width=a.shape[0], **options
+                )
+            except RuntimeError as error:  # a model is often built on the CPU and moved to its GPU afterwards
+                backend, reason = "triton", str(error)
             layers.append(LayerReport(name, module.kind, module.routing.name, module.rank, backend, reason))
     return TrainableReport(
         trainable=sum(size for _, size in trainable),

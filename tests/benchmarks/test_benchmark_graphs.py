@@ -134,4 +134,4 @@ def test_graphs_on_a_gpu(case: Case | ModelCase) -> None:
     rows = list(SuiteRun(suite, 1).rows(case, "add", suite.plans[0]))
     graphs = [row for row in rows if row.get("graphs")]
     assert {"reference", "eager", "triton"} <= {row["provider"] for row in graphs}
-    assert {row["gate"] for row in graphs} == {"passed"}
+    assert {row["gate"] for row in graphs} == {"passed"}, [row.get("skipped", row.get("gate_missed")) for row in graphs]

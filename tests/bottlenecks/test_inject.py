@@ -12,6 +12,7 @@ from routingvl import RoutingConfig, VisualContext, ViTRobertaForVQA, inject
 from routingvl.bottlenecks.inject import SurgeryError, remove
 from routingvl.bottlenecks.layers import RoutedAdapter, RoutedLoRALinear
 from routingvl.bottlenecks.report import trainable_report
+from routingvl.kernels import dispatch
 from routingvl.kernels.optional_triton import interpreted
 
 
@@ -157,6 +158,13 @@ def test_report_names_what_the_fused_kernels_do_not_take(monkeypatch):
         (layer, _) = inject(model, RoutingConfig(rank=rank)).layers
         assert layer.backend == "eager"
         assert word in layer.reason
+
+
+def test_a_model_for_the_gpu_is_built_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    report = inject(small_gpt2(), RoutingConfig(rank=2), backend="triton")
+    assert {layer.backend for layer in report.layers} == {"triton"}
+    assert all("cannot run" in layer.reason for layer in report.layers)
 
 
 def test_deepcopy_gives_an_independent_model():

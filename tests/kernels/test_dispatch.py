@@ -51,6 +51,27 @@ def test_asked_for_backend_that_cannot_run_raises(monkeypatch: pytest.MonkeyPatc
         select_backend("cpu")
 
 
+@needs_triton
+def test_exact_products_of_float32_are_torchs_on_a_gpu_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, reason = select_backend("cuda", dtype=torch.float32, width=8, products=True)
+    assert name == "eager"
+    assert "backend='triton' overrides" in reason
+    for dtype, products, backend in (
+        (torch.float32, False, None),  # rank one: no products
+        (torch.bfloat16, True, None),
+        (torch.float32, True, "triton"),
+    ):
+        assert select_backend("cuda", backend, dtype=dtype, width=8, products=products)[0] == "triton"
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert select_backend("cuda", dtype=torch.float32, width=8, products=True)[0] == "triton"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    monkeypatch.setenv("ROUTINGVL_BACKEND", "triton")
+    assert select_backend("cuda", dtype=torch.float32, width=8, products=True)[0] == "triton"
+
+
 def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="backend='cuda': unknown backend; known are 'eager', 'triton'"):
         select_backend("cpu", "cuda")

@@ -95,7 +95,7 @@ def test_golden_layers(case: dict, dtype: torch.dtype) -> None:
         errors[backend] = {name: relative_rms(tensor.cpu(), want[name]) for name, tensor in found.items()}
     # What the plain chain may lose to a happy cancellation, in units of the type's own rounding.
     floor = {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}[dtype]
-    floor = 3e-4 if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else floor
+    floor = 5e-4 if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else floor
     for name, error in errors["triton"].items():
         assert error <= FACTOR * errors["eager"][name] + floor + SLACK, (name, error, errors["eager"][name])
 
@@ -187,7 +187,14 @@ def test_autocast_over_float32_weights(routing: str, tokens: int, kind: str) -> 
 def test_dropout_is_repeated_by_activation_checkpointing(routing: str, tokens: int) -> None:
     op = partial(routed_lora_linear, routing=routing, backend="triton", dropout=0.3)
     leaves, found = drawn(3, 40, tokens), []
-    for function in (op, lambda **given: checkpoint(op, use_reentrant=False, **given)):
+
+    # By position: torch keeps the generators of those devices only that positional arguments are on.
+    def again(**given: Tensor) -> Tensor:
+        return checkpoint(
+            lambda *values: op(**dict(zip(given, values, strict=True))), *given.values(), use_reentrant=False
+        )
+
+    for function in (op, again):
         torch.manual_seed(1)
         found.append(gradients(function, leaves))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -1,6 +1,7 @@
 """The table of tiles: it fits every device, has an answer for unknown ones, and never looks at the exact row count."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from routingvl.kernels.triton_common.tiles import (
     shrunken,
     tile_for,
     tiles_for,
+    tiles_for_call,
 )
 
 EVERY = list(itertools.product(KINDS, (1, 13, 16, 64, 100, 128, 256), ("half", "tf32", "ieee"), (False, True)))
@@ -123,9 +125,29 @@ def test_an_unknown_kind_is_an_error() -> None:
         tile_for("lora_sideways", 16, torch.float32, 1000, "sm_90")
 
 
+def test_tiles_of_a_call_on_hopper() -> None:
+    def first(kind: str, arch: str = "sm_90", rank: int = 128, precision: str = "half", **call: bool) -> Tile:
+        return tiles_for_call(kind, rank, precision, False, arch, **call)[0]
+
+    for kind in ("lora_backward", "adapter_backward"):
+        assert first(kind).num_warps == 4
+        assert {first(kind, **{why: True}).num_warps for why in ("few", "dropout", "relu")} == {8}
+    forward = first("lora_forward")
+    assert first("lora_forward", few=True) == forward
+    assert first("lora_forward", few=True, dropout=True) == replace(forward, block_m=16)
+    assert first("lora_forward", dropout=True) == replace(forward, num_warps=8)
+    assert first("rank_one_backward") == Tile(16, 128, 128, 1, 2)
+    assert first("rank_one_backward", two_parts=True) == Tile(32, 128, 128, 2, 2)
+    assert first("rank_one_backward", few=True) == Tile(16, 512, 512, 4, 2)
+    call = {"few": True, "dropout": True, "two_parts": True}
+    for kind in KINDS:
+        assert first(kind, "sm_80", **call) == tiles_for(kind, 128, "half", False, "sm_80")[0]
+        assert first(kind, precision="ieee", **call) == tiles_for(kind, 128, "ieee", False, "sm_90")[0]
+
+
 def test_column_splits_fill_the_device_when_rows_are_few() -> None:
     tile = Tile(64, 64, 64, 4, 3)
     assert column_splits(tile, 10240, 768, 132) == 1
-    assert column_splits(tile, 2040, 768, 132) == 5
+    assert column_splits(tile, 2040, 768, 132) == 4  # 32 blocks of rows: no program waits
     assert column_splits(tile, 100, 100, 132) == 2  # no program without columns
     assert column_splits(Tile(16, 64, 64, 4, 3), 40, 4096, 132) == 32
