@@ -233,9 +233,10 @@ def test_layers_come_first_on_a_gpu() -> None:
 
 def test_the_cases_of_models() -> None:
     assert len({case.name for case in run.CASES}) == len(run.CASES)
+    assert LEVELS == ("op", "layer", *model_comparisons.MODEL_COMPARISONS)
+    assert {case.level for case in MODEL_CASES} == set(model_comparisons.MODEL_COMPARISONS)
     assert all(case.devices == ("cuda",) for case in MODEL_CASES if case.size == "large")
     for case in MODEL_CASES:
-        assert case.level in model_comparisons.MODEL_COMPARISONS
         assert case.size in SIZES
         if case.level == "train":  # the recipe's sizes, as in benchmarks.training_speed
             assert (TASKS[case.task][0], TASKS[case.task][4]) == (case.B, case.T)
