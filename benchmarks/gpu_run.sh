@@ -46,7 +46,7 @@ phase_ceilings() { # measured limits: copy, matrix products, addmm with beta = 1
 
 phase_tests() { # the tests marked gpu
     program pytest -m gpu -q -p no:cacheprovider tests/kernels tests/bottlenecks/test_triton_suite.py \
-        tests/benchmarks/test_benchmark_graphs.py -k "not golden"
+        tests/benchmarks/test_cuda_graphs.py -k "not golden"
 }
 
 phase_golden() { # the published code's numbers in fp32, tf32, bf16 and fp16
