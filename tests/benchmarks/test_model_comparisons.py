@@ -233,7 +233,7 @@ def test_layers_come_first_on_a_gpu() -> None:
 
 def test_the_cases_of_models() -> None:
     assert len({case.name for case in run.CASES}) == len(run.CASES)
-    assert LEVELS == ("op", "layer", *model_comparisons.MODEL_COMPARISONS)
+    assert ("op", "layer", *model_comparisons.MODEL_COMPARISONS) == LEVELS
     assert {case.level for case in MODEL_CASES} == set(model_comparisons.MODEL_COMPARISONS)
     assert all(case.devices == ("cuda",) for case in MODEL_CASES if case.size == "large")
     for case in MODEL_CASES:
