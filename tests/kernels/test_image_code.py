@@ -7,7 +7,6 @@ from tolerances import relative_rms
 
 from routingvl.kernels import (
     ROUTINGS,
-    ROUTINGS,
     project_adapter_image,
     project_lora_image,
     routed_adapter,
