@@ -17,7 +17,7 @@ class ImageCode(NamedTuple):
     """The image as one bottleneck reads it; made by :func:`project_lora_image` and :func:`project_adapter_image`.
 
     Attributes:
-        u: v Aᵀ [B, L, G*R], for Adapters v Dᵀ + b_down [B, L, R].
+        u: v Aᵀ [B, L, G*R], for Adapters v Aᵀ + b_down [B, L, R].
         factors: where the routing is rank one in each image, what that leaves of the weights, else None. LoRA: p [B, K]
             (with ReLU: [B, G*R]) and o [B, G*n], so that y_b += (x_b . p_b) o_b, scaling included. Adapters: w [B, K]
             and k [B], so that z_b = (x_b . w_b + k_b) u_b.
@@ -149,7 +149,7 @@ def project_adapter_image(
 
     Args:
         v: visual tokens [B, L, K].
-        down_weight: D [R, K].
+        down_weight: A [R, K].
         down_bias: b_down [R], or None.
         routing, relu: as in :func:`routingvl.kernels.routed_adapter`.
         decoding: as in :func:`project_lora_image`.

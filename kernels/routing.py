@@ -2,7 +2,7 @@
 
 A routing function mixes the image into a low-rank bottleneck and has no parameters of its own (arXiv 2403.09377,
 section 3). With t = x Aᵀ [B, T, R] of the text and u = v Aᵀ [B, L, R] of the image it returns z [B, T, R], which the
-bottleneck then projects up.
+bottleneck then projects up (docs/notation.md has all letters).
 
 Both backends, the choice between them, configuration, command line, documentation and tests read this table. To add a
 function, edit this file only:
