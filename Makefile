@@ -2,7 +2,8 @@
 # Variables: PYTHON, DEMO_ARGS, TEST_ARGS, TEST_JOBS, TEST_MARKS.
 
 # The tests of what stands on the kernels. The kernels' own name their backend; the rest never computes a bottleneck.
-TRITON_TESTS := tests/bottlenecks tests/models tests/commands tests/demo tests/training/test_train.py tests/test_evaluate.py
+TRITON_TESTS := tests/bottlenecks tests/models tests/tasks tests/commands tests/demo tests/training/test_train.py \
+    tests/test_evaluate.py
 PYTHON ?= python3
 TEST_JOBS ?= 2
 TEST_ARGS ?=

@@ -55,8 +55,8 @@ phase_tests() { # the tests marked gpu; alone those that take much of the GPU's 
     local status=0
     export TORCHINDUCTOR_COMPILE_THREADS=1
     # shellcheck disable=SC2046 # several words
-    program pytest -m gpu -q -p no:cacheprovider $(workers) tests/kernels \
-        tests/bottlenecks/test_triton_suite.py tests/benchmarks/test_benchmark_graphs.py -k "not golden and not addresses" || status=$?
+    program pytest -m gpu -q -p no:cacheprovider $(workers) tests/kernels tests/bottlenecks/test_triton_suite.py \
+        tests/benchmarks/test_cuda_graphs.py -k "not golden and not addresses" || status=$?
     program pytest -m gpu -q -p no:cacheprovider tests/kernels/test_gpu.py -k addresses || status=$?
     return "$status"
 }

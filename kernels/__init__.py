@@ -1,5 +1,5 @@
 """Routed bottlenecks as differentiable functions of tensors. Imports torch and, where it is installed, triton; nothing
-else.
+else. The letters of formulas, shapes and code are those of docs/notation.md.
 """
 
 from .activations import ACTIVATIONS

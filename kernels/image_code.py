@@ -17,7 +17,7 @@ class ImageCode(NamedTuple):
     """The image as one bottleneck reads it; made by :func:`project_lora_image` and :func:`project_adapter_image`.
 
     Attributes:
-        u: v Aᵀ [B, L, G*R], for Adapters v Dᵀ + b_down [B, L, R].
+        u: v Aᵀ [B, L, G*R], for Adapters v Aᵀ + b_down [B, L, R].
         factors: where the routing is rank one in each image, what that leaves of the weights, else None. LoRA: p [B, K]
             (with ReLU: [B, G*R]) and o [B, G*n], so that y_b += (x_b . p_b) o_b, scaling included. Adapters: w [B, K]
             and k [B], so that z_b = (x_b . w_b + k_b) u_b.
@@ -102,6 +102,40 @@ def lora_image(
     return ImageCode(u.unsqueeze(1), (p, o if scaling == 1 else o * scaling))
 
 
+def _cut(x: Tensor, groups: int, dimension: int) -> tuple[Tensor, ...]:
+    return (x,) if groups == 1 else x.chunk(groups, dimension)
+
+
+def lora_factors(
+    v: Tensor, a: Tensor, b: Tensor, routing: Routing, scaling: float, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u, p and o of :class:`ImageCode` from v [B, K], without ReLU and before the up-projection; not through autograd.
+
+    Their gradients are :func:`lora_factor_gradients`: recording and differentiating products as small as these one by
+    one takes longer than computing them (benchmarks/NOTES.md).
+    """
+    u = torch.mm(v, a.t())
+    o = u.new_empty(u.shape[0], b.shape[0])
+    for o_group, u_group, b_group in zip(_cut(o, groups, 1), _cut(u, groups, 1), _cut(b, groups, 0), strict=True):
+        o_group.addmm_(u_group, b_group.t(), beta=0, alpha=scaling)
+    return u, torch.mm(routing.probe(u), a), o
+
+
+def lora_factor_gradients(
+    v: Tensor, a: Tensor, b: Tensor, u: Tensor, dp: Tensor, do: Tensor, routing: Routing, scaling: float, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """du, dA and dB from dp and do of :func:`lora_factors`."""
+    du, db = torch.empty_like(u), torch.empty_like(b, memory_format=torch.contiguous_format)
+    cut = [_cut(x, groups, 1) for x in (du, u, do)] + [_cut(x, groups, 0) for x in (db, b)]
+    for du_group, u_group, do_group, db_group, b_group in zip(*cut, strict=True):
+        du_group.addmm_(do_group, b_group, beta=0, alpha=scaling)
+        db_group.addmm_(do_group.t(), u_group, beta=0, alpha=scaling)
+    through = routing.probe_backward(torch.mm(dp, a.t()), u)
+    if through is not None:
+        du += through
+    return du, torch.mm(routing.probe(u).t(), dp).addmm_(du.t(), v), db
+
+
 def project_adapter_image(
     v: Tensor,
     down_weight: Tensor,
@@ -115,7 +149,7 @@ def project_adapter_image(
 
     Args:
         v: visual tokens [B, L, K].
-        down_weight: D [R, K].
+        down_weight: A [R, K].
         down_bias: b_down [R], or None.
         routing, relu: as in :func:`routingvl.kernels.routed_adapter`.
         decoding: as in :func:`project_lora_image`.

@@ -1,6 +1,6 @@
 """The definition of every op: a plain composition of torch operations, differentiated by autograd.
 
-Nothing here is fast. The backends are tested against these functions in float64.
+Nothing here is fast. The backends are tested against these functions in float64. Letters: docs/notation.md.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def reference_adapter(
     residual: bool = True,
     relu: bool = False,
 ) -> Tensor:
-    """y = [x +] act(route(x Dᵀ + b_down, v Dᵀ + b_down)) Uᵀ + b_up; see :func:`routingvl.kernels.routed_adapter`."""
+    """y = [x +] act(route(x Aᵀ + b_down, v Aᵀ + b_down)) Bᵀ + b_up; see :func:`routingvl.kernels.routed_adapter`."""
     row = find_routing(routing)
     t = F.linear(x, down_weight, down_bias)
     u = F.linear(v, down_weight, down_bias) if row.uses_image else None

@@ -2,7 +2,7 @@
 
 A routing function mixes the image into a low-rank bottleneck and has no parameters of its own (arXiv 2403.09377,
 section 3). With t = x Aᵀ [B, T, R] of the text and u = v Aᵀ [B, L, R] of the image it returns z [B, T, R], which the
-bottleneck then projects up.
+bottleneck then projects up (docs/notation.md has all letters).
 
 Both backends, the choice between them, configuration, command line, documentation and tests read this table. To add a
 function, edit this file only:
@@ -34,6 +34,7 @@ from .optional_triton import constexpr, jit, tl
 Route = Callable[[Tensor, Tensor | None, bool], Tensor]
 RouteBackward = Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor | None]]
 Probe = Callable[[Tensor], Tensor]
+ProbeBackward = Callable[[Tensor, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Routing:
         route_backward: ``route_backward(dz, t, u, relu) -> (dt, du)``; du is None when there is no image.
         probe: for a function that is rank one in each image with one visual token, p(u) such that z = <t, p(u)> u, else
             None. ReLU, where it is supported, acts on t and on p(u).
+        probe_backward: ``probe_backward(dp, u) -> du``, None where p does not depend on u. Without it the kernels leave
+            the image's gradients to autograd, which takes longer.
         image_factor: for z = t + c u (at most one visual token), c; None for any other function.
         inner_product: whether for any L z is exactly (t uᵀ) u, with ReLU (relu(t) relu(u)ᵀ) u, so that what is built
             for that form may compute it: the kernels for several visual tokens, and z = t (uᵀ u).
@@ -63,6 +66,7 @@ class Routing:
     route: Route
     route_backward: RouteBackward
     probe: Probe | None = None
+    probe_backward: ProbeBackward | None = None
     image_factor: float | None = None
     inner_product: bool = False
 
@@ -213,12 +217,41 @@ def _identity(u: Tensor) -> Tensor:
     return u
 
 
+def _same_gradient(dp: Tensor, u: Tensor) -> Tensor:
+    return dp
+
+
+def _no_gradient(dp: Tensor, u: Tensor) -> None:
+    return None
+
+
 _ROWS = (
     Routing("none", 0, "z = t", 0, False, _none, _none_backward, image_factor=0.0),
     Routing("add", 1, "z = t + u", 1, False, _add, _add_backward, image_factor=1.0),
     Routing("mul", 2, "z = t * u", 1, False, _mul, _mul_backward),
-    Routing("expand", 3, "z = (sum_j t_j) u", 1, False, _expand, _expand_backward, probe=torch.ones_like),
-    Routing("vllora", 4, "z = t uᵀ u", None, True, _vllora, _vllora_backward, probe=_identity, inner_product=True),
+    Routing(
+        "expand",
+        3,
+        "z = (sum_j t_j) u",
+        1,
+        False,
+        _expand,
+        _expand_backward,
+        probe=torch.ones_like,
+        probe_backward=_no_gradient,
+    ),
+    Routing(
+        "vllora",
+        4,
+        "z = t uᵀ u",
+        None,
+        True,
+        _vllora,
+        _vllora_backward,
+        probe=_identity,
+        probe_backward=_same_gradient,
+        inner_product=True,
+    ),
 )
 
 

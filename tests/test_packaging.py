@@ -139,6 +139,11 @@ def test_private_names_stay_in_their_module(name):
     assert private_names(name) == []
 
 
+def test_the_demo_is_loaded_by_its_command_alone():
+    users = {name for name, needed in NEEDS.items() if any(f"{one}.".startswith("routingvl.demo.") for one in needed)}
+    assert {name for name in users if not f"{name}.".startswith("routingvl.demo.")} == {"routingvl.commands.demo"}
+
+
 def roots(prefix: str) -> set[str]:
     """Top-level packages imported by the modules under ``prefix``."""
     return {

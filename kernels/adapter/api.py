@@ -1,4 +1,4 @@
-"""Routed Adapter: y = [x +] act(route(x Dᵀ + b_down, v Dᵀ + b_down)) Uᵀ + b_up (arXiv 2403.09377)."""
+"""Routed Adapter: y = [x +] act(route(x Aᵀ + b_down, v Aᵀ + b_down)) Bᵀ + b_up (arXiv 2403.09377)."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def routed_adapter(
     Args:
         x: text hidden states [B, T, K], or [B*beams, T, K] where consecutive rows are the beams of one image.
         v: visual tokens [B, L, K]; not read (and may be None) where the routing takes no image.
-        down_weight: D [R, K], shared by text and image.
+        down_weight: A [R, K], shared by text and image.
         down_bias: b_down [R], added to text and image alike, or None.
-        up_weight: U [K, R].
+        up_weight: B [K, R].
         up_bias: b_up [K] or None.
         routing: name in ``ROUTINGS``, or its row.
         activation: name in ``ACTIVATIONS``, applied after routing.

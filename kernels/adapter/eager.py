@@ -39,7 +39,7 @@ def _up_gradients(
 
 
 class DenseAdapter(torch.autograd.Function):
-    """y = [x +] act(route(t, u)) Uᵀ + b_up with t = x Dᵀ + b_down [B, T, R]; u and ``gram`` (uᵀ u) are the image's.
+    """y = [x +] act(route(t, u)) Bᵀ + b_up with t = x Aᵀ + b_down [B, T, R]; u and ``gram`` (uᵀ u) are the image's.
 
     Saved: x, t, u, the weights and h = act(...), because gelu through erf takes as long as a small matrix product.
     """
@@ -87,9 +87,9 @@ class DenseAdapter(torch.autograd.Function):
 
 
 class RankOneAdapter(torch.autograd.Function):
-    """y = [x +] act(c u) Uᵀ + b_up with c = x_b . w_b + k_b [B, T, 1]; w [B, K], k [B] and u [B, R] are the image's.
+    """y = [x +] act(c u) Bᵀ + b_up with c = x_b . w_b + k_b [B, T, 1]; w [B, K], k [B] and u [B, R] are the image's.
 
-    Saved: x, c, h = act(c u), w, u and U.
+    Saved: x, c, h = act(c u), w, u and B.
     """
 
     @staticmethod

@@ -22,10 +22,10 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 class FusedAdapter(torch.autograd.Function):
-    """y = [x +] act(route(x Dᵀ + b_down, u)) Uᵀ + b_up, with u [B, L, R] the image's, or None.
+    """y = [x +] act(route(x Aᵀ + b_down, u)) Bᵀ + b_up, with u [B, L, R] the image's, or None.
 
-    With ``rank_one``: y = [x +] act((x_b . w_b + k_b) u_b) Uᵀ + b_up, and in place of D and b_down stand w [B, K] and
-    k [B]. Saved: x, D, u, U and t [M, R] or (rank one) the inner products [M]; what z and h were is computed again in
+    With ``rank_one``: y = [x +] act((x_b . w_b + k_b) u_b) Bᵀ + b_up, and in place of A and b_down stand w [B, K] and
+    k [B]. Saved: x, A, u, B and t [M, R] or (rank one) the inner products [M]; what z and h were is computed again in
     the backward kernel.
     """
 

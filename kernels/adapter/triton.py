@@ -1,10 +1,10 @@
-"""Triton kernels of the routed Adapter: y = [x +] act(route(x Dᵀ + b_down, image)) Uᵀ + b_up in one pass, and back.
+"""Triton kernels of the routed Adapter: y = [x +] act(route(x Aᵀ + b_down, image)) Bᵀ + b_up in one pass, and back.
 
 Letters and names as in :mod:`routingvl.kernels.lora.triton`. A program takes its rows of text through the whole
 bottleneck: t leaves the registers once, written for the backward pass, between the down- and the up-projection.
 
 Where z is rank one in each image, the down-projection collapses to one inner product per row: z = c u with
-c = x . w + k, where w = Dᵀ p(u) and k = b_down . p(u) are the image's (constexpr RANK_ONE).
+c = x . w + k, where w = Aᵀ p(u) and k = b_down . p(u) are the image's (constexpr RANK_ONE).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def adapter_forward_kernel(
     p_y,  # [M, K] result
     p_t,  # t [M, R] result; RANK_ONE: c [M] float32
     p_x,  # [M, K]
-    p_down,  # D [R, K]; RANK_ONE: w [B, K]
+    p_down,  # A [R, K]; RANK_ONE: w [B, K]
     p_down_bias,  # b_down [R]; RANK_ONE: k [B]
     p_image,  # u [B, R], or as VISUAL says
-    p_up,  # U [K, R]
+    p_up,  # B [K, R]
     p_up_bias,  # b_up [K]
     rows,
     span,
@@ -167,7 +167,7 @@ def adapter_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """dh = dy U, then back through activation and routing to dt; dx = [dy +] dt D; h once more for the gradient of U.
+    """dh = dy B, then back through activation and routing to dt; dx = [dy +] dt A; h once more for the gradient of B.
 
     du is summed over this program's rows of each of its images: nobody else adds to those sums, so there are no atomics
     and equal calls give equal bits. Grid: blocks of rows; span is a whole number of images.

@@ -177,22 +177,21 @@ def _run(
         # The image's mask is torch's own on any backend: v is B*L rows against M of text.
         dropped = F.dropout(x, dropout) if dropout > 0 and not fused else x
         v = F.dropout(v, dropout) if dropout > 0 and v is not None else v
-        if v is not None and (placement == "bottleneck" or routing.moves_before_up(visual_tokens, relu)):
-            if image is None:
-                image = lora_image(
-                    v, a, b, routing, scaling=options.scaling, relu=relu, groups=options.groups, placement=placement,
-                    factors=not (relu and fused),
-                )  # fmt: skip
-            image = image.to(x.dtype)
+        image = None if image is None else image.to(x.dtype)
         if fused:
             from .fused import fused_lora  # here, because it needs triton
 
             try:
-                y = fused_lora(x, image, a, b, weight, bias, base, options)
+                y = fused_lora(x, v, image, a, b, weight, bias, base, options)
             except NoTileFitsError as error:
                 eager_instead(error)
                 fused, dropped = False, F.dropout(x, dropout) if dropout > 0 else x
         if not fused:
+            before_up = placement == "bottleneck" or routing.moves_before_up(visual_tokens, relu)
+            if v is not None and image is None and before_up:
+                image = lora_image(
+                    v, a, b, routing, scaling=options.scaling, relu=relu, groups=options.groups, placement=placement
+                )
             y = eager_lora(x, dropped, v, image, a, b, weight, bias, base, options)
     return y if y.shape[0] == shape[0] else y.reshape(*shape[:2], y.shape[2])
 

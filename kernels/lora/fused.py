@@ -2,7 +2,7 @@
 
 The frozen product stays torch's; one kernel then adds the bottleneck to it in place. In the backward pass one kernel
 adds to dx and leaves the small gradients. Which function runs follows the eager backend: rank one where the routing is,
-else dense. Both receive the image through small tensors that autograd differentiates outside.
+else dense, which receives the image as u; autograd differentiates that one product outside.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..autograd_function import backward_of, saving, with_signature
-from ..image_code import ImageCode
+from ..image_code import ImageCode, lora_factor_gradients, lora_factors, lora_image
 from ..linear import accumulates, frozen_projection, frozen_projection_gradients
 from ..routing import inner_product_image_gradient
 from ..triton_common.launch import contiguous_rows
@@ -103,43 +103,53 @@ def _up_gradient(dy: Tensor, z: Tensor, b: Tensor, options: LoRAOptions) -> Tens
 class FusedRankOneLoRA(torch.autograd.Function):
     """y_b = start_b + c_b o_b for each image b, with c = dropout(x_b) . p_b; p [B, K], o [B, G*n] (scaling included).
 
-    Saved: x, p, o and c [M] in float32.
+    p and o are given, or made of v [B, 1, K], a and b. Saved: x, p, o and c [M] in float32, and what p and o are of.
     """
 
     @staticmethod
     @with_signature
     def forward(
         x: Tensor,
-        p: Tensor,
-        o: Tensor,
+        v: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        p: Tensor | None,
+        o: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         base: Tensor | None,
         seed: Tensor | None,
         options: LoRAOptions,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
+        made = (None, None, None)
+        if v is not None:
+            _, p, o = made = lora_factors(v.squeeze(1), a, b, options.routing, options.scaling, options.groups)
         y = frozen_projection(x, weight, bias, base, options.weight_layout, o.shape[1])
         c = ops.rank_one_forward_(
             y.view(-1, y.shape[2]), contiguous_rows(x), p.contiguous(), o.contiguous(), seed, x.shape[1],
             accumulates(weight, base), options,
         )  # fmt: skip
-        return y, c
+        return y, c, *made
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, p, o, weight, _, _, seed, ctx.options = inputs
-        saving(ctx, x, p, o, weight, seed, output[1], extra=output[1:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        x, v, a, b, p, o, weight, _, _, seed, ctx.options = inputs
+        _, c, u, *made = output
+        p, o = (p, o) if u is None else made
+        saving(ctx, x, v, a, b, u, p, o, weight, seed, c, extra=output[1:])
 
     @staticmethod
     @backward_of
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, p, o, weight, seed, c = ctx.saved_tensors
-        need_x, need_p, need_o, *needs = ctx.needs_input_grad[:6]
+        x, v, a, b, u, p, o, weight, seed, c = ctx.saved_tensors
+        need_x, need_v, need_a, need_b, need_p, need_o, *needs = ctx.needs_input_grad[:9]
+        if u is not None:
+            need_p = need_o = need_v or need_a or need_b
         dx, dweight, dbias, dbase = frozen_projection_gradients(
             dy, x, weight, ctx.options.weight_layout, (need_x, *needs)
         )
         if not (need_x or need_p or need_o):
-            return None, None, None, dweight, dbias, dbase
+            return *(None,) * 6, dweight, dbias, dbase
         accumulate = dx is not None
         if need_x and dx is None:
             dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -147,11 +157,19 @@ class FusedRankOneLoRA(torch.autograd.Function):
             None if dx is None else dx.view(-1, dx.shape[2]), dy.flatten(0, 1), contiguous_rows(x), p.contiguous(),
             o.contiguous(), c, seed, x.shape[1], accumulate, need_p, need_o, ctx.options,
         )  # fmt: skip
-        return dx, dp if need_p else None, do if need_o else None, dweight, dbias, dbase
+        dp, do, dv, da, db = dp if need_p else None, do if need_o else None, None, None, None
+        if u is not None and need_p:
+            du, da, db = lora_factor_gradients(
+                v.squeeze(1), a, b, u, dp, do, ctx.options.routing, ctx.options.scaling, ctx.options.groups
+            )
+            dv = torch.mm(du, a).unsqueeze(1) if need_v else None
+            dp = do = None
+        return dx, dv, da, db, dp, do, dweight, dbias, dbase
 
 
 def fused_lora(
     x: Tensor,
+    v: Tensor | None,
     image: ImageCode | None,
     a: Tensor,
     b: Tensor,
@@ -162,13 +180,26 @@ def fused_lora(
 ) -> Tensor:
     """The routed LoRA in one kernel each way; tensors as in :func:`routingvl.kernels.routed_lora_linear`.
 
-    For what :meth:`~routingvl.kernels.routing.Routing.kernel_obstacle` allows, and equally spaced columns. ``image`` is
-    None where the routing takes none. The text's mask is drawn in the kernel from a seed of torch's generator, so
-    recomputing under a restored generator repeats it.
+    For what :meth:`~routingvl.kernels.routing.Routing.kernel_obstacle` allows, and equally spaced columns. ``v`` is
+    None where the routing takes no image, ``image`` where v has not been projected yet. The text's mask is drawn in the
+    kernel from a seed of torch's generator, so recomputing under a restored generator repeats it.
     """
+    routing, relu = options.routing, options.relu
     seed = torch.randint(2**62, (1,), device=x.device) if options.dropout > 0 else None
-    if image is not None and image.factors is not None and not options.relu:
-        return FusedRankOneLoRA.apply(x, *image.factors, weight, bias, base, seed, options)[0]
+    if v is not None and image is None:
+        if (
+            not relu
+            and options.placement == "bottleneck"
+            and routing.is_rank_one(v.shape[1])
+            and routing.probe_backward
+        ):
+            return FusedRankOneLoRA.apply(x, v, a, b, None, None, weight, bias, base, seed, options)[0]
+        image = lora_image(
+            v, a, b, routing, scaling=options.scaling, relu=relu, groups=options.groups, placement=options.placement,
+            factors=not relu,
+        )  # fmt: skip
+    if image is not None and image.factors is not None and not relu:
+        return FusedRankOneLoRA.apply(x, None, None, None, *image.factors, weight, bias, base, seed, options)[0]
     u, gram = (None, None) if image is None else (image.u, image.gram)
     save_t = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, u, a, b))
     return FusedDenseLoRA.apply(x, u, a, b, weight, bias, base, seed, gram, options, save_t)[0]

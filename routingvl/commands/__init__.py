@@ -1,4 +1,4 @@
-"""One module a sub-command of the command line, and the argument parser they share."""
+"""One module per sub-command of the command line, and the argument parser they share."""
 
 from __future__ import annotations
 

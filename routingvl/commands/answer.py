@@ -11,18 +11,18 @@ EXAMPLE = 'routingvl answer runs/vqa-lora photo.jpg "what color is the cat?" --t
 
 
 def run(args: Sequence[str]) -> int:
-    """Print one line an answer: its probability, a tab, the answer."""
+    """Print one line per answer: its probability, a tab, the answer."""
     parser = CommandParser(
         "answer",
         "Answer a question about an image. Each probability stands for itself (they do not sum to 1):\n"
-        f"the model is trained with one yes-or-no decision an answer.\n{SETTINGS_NOTE}",
+        f"the model is trained with one yes-or-no decision per answer.\n{SETTINGS_NOTE}",
         EXAMPLE,
     )
     add_run_arguments(parser)
     parser.add_argument("image", metavar="IMAGE", help="image file")
     parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="number of answers (default: 5)")
-    parser.add_argument("--json", action="store_true", help="print a JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     own, settings = split_settings(args)
     options = parser.parse_args(own)
     overrides = read_overrides(options.run, settings)

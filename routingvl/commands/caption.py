@@ -11,13 +11,13 @@ EXAMPLE = "routingvl caption runs/caption-lora photo1.jpg photo2.jpg --eval.num_
 
 
 def run(args: Sequence[str]) -> int:
-    """Print one line an image: its path, a tab, its caption."""
+    """Print one line per image: its path, a tab, its caption."""
     parser = CommandParser(
         "caption", f"Caption image files with the adapter of a captioning run.\n{SETTINGS_NOTE}", EXAMPLE
     )
     add_run_arguments(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--json", action="store_true", help="print a JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     own, settings = split_settings(args)
     options = parser.parse_args(own)
     overrides = read_overrides(options.run, settings)

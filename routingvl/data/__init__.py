@@ -1,12 +1,13 @@
-"""Data in the public formats: images, COCO captions, VQAv2, batches, and the files derived from the official ones.
+"""Data in the public formats: images, COCO captions, VQAv2, labelled texts; batches, and the files derived from those.
 
 Each module's docstring opens with its public signatures.
 """
 
 from routingvl.data.coco import Caption, CaptionDataset, CaptionSplit, load_captions
-from routingvl.data.collate import CaptionCollator, VQACollator, collate_images
+from routingvl.data.collate import CaptionCollator, LabelCollator, VQACollator, collate_images
 from routingvl.data.files import DataError
 from routingvl.data.images import ImageDataset, ImageError, ImagePreprocessor, ImageRecord, load_image
+from routingvl.data.labelled import LabelledDataset, LabelledSplit, LabelledText, load_labelled
 from routingvl.data.prepare import prepare_coco, prepare_vqa
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
 from routingvl.data.vqa import Question, VQASplit, load_official_vqa, load_vqa
@@ -23,6 +24,10 @@ __all__ = [
     "ImageError",
     "ImagePreprocessor",
     "ImageRecord",
+    "LabelCollator",
+    "LabelledDataset",
+    "LabelledSplit",
+    "LabelledText",
     "Question",
     "VQACollator",
     "VQADataset",
@@ -30,6 +35,7 @@ __all__ = [
     "collate_images",
     "load_captions",
     "load_image",
+    "load_labelled",
     "load_official_vqa",
     "load_vqa",
     "prepare_coco",

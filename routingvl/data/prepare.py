@@ -55,7 +55,7 @@ def prepare_vqa(
     vocabulary: str | Path | None = None,
     min_questions: int = MIN_QUESTIONS,
 ) -> dict[str, Any]:
-    """Write one question list a Karpathy split, and the answer vocabulary, from the official VQAv2 files.
+    """Write one question list per Karpathy split, and the answer vocabulary, from the official VQAv2 files.
 
     Entries have the form of LXMERT and VL-T5, with soft scores (``label``) and the annotators' raw ``answers``, from
     which the official accuracy is computed.

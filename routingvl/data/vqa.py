@@ -1,4 +1,4 @@
-"""VQAv2 questions and answers: official files with the Karpathy split, or one JSON list a split.
+"""VQAv2 questions and answers: official files with the Karpathy split, or one JSON list per split.
 
 load_vqa(source, split, image_root=None) -> VQASplit
     source: a folder, or one per-split JSON list

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from routingvl.atomic_files import replacing
+from routingvl.data.collate import IGNORED
 from routingvl.demo import shapes
 from routingvl.demo.pool import worker_pool
 
 PIXEL_MEAN = PIXEL_STD = 0.5
-IGNORED = -100
 _SEED_OFFSET = 1_000_000  # keeps pretraining draws apart from the data set's, which are seeded [seed, split]
 _ROBERTA_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0 to 4, as in the published vocabulary
 _GPT2_SPECIALS = ("<|endoftext|>",)

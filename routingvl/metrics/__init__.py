@@ -1,4 +1,4 @@
-"""Scores of the two tasks and the files that results are handed in with.
+"""Scores of the published tasks and the files that results are handed in with.
 
 ``vqa`` is the official VQA accuracy, ``captions`` BLEU, ROUGE-L, CIDEr, METEOR and SPICE, ``results`` the COCO and
 EvalAI files. Nothing here needs torch; the caption scorers load on first use.

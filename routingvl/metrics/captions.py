@@ -83,7 +83,7 @@ def caption_scores(
     metrics: Iterable[str] | None = None,
     tokenizer: str = "auto",
 ) -> dict[str, Any]:
-    """Score one caption an image against its references.
+    """Score one caption per image against its references.
 
     Args:
         predictions: {image_id: caption}; an empty caption is scored (as 0 or nearly 0), not refused.

@@ -1,4 +1,4 @@
-"""Result files that evaluation servers take: COCO captions and EvalAI's VQA, both a JSON list with one entry an item.
+"""Result files that evaluation servers take: COCO captions and EvalAI's VQA, both a JSON list with one entry per item.
 
 COCO: ``[{"image_id": 74, "caption": "a dog on a rug"}]``, VQA: ``[{"question_id": 458752000, "answer": "net"}]``.
 Writers check completeness when told what is expected, since servers refuse files that lack an item; readers refuse
@@ -59,7 +59,7 @@ def _read_rows(path: str | Path) -> list[dict[str, Any]]:
     if isinstance(data, dict) and isinstance(data.get("pred_sent"), list):
         data = data["pred_sent"]  # the form that the published code writes
     if not isinstance(data, list):
-        raise ResultFileError(f"{path} must hold a JSON list with one object an item")
+        raise ResultFileError(f"{path} must hold a JSON list with one object per item")
     return data
 
 

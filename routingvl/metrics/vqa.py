@@ -57,7 +57,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], rule: str = "2021") ->
         TypeError: ``answers`` is one string instead of a list of strings.
     """
     if isinstance(answers, str):
-        raise TypeError(f"answers={answers!r} must be a list of strings, one a person asked")
+        raise TypeError(f"answers={answers!r} must be a list of strings, one per person asked")
     if not answers:
         raise ValueError("answers is empty: accuracy compares a prediction with at least one human answer")
     prediction, answers = _comparable(prediction, answers, rule)

@@ -1,4 +1,4 @@
-"""What both models share: a frozen ViT, a routed language model, the context between them, saving and loading."""
+"""What the models share: a frozen ViT, a routed language model, the context between them, saving and loading."""
 
 from __future__ import annotations
 

@@ -96,6 +96,17 @@ def test_decoding_with_the_matrix_of_inner_products(relu, backend):
     assert relative_rms(got, routed_adapter(*operands, **options)) < 3e-6
 
 
+@pytest.mark.parametrize("row", [row for row in ROUTINGS.values() if row.probe_backward], ids=lambda row: row.name)
+def test_probe_backward_is_the_gradient_of_probe(row):
+    torch.manual_seed(0)
+    u, dp = drawn(3, 4), torch.randn(3, 4)
+    probe, found = row.probe(u), row.probe_backward(dp, u.detach())
+    if found is None:
+        assert not probe.requires_grad
+    else:
+        assert torch.equal(found, torch.autograd.grad(probe, u, dp)[0])
+
+
 def test_nothing_to_prepare():
     v, a, b = torch.randn(2, 3, 12), torch.randn(4, 12), torch.randn(10, 4)
     assert project_lora_image(v, a, b, routing="none") is None

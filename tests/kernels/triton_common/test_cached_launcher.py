@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compiling import output_of
-from hypothesis import given
-from hypothesis import strategies as st
 
 from routingvl.kernels.optional_triton import triton
 from routingvl.kernels.triton_common import cached_launcher as compiled
 from routingvl.kernels.triton_common.cached_launcher import CachedKernel, launch_key, specialization
+
+pytest.importorskip("hypothesis")
+from hypothesis import given
+from hypothesis import strategies as st
 
 needs_triton = pytest.mark.skipif(triton is None, reason="no triton")
 MEMORY = torch.zeros(64, dtype=torch.float64)

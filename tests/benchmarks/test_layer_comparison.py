@@ -2,7 +2,6 @@
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 import torch._inductor.config
 from tolerances import assert_as_good_as
 
-from routingvl.benchmarks import ceilings, gate, main, report, run
+from routingvl.benchmarks import ceilings, main, run
 from routingvl.benchmarks import layer_providers as providers_module
 from routingvl.benchmarks.layer_cases import CASES, Case, definition, make_tensors
 from routingvl.benchmarks.layer_providers import providers
@@ -226,32 +225,6 @@ def test_a_competitor_that_misses_the_gate_is_no_failure_of_ours(
     assert "GATE FAILED, not timed: tiny_lora none float32: peft" in capsys.readouterr().out
 
 
-def test_a_low_rate_is_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a busy machine a tiny product can take long, and limits are computed by division."""
-    monkeypatch.setattr(Timer, "__call__", lambda self, call: (2.0, call()))
-    rows = ceilings.measure_ceilings(Timer(torch.device("cpu"), 1), ["float32"], (2**16, 32, 32, 32))
-    limits = ceilings.Limits(rows)
-    assert limits.seconds(2 * 32**3, 1, "float32")[0] == pytest.approx(2.0, rel=1e-4)
-    assert limits.seconds(1, 2 * 2**16, "float32") == (pytest.approx(2.0, rel=1e-4), "copy")
-
-
-def test_ceilings_and_limits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(ceilings.SIZES, "cpu", (2**16, 32, 32, 32))
-    output = tmp_path / "ceilings.jsonl"
-    assert ceilings.main(["--device", "cpu", "--dtype", "float32", "--output", str(output)]) == 0
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [(row["ceiling"], row["tflop_s"] is None) for row in rows] == [
-        *(("copy", True), ("matmul", False), ("addmm", False)),
-    ]
-    assert all(row["gb_s"] > 0 and row["device"] for row in rows)
-    assert "GB/s" in capsys.readouterr().out
-    limits = ceilings.Limits([{**rows[0], "gb_s": 2.0}, {**rows[1], "tflop_s": 0.5}])
-    assert limits.seconds(10**12, 10**9, "float32") == (2.0, "matmul")
-    assert limits.seconds(10**12, 10**10, "float32") == (5.0, "copy")
-
-
 def test_shut_gate_prints_no_speed_up(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -278,64 +251,6 @@ def test_shut_gate_prints_no_speed_up(
     assert "| tiny_adapter | add |" in printed
 
 
-def test_gate_knows_nan_shape_and_the_plain_error() -> None:
-    want = {"y": torch.ones(4, dtype=torch.float64)}
-    check = partial(gate.failures, oracle=want, dtype=torch.float32)
-    assert check({"y": torch.ones(4)}, {"y": torch.ones(4)}) == {}
-    assert "nan" in check({"y": torch.full((4,), torch.nan)}, {"y": torch.ones(4)})["y"]
-    assert check({"y": torch.ones(5)}, {"y": torch.ones(4)}) == {"y": "has shape [5], not [4]"}
-    # 4e-6 is below the cap but more than twice the error of the plain composition.
-    assert "above 1.00e-06" in check({"y": torch.ones(4) + 4e-6}, {"y": torch.ones(4)})["y"]
-    assert gate.allowed_error(torch.float32, 1e-6) == pytest.approx(3e-6)
-    assert gate.allowed_error(torch.float32, 1.0) == gate.CAPS[torch.float32]
-    assert gate.relative_rms(torch.tensor([3.0, 4.0]), torch.zeros(2)) == 5.0
-
-
-def test_gate_measures_what_cancels_by_the_largest_tensor() -> None:
-    """A gradient that is zero up to rounding has no size of its own, but may not be anything either."""
-    oracle = {"y": torch.full((4,), 10.0).double(), "dbias": torch.full((2,), 1e-15).double()}
-    errors = gate.relative_errors({"y": torch.full((4,), 10.0), "dbias": torch.full((2,), 3e-6)}, oracle)
-    assert errors == {"y": 0.0, "dbias": pytest.approx(3e-7)}
-    assert list(gate.failures({**oracle, "dbias": torch.full((2,), 1e-3)}, oracle, oracle, torch.float32)) == ["dbias"]
-    own = {**oracle, "dbias": torch.full((2,), 1e-6).double()}  # small, and no rounding
-    assert gate.relative_errors({**own, "dbias": torch.full((2,), 2e-6)}, own)["dbias"] == pytest.approx(1.0)
-
-
-def row(provider: str, mode: str, ms: float, **changes) -> dict:
-    fixed = {"case": "c", "routing": "mul", "dtype": "float32", "gate": "passed", "saved_mib": 1.0, "dirty": False}
-    machine = {"device": "some CPU", "threads": 1, "torch": "2.6", "commit": "abc1234"}
-    return {**fixed, **machine, "provider": provider, "mode": mode, "ms_p50": ms, **changes}
-
-
-def test_report_ratios_and_overhead() -> None:
-    times = {"base": (10, 10), "reference": (15, 25), "eager": (12, 18)}
-    rows = []
-    for provider, (forward, backward) in times.items():
-        modes = {"fwd": forward, "bwd": backward, "fwdbwd": forward + backward}
-        rows += [row(provider, mode, ms) for mode, ms in modes.items()]
-    printed = report.summarise(rows)
-    # 40 / 30, and above the base of 20: 20 / 10.
-    assert "| c | mul | float32 | 40.00 | 30.00 | 1.25x | 1.39x | 1.33x | 2.00x | 1.00, 1.00 | - | - |" in printed
-    assert "Measured on some CPU, 1 thread(s), cpu time, torch 2.6, commit abc1234." in printed
-    # A later measurement replaces an earlier one, and a shut gate withdraws it.
-    later = report.summarise([*rows, row("eager", "fwdbwd", 80.0, dirty=True)])
-    assert "| 0.50x | 0.33x |" in later
-    assert "- c mul float32, fwd+bwd: 0.50x" in later
-    assert "Slower than the published chain" not in printed
-    assert "commit abc1234 (changed since)" in later
-    withdrawn = report.summarise([*rows, {**row("eager", "", 0.0), "gate": "failed", "gate_missed": ["y bad"]}])
-    assert "| c | mul |" not in withdrawn
-    assert "GATE FAILED" in withdrawn
-
-
-def test_report_reads_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "rows.jsonl"
-    rows = [row(provider, mode, 2.0) for provider in ("reference", "eager") for mode in ("fwd", "bwd", "fwdbwd")]
-    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    assert report.main([str(file)]) == 0
-    assert "| c | mul | float32 | 2.00 | 2.00 | 1.00x | 1.00x | 1.00x | - |" in capsys.readouterr().out
-
-
 def test_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--case", "nope"])
@@ -359,21 +274,6 @@ def test_threads_are_put_back(tiny: None) -> None:
         ]
     )
     assert torch.get_num_threads() == before
-
-
-def test_one_failed_provider_leaves_the_others() -> None:
-    rows = [row(name, mode, 2.0) for name in ("reference", "eager", "peft") for mode in ("fwd", "bwd", "fwdbwd")]
-    printed = report.summarise([*rows, {**row("peft", "", 0.0), "gate": "failed", "gate_missed": ["y bad"]}])
-    assert "| c | mul | float32 |" in printed
-    assert "(peft)" not in printed.split("GATE FAILED")[0]
-
-
-def test_report_names_what_is_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text("{}\n")
-    with pytest.raises(SystemExit):
-        report.main([str(file)])
-    assert "line 1: not a row of this benchmark" in capsys.readouterr().err
 
 
 def test_gpu_suite_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from routingvl.benchmarks import main, model_comparisons, model_providers, report, run
+from routingvl.benchmarks import main, model_comparisons, model_providers, run
 from routingvl.benchmarks.comparison import TIME_LIMIT, Setting
 from routingvl.benchmarks.layer_cases import LEVELS
 from routingvl.benchmarks.layer_providers import PROVIDERS
@@ -233,30 +233,12 @@ def test_layers_come_first_on_a_gpu() -> None:
 
 def test_the_cases_of_models() -> None:
     assert len({case.name for case in run.CASES}) == len(run.CASES)
+    assert ("op", "layer", *model_comparisons.MODEL_COMPARISONS) == LEVELS
+    assert {case.level for case in MODEL_CASES} == set(model_comparisons.MODEL_COMPARISONS)
     assert all(case.devices == ("cuda",) for case in MODEL_CASES if case.size == "large")
     for case in MODEL_CASES:
-        assert case.level in model_comparisons.MODEL_COMPARISONS
         assert case.size in SIZES
         if case.level == "train":  # the recipe's sizes, as in benchmarks.training_speed
             assert (TASKS[case.task][0], TASKS[case.task][4]) == (case.B, case.T)
     quick = [(case.level, case.quick) for case in MODEL_CASES if case.quick]
     assert sorted(quick) == [("generate", ("add",)), ("step", ("add",))]
-
-
-def test_report_of_models_beside_layers() -> None:
-    machine = {"device": "some CPU", "threads": 1, "torch": "2.6", "commit": "abc1234", "dirty": False}
-    fixed = {"routing": "add", "dtype": "float32", "gate": "passed", "saved_mib": 1.0, "peak_mib": None, **machine}
-    model = {**fixed, "case": "m", "task": "vqa", "level": "step", "B": 4}
-    rows = []
-    for provider, times in {"reference": (15.0, 25.0), "eager": (12.0, 30.0)}.items():
-        for mode, ms in zip(("fwd", "bwd", "fwdbwd"), (*times, sum(times)), strict=True):
-            measured = {"provider": provider, "mode": mode, "ms_p50": ms}
-            rows += [{**model, **measured, "examples_s": 4e3 / ms}, {**fixed, **measured, "case": "layer"}]
-    rows.append({**model, "provider": "base", "mode": "vit", "ms_p50": 3.0})
-    printed = report.summarise(rows)
-    assert "| layer | add | float32 | 40.00 | 42.00 | 1.25x | 0.83x | 0.95x | - | 1.00, 1.00 | - | - |" in printed
-    assert (
-        "| m | add | eager | float32 | 40.0 | 42.0 | 1.25x | 0.83x | 0.95x | 100.00 | 95.24 | 1.0, 1.0 | - |" in printed
-    )
-    assert "- m add float32, bwd: 0.83x" in printed
-    assert "- m add float32, fwd+bwd: 0.95x" in printed
