@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,6 +19,19 @@ TF32_CAP = 1.5e-3
 # An op may err at most this much more than the plain composition in the same dtype.
 FACTOR = 2.0
 SLACK = 1e-6
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """cuDNN's convolutions of float32, which the published layers have, are exact inside the block; by torch's default
+    they are tf32 on a GPU, and nobody could agree with that to float32's tolerance.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def relative_rms(got: Tensor, want: Tensor) -> float:

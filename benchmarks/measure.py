@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cases import Case, Layer, definition, make_tensors
-from .gate import failures, relative_rms
+from .gate import exact_convolutions, failures, relative_rms
 from .memory import cuda_peak
 from .timing import Timer
 
@@ -81,6 +81,7 @@ def values_and_gradients(layer: Layer, tensors: dict[str, Tensor], dy: Tensor, d
     return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 
 
+@exact_convolutions()
 def check(
     case: Case, routing: str, layers: dict[str, Layer], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Checked]:
@@ -195,7 +196,7 @@ def saved_mib(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> float:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in inputs:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself it would hold the graph that holds it, for ever where it is a node's result
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()

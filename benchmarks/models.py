@@ -14,7 +14,7 @@ from routingvl.models import ViTGPT2ForCaptioning, ViTRobertaForVQA
 from routingvl.models.base import RoutedVLModel
 
 from .cases import DTYPES
-from .gate import relative_rms
+from .gate import exact_convolutions, relative_rms
 from .measure import half_autocast
 
 
@@ -92,6 +92,7 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
     return half_autocast(device, DTYPES[dtype])
 
 
+@exact_convolutions()
 def loss_and_gradients(
     model: nn.Module, inputs: Mapping[str, Any], precision: torch.autocast, call: Callable[..., Any] | None = None
 ) -> tuple[Tensor, Tensor]:
