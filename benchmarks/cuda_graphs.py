@@ -7,7 +7,6 @@ replay writes them there.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,7 +25,6 @@ def capture(whole: Pass, device: torch.device) -> torch.cuda.CUDAGraph:
     Raises:
         RuntimeError: the pass does what cannot be captured, such as waiting for the device.
     """
-    gc.collect()  # graphs that only it would free keep their gradients' nodes on the default stream
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,6 +21,19 @@ FACTOR = 2.0
 SLACK = 1e-6
 # A tensor of the oracle that is smaller than this, beside the largest one, is nothing but rounding: its terms cancel.
 ROUNDING = 1e-9
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """cuDNN's convolutions of float32, which the published layers have, are exact inside the block; by torch's default
+    they are tf32 on a GPU, and nobody could agree with that to float32's tolerance.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def relative_rms(got: Tensor, want: Tensor) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .comparison import Comparison
-from .gate import failures, relative_errors
+from .gate import exact_convolutions, failures, relative_errors
 from .layer_cases import DTYPES, Case, Layer, definition, make_tensors
 from .layer_providers import providers
 from .memory import cuda_peak, saved_mib
@@ -83,6 +83,7 @@ def values_and_gradients(layer: Layer, tensors: dict[str, Tensor], dy: Tensor, d
     return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 
 
+@exact_convolutions()
 def check(
     case: Case, routing: str, layers: dict[str, Layer], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Checked]:

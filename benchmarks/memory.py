@@ -72,7 +72,7 @@ def saved_mib(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> float:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in inputs:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself it would hold the graph that holds it, for ever where it is a node's result
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()

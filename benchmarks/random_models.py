@@ -13,7 +13,7 @@ from routingvl.config import RoutingConfig
 from routingvl.models import ViTGPT2ForCaptioning, ViTRobertaForVQA
 from routingvl.models.base import RoutedVLModel
 
-from .gate import relative_rms
+from .gate import exact_convolutions, relative_rms
 from .layer_cases import DTYPES
 from .passes import half_autocast
 
@@ -92,6 +92,7 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
     return half_autocast(device, DTYPES[dtype])
 
 
+@exact_convolutions()
 def loss_and_gradients(
     model: nn.Module, inputs: Mapping[str, Any], precision: torch.autocast, call: Callable[..., Any] | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from routingvl.kernels import ImageCode, project_adapter_image, project_lora_ima
 
 from .cuda_graphs import free_generators
 from .environment import describe_environment
-from .gate import failures, relative_rms
+from .gate import exact_convolutions, failures, relative_rms
 from .layer_cases import CASES, DTYPES, Case, Layer, definition, make_tensors
 from .layer_providers import ours, providers
 from .memory import saved_mib
@@ -152,6 +152,7 @@ def prepared_layer(case: Case, routing: str, dropout: float) -> Layer:
     return lambda **tensors: layer(**tensors, image=prepare(case, routing, tensors))
 
 
+@exact_convolutions()
 def gate(case: Case, target: Target, layers: Mapping[str, Layer], device: str) -> dict[str, dict]:
     """By side: errors against float64, what misses the tolerance, and whether a second run gives the same bits."""
     dtype = DTYPES[target.dtype]

@@ -105,6 +105,7 @@ _CDNA_FORWARD: _Rows = {64: Tile(64, 64, 64, 4, 2), 128: Tile(32, 64, 64, 4, 2),
 _CDNA_BACKWARD: _Rows = {64: Tile(64, 64, 64, 4, 2), 128: Tile(32, 64, 64, 4, 2), 256: Tile(32, 32, 32, 4, 2)}
 _CDNA_IEEE: _Rows = {128: Tile(32, 32, 32, 4, 2), 256: Tile(16, 16, 16, 4, 2)}
 _OVERRIDES: Mapping[tuple[str, str, str], _Rows] = {
+    ("sm_90", "adapter_backward", "tf32"): {128: Tile(16, 32, 32, 8, 2), 256: Tile(16, 32, 32, 4, 2)},
     # One warp, because then no sum over the rows of a program crosses warps: a quarter of the time on an H100.
     ("sm_90", "rank_one_backward", "half"): {256: Tile(16, 128, 128, 1, 2)},
     ("gfx942", "lora_forward", "half"): _CDNA_FORWARD,

@@ -11,8 +11,6 @@ from routingvl.kernels.triton_common import cached_launcher as compiled
 from routingvl.kernels.triton_common.cached_launcher import CachedKernel, launch_key, specialization
 
 pytest.importorskip("hypothesis")
-from hypothesis import given
-from hypothesis import strategies as st
 
 needs_triton = pytest.mark.skipif(triton is None, reason="no triton")
 MEMORY = torch.zeros(64, dtype=torch.float64)
