@@ -24,9 +24,9 @@ from typing import Any
 
 from routingvl.kernels.activations import ACTIVATIONS
 from routingvl.kernels.routing import ROUTINGS, Routing
-from routingvl.kernels.triton_common.launch import BLOCK_L, NO_CODE
+from routingvl.kernels.triton_common.launch import NO_CODE
 from routingvl.kernels.triton_common.tiles import SHARED_MEMORY, Tile, padded_rank, tiles_for
-from routingvl.kernels.triton_common.visual_tokens import MAX_GRAM_WIDTH, Visual
+from routingvl.kernels.triton_common.visual_tokens import BLOCK_L, MAX_GRAM_WIDTH, Visual
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 RANKS = (16, 32, 64, 128, 256)

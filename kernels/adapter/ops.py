@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..triton_common.cached_launcher import CachedKernel
 from ..triton_common.launch import (
-    block_sizes,
     blocks_of,
     define_op,
     fitting_tiles,
@@ -45,18 +44,10 @@ def _call_arguments(
 ) -> dict[str, Any]:
     """What both kernels take, by the names of their parameters in lower case."""
     width, rank = up.shape
-    return {
-        **options._asdict(),
-        **image_arguments(image, visual, unused=up),
-        "p_down": down,
-        "p_up": up,
-        "tokens": tokens,
-        "width": width,
-        "rank": rank,
-        "rank_one": rank_one,
-        "block_r": padded_rank(rank),
-        "precision": product_precision(up),
-    }
+    return dict(
+        **options._asdict(), **image_arguments(image, visual, unused=up), p_down=down, p_up=up, tokens=tokens,
+        width=width, rank=rank, rank_one=rank_one, block_r=padded_rank(rank), precision=product_precision(up),
+    )  # fmt: skip
 
 
 def _fake_adapter_forward(y, x, down, down_bias, image, up, up_bias, tokens, visual, rank_one, save_t, options):
@@ -84,25 +75,16 @@ def adapter_forward_(
     if rows == 0:
         return t
     span = tokens if one_image else rows
-    arguments = {
-        **_call_arguments(down, image, up, tokens, visual, rank_one, options),
-        "p_y": y,
-        "p_t": t,
-        "p_x": x,
-        "p_down_bias": x if down_bias is None else down_bias,
-        "p_up_bias": x if up_bias is None else up_bias,
-        "rows": rows,
-        "span": span,
-        "stride_xm": x.stride(0),
-        "down_bias": down_bias is not None,
-        "up_bias": up_bias is not None,
-        "save_t": save_t,
-    }
+    arguments = dict(
+        **_call_arguments(down, image, up, tokens, visual, rank_one, options), p_y=y, p_t=t, p_x=x,
+        p_down_bias=x if down_bias is None else down_bias, p_up_bias=x if up_bias is None else up_bias, rows=rows,
+        span=span, stride_xm=x.stride(0), down_bias=down_bias is not None, up_bias=up_bias is not None, save_t=save_t,
+    )  # fmt: skip
 
     def attempt(tile: Tile) -> None:
         tile = image_tile(tile, tokens, one_image)
         splits = column_splits(tile, rows, width, processors(x.device))
-        launch_adapter_forward((blocks_of(rows, span, tile.block_m), splits), {**arguments, **block_sizes(tile)})
+        launch_adapter_forward((blocks_of(rows, span, tile.block_m), splits), {**arguments, **vars(tile)})
 
     with on_device(x):
         launch("adapter_forward", fitting_tiles("adapter_forward", up.shape[1], x), attempt)
@@ -147,29 +129,18 @@ def adapter_backward(
     if rows == 0:
         return dx, dt, dz, dy.new_empty(0, rank), h
     images = rows // tokens
-    arguments = {
-        **_call_arguments(down, image, up, tokens, visual, rank_one, options),
-        "p_dx": dx,
-        "p_dt": dt,
-        "p_dz": dz,
-        "p_h": h,
-        "p_dy": dy,
-        "p_t": t,
-        "rows": rows,
-        "images": images,
-        "stride_dym": dy.stride(0),
-        "write_dx": need_x,
-        "write_du": write_du,
-        "write_dz": write_dz,
-        "write_h": need_h,
-    }
+    arguments = dict(
+        **_call_arguments(down, image, up, tokens, visual, rank_one, options), p_dx=dx, p_dt=dt, p_dz=dz, p_h=h,
+        p_dy=dy, p_t=t, rows=rows, images=images, stride_dym=dy.stride(0), write_dx=need_x, write_du=write_du,
+        write_dz=write_dz, write_h=need_h,
+    )  # fmt: skip
 
     def attempt(tile: Tile) -> Tensor:
         tile = image_tile(tile, tokens, one_image)
         span = tokens if one_image else max(1, tile.block_m // tokens) * tokens
         du = dy.new_empty(images if write_du else 0, -(-span // tile.block_m), rank, dtype=torch.float32)
         grid = (blocks_of(rows, span, tile.block_m),)
-        launch_adapter_backward(grid, {**arguments, "span": span, "p_du": du, **block_sizes(tile)})
+        launch_adapter_backward(grid, {**arguments, "span": span, "p_du": du, **vars(tile)})
         return du
 
     with on_device(dy):

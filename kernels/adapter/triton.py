@@ -56,7 +56,8 @@ def adapter_forward_kernel(
     BLOCK_L: tl.constexpr,
 ):
     """Grid: blocks of rows, splits of the columns of y (each repeats the down-projection)."""
-    i_m, m_m = block_rows(tl.program_id(0), rows, span, BLOCK_M)
+    block = tl.program_id(0)
+    i_m, m_m = block_rows(block, rows, span, BLOCK_M)
     o_m = i_m.to(tl.int64)[:, None]
     i_b = i_m // tokens
     i_r = tl.arange(0, BLOCK_R)
@@ -98,19 +99,7 @@ def adapter_forward_kernel(
             z = tl.where(m_r[None, :], route_fwd(t, u.to(tl.float32), ROUTING, RELU), 0.0)
         else:
             z = route_tokens(
-                t,
-                p_image,
-                tl.program_id(0),
-                span,
-                visual_tokens,
-                rank,
-                m_r,
-                RELU,
-                VISUAL,
-                BLOCK_R,
-                PRECISION,
-                BLOCK_M,
-                BLOCK_L,
+                t, p_image, block, span, visual_tokens, rank, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M, BLOCK_L
             )
     h = act_fwd(z, ACT).to(p_up.dtype.element_ty)
 
@@ -202,7 +191,7 @@ def adapter_backward_kernel(
             z = tl.where(m_r[None, :], route_fwd(t, u, ROUTING, RELU), 0.0)
         else:
             z = route_tokens(
-                t, p_image, block, span, visual_tokens, rank, m_r, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M, BLOCK_L
+                t, p_image, block, span, visual_tokens, rank, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M, BLOCK_L
             )
     if WRITE_H:
         tl.store(p_h + o_mr, act_fwd(z, ACT).to(p_h.dtype.element_ty), mask=m_mr)
@@ -224,20 +213,7 @@ def adapter_backward_kernel(
             dt, du = route_bwd(dz, t, u, ROUTING, RELU)
         else:
             dt = route_tokens_back(
-                dz,
-                t,
-                p_image,
-                block,
-                span,
-                visual_tokens,
-                rank,
-                m_r,
-                RELU,
-                VISUAL,
-                BLOCK_R,
-                PRECISION,
-                BLOCK_M,
-                BLOCK_L,
+                dz, t, p_image, block, span, visual_tokens, rank, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M, BLOCK_L
             )
         dt = tl.where(m_r[None, :], dt, 0.0).to(p_down.dtype.element_ty)
         tl.store(p_dt + o_mr, dt, mask=m_mr)

@@ -60,12 +60,14 @@ def routed_lora(
         ValueError: unknown name, unfit shapes or dtypes, more visual tokens than the routing takes, v missing.
         RuntimeError: the backend asked for cannot run.
     """
-    options = LoRAOptions(find_routing(routing), relu, scaling, columns, placement)
+    row = find_routing(routing)
+    _check(x, v, a, b, row, relu, groups, placement)
     if base is not None:
-        check_shape("base", base, (*x.shape[:2], b.shape[0] if columns is None else "N"))
-    options = _checked(x, v, a, b, options, groups, None if base is None else base.shape[2])
+        check_shape("base", base, (*x.shape[:2], "N" if columns else b.shape[0]))
+    starts = _start_columns(columns, groups, b.shape[0] // groups, None if base is None else base.shape[2])
+    options = LoRAOptions(row, relu, scaling, starts, placement)
     device = x.device.type
-    x, v, a, b = cast_for_autocast(device, x, v if options.routing.uses_image else None, a, b)
+    x, v, a, b = cast_for_autocast(device, x, v if row.uses_image else None, a, b)
     autocast = torch.is_autocast_enabled(device)
     check_dtypes(x=x, v=v, a=a, b=b, base=None if autocast else base)
     if base is not None and base.dtype != x.dtype:
@@ -118,38 +120,25 @@ def routed_lora_linear(
         ValueError, RuntimeError: as :func:`routed_lora`.
     """
     row = find_routing(routing)
+    _check(x, v, a, b, row, relu, groups, placement)
     if weight_layout not in WEIGHT_LAYOUTS:
         raise ValueError(f"weight_layout={weight_layout!r} is not one of 'nk' (nn.Linear) and 'kn' (Conv1D)")
-    check_shape("weight", weight, ("N", x.shape[-1]) if weight_layout == "nk" else (x.shape[-1], "N"))
+    check_shape("weight", weight, ("N", x.shape[2]) if weight_layout == "nk" else (x.shape[2], "N"))
     outputs = weight.shape[0 if weight_layout == "nk" else 1]
-    options = LoRAOptions(row, relu, scaling, columns, placement, weight_layout, dropout)
-    options = _checked(x, v, a, b, options, groups, outputs)
     if bias is not None:
         check_shape("bias", bias, (outputs,))
     if columns is None and outputs != b.shape[0]:
         raise ValueError(
             f"b has {b.shape[0]} rows and the projection {outputs} outputs: give columns to say where they belong"
         )
+    starts = _start_columns(columns, groups, b.shape[0] // groups, outputs)
+    options = LoRAOptions(row, relu, scaling, starts, placement, weight_layout, dropout)
     device = x.device.type
     x, v, weight, bias, a, b = cast_for_autocast(device, x, v if row.uses_image else None, weight, bias, a, b)
     check_dtypes(x=x, v=v, weight=weight, bias=bias, a=a, b=b)
     if image is not None and dropout > 0:
         raise ValueError(f"dropout={dropout} draws a mask for v: image= holds a v that was projected without one")
     return _run(backend, x, v, a, b, weight, bias, None, image, options)
-
-
-def _checked(
-    x: Tensor, v: Tensor | None, a: Tensor, b: Tensor, options: LoRAOptions, groups: int, outputs: int | None
-) -> LoRAOptions:
-    """The options with their start columns, where everything fits; ``outputs`` is N, None without base."""
-    if options.placement not in PLACEMENTS:
-        raise ValueError(f"placement={options.placement!r} is not one of {', '.join(map(repr, PLACEMENTS))}")
-    check_text_and_image(x, v, options.routing, options.relu, beams=True)
-    check_shape("b", b, ("G*n", "R"))
-    if groups < 1 or b.shape[0] % groups:
-        raise ValueError(f"groups={groups} must be at least 1 and divide the {b.shape[0]} rows of b")
-    check_shape("a", a, (groups * b.shape[1], x.shape[2]))
-    return options._replace(columns=_checked_columns(options.columns, groups, b.shape[0] // groups, outputs))
 
 
 def _run(
@@ -196,8 +185,22 @@ def _run(
     return y if y.shape[0] == shape[0] else y.reshape(*shape[:2], y.shape[2])
 
 
-def _checked_columns(columns: Sequence[int] | None, groups: int, width: int, outputs: int | None) -> tuple[int, ...]:
-    """Start column of each group's ``width`` outputs; side by side unless told otherwise."""
+def _check(
+    x: Tensor, v: Tensor | None, a: Tensor, b: Tensor, routing: Routing, relu: bool, groups: int, placement: str
+) -> None:
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement={placement!r} is not one of {', '.join(map(repr, PLACEMENTS))}")
+    check_text_and_image(x, v, routing, relu, beams=True)
+    check_shape("b", b, ("G*n", "R"))
+    if groups < 1 or b.shape[0] % groups:
+        raise ValueError(f"groups={groups} must be at least 1 and divide the {b.shape[0]} rows of b")
+    check_shape("a", a, (groups * b.shape[1], x.shape[2]))
+
+
+def _start_columns(columns: Sequence[int] | None, groups: int, width: int, outputs: int | None) -> tuple[int, ...]:
+    """Start column of each group's ``width`` outputs, side by side unless told otherwise. ``outputs`` is N, None
+    without base.
+    """
     if columns is None:
         return tuple(group * width for group in range(groups))
     if outputs is None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from ..triton_common.cached_launcher import CachedKernel
 from ..triton_common.dropout import dropout_arguments
 from ..triton_common.launch import (
-    block_sizes,
     blocks_of,
     define_op,
     fitting_tiles,
@@ -47,28 +46,17 @@ def _call_arguments(seed: Tensor | None, tokens: int, accumulate: bool, options:
     """What every kernel of the LoRA may ask for, by the names of its parameters in lower case."""
     columns = options.columns
     return {
-        **options._asdict(),
-        **dropout_arguments(seed, options.dropout),
-        "groups": len(columns),
-        "column": columns[0],
-        "column_step": columns[1] - columns[0] if len(columns) > 1 else 0,
-        "tokens": tokens,
-        "accumulate": accumulate,
-    }
+        **options._asdict(), **dropout_arguments(seed, options.dropout), "groups": len(columns), "column": columns[0],
+        "column_step": columns[1] - columns[0] if len(columns) > 1 else 0, "tokens": tokens, "accumulate": accumulate,
+    }  # fmt: skip
 
 
 def _dense_arguments(a: Tensor, image: Tensor | None, visual: int, b: Tensor, groups: int) -> dict[str, Any]:
     """What the two kernels with a low-rank activation take besides."""
-    return {
-        **image_arguments(image, visual, unused=b),
-        "p_a": a,
-        "p_b": b,
-        "width_in": a.shape[1],
-        "width_out": b.shape[0] // groups,
-        "rank": b.shape[1],
-        "block_r": padded_rank(a.shape[0]),
-        "precision": product_precision(a),
-    }
+    return dict(
+        **image_arguments(image, visual, unused=b), p_a=a, p_b=b, width_in=a.shape[1], width_out=b.shape[0] // groups,
+        rank=b.shape[1], block_r=padded_rank(a.shape[0]), precision=product_precision(a),
+    )  # fmt: skip
 
 
 def _fake_lora_forward(y, x, a, image, b, seed, tokens, visual, accumulate, save_t, options):
@@ -95,24 +83,16 @@ def lora_forward_(
     if rows == 0:
         return t
     span = tokens if one_image else rows
-    arguments = {
-        **_call_arguments(seed, tokens, accumulate, options),
-        **_dense_arguments(a, image, visual, b, options.groups),
-        "p_y": y,
-        "p_x": x,
-        "p_t": t,
-        "p_seed": x if seed is None else seed,
-        "rows": rows,
-        "span": span,
-        "stride_ym": y.stride(0),
-        "stride_xm": x.stride(0),
-        "save_t": save_t,
-    }
+    arguments = dict(
+        **_call_arguments(seed, tokens, accumulate, options), **_dense_arguments(a, image, visual, b, options.groups),
+        p_y=y, p_x=x, p_t=t, p_seed=x if seed is None else seed, rows=rows, span=span, stride_ym=y.stride(0),
+        stride_xm=x.stride(0), save_t=save_t,
+    )  # fmt: skip
 
     def attempt(tile: Tile) -> None:
         tile = image_tile(tile, tokens, one_image)
         splits = column_splits(tile, rows, arguments["width_out"], processors(x.device))
-        launch_lora_forward((blocks_of(rows, span, tile.block_m), splits), {**arguments, **block_sizes(tile)})
+        launch_lora_forward((blocks_of(rows, span, tile.block_m), splits), {**arguments, **vars(tile)})
 
     with on_device(x):
         tiles = fitting_tiles("lora_forward", a.shape[0], x, dropout=seed is not None)
@@ -153,30 +133,19 @@ def lora_backward_(
     if rows == 0:
         return dt, dz, t.new_zeros(images if write_du else 0, width)
     target = t if dx is None else dx
-    arguments = {
-        **_call_arguments(seed, tokens, accumulate, options),
-        **_dense_arguments(a, image, visual, b, options.groups),
-        "p_dx": target,
-        "p_dt": dt,
-        "p_dz": dz,
-        "p_dy": dy,
-        "p_t": t,
-        "p_seed": t if seed is None else seed,
-        "rows": rows,
-        "images": images,
-        "stride_dxm": target.stride(0),
-        "stride_dym": dy.stride(0),
-        "write_dx": dx is not None,
-        "write_du": write_du,
-        "write_dz": write_dz,
-    }
+    arguments = dict(
+        **_call_arguments(seed, tokens, accumulate, options), **_dense_arguments(a, image, visual, b, options.groups),
+        p_dx=target, p_dt=dt, p_dz=dz, p_dy=dy, p_t=t, p_seed=t if seed is None else seed, rows=rows, images=images,
+        stride_dxm=target.stride(0), stride_dym=dy.stride(0), write_dx=dx is not None, write_du=write_du,
+        write_dz=write_dz,
+    )  # fmt: skip
 
     def attempt(tile: Tile) -> Tensor:
         tile = image_tile(tile, tokens, one_image)
         span = tokens if one_image else max(1, tile.block_m // tokens) * tokens
         du = dy.new_empty(images if write_du else 0, -(-span // tile.block_m), width, dtype=torch.float32)
         grid = (blocks_of(rows, span, tile.block_m),)
-        launch_lora_backward(grid, {**arguments, "span": span, "p_du": du, **block_sizes(tile)})
+        launch_lora_backward(grid, {**arguments, "span": span, "p_du": du, **vars(tile)})
         return du
 
     with on_device(dy):
@@ -195,23 +164,14 @@ def dropped_gradient(dt: Tensor, x: Tensor, seed: Tensor, options: LoRAOptions) 
     split_rows = max(SPLIT_ROWS, -(-rows // MAX_SPLITS))
     splits = -(-rows // split_rows)
     da = x.new_empty(splits, width, width_in, dtype=torch.float32)
-    arguments = {
-        **dropout_arguments(seed, options.dropout),
-        "p_da": da,
-        "p_dt": dt,
-        "p_x": x,
-        "p_seed": seed,
-        "rows": rows,
-        "split_rows": split_rows,
-        "width_in": width_in,
-        "width": width,
-        "stride_xm": x.stride(0),
-        "block_r": padded_rank(width),
-        "precision": product_precision(x),
-    }
+    arguments = dict(
+        **dropout_arguments(seed, options.dropout), p_da=da, p_dt=dt, p_x=x, p_seed=seed, rows=rows,
+        split_rows=split_rows, width_in=width_in, width=width, stride_xm=x.stride(0), block_r=padded_rank(width),
+        precision=product_precision(x),
+    )  # fmt: skip
 
     def attempt(tile: Tile) -> None:
-        launch_dropped_gradient((-(-width_in // tile.block_k), splits), {**arguments, **block_sizes(tile)})
+        launch_dropped_gradient((-(-width_in // tile.block_k), splits), {**arguments, **vars(tile)})
 
     with on_device(x):
         launch("dropped_gradient", fitting_tiles("lora_backward", width, x), attempt)
@@ -238,24 +198,16 @@ def rank_one_forward_(
     c = x.new_empty(rows, dtype=torch.float32)
     if rows == 0:
         return c
-    arguments = {
-        **_call_arguments(seed, tokens, accumulate, options),
-        "p_y": y,
-        "p_x": x,
-        "p_p": p,
-        "p_o": o,
-        "p_c": c,
-        "p_seed": x if seed is None else seed,
-        "width_in": width_in,
-        "width_out": o.shape[1] // groups,
-        "stride_ym": y.stride(0),
-        "stride_xm": x.stride(0),
-    }
+    arguments = dict(
+        **_call_arguments(seed, tokens, accumulate, options), p_y=y, p_x=x, p_p=p, p_o=o, p_c=c,
+        p_seed=x if seed is None else seed, width_in=width_in, width_out=o.shape[1] // groups, stride_ym=y.stride(0),
+        stride_xm=x.stride(0),
+    )  # fmt: skip
 
     def attempt(tile: Tile) -> None:
         splits = column_splits(tile, rows, o.shape[1] // groups, processors(x.device))
         grid = (rows // tokens, -(-tokens // tile.block_m), splits)
-        launch_rank_one_forward(grid, {**arguments, **block_sizes(tile)})
+        launch_rank_one_forward(grid, {**arguments, **vars(tile)})
 
     with on_device(x):
         launch("rank_one_forward", fitting_tiles("rank_one_forward", 1, x), attempt)
@@ -287,30 +239,18 @@ def rank_one_backward_(
     if rows == 0:
         return torch.zeros_like(p[: images if need_p else 0]), torch.zeros_like(o[: images if need_o else 0])
     target = x if dx is None else dx
-    arguments = {
-        **_call_arguments(seed, tokens, accumulate, options),
-        "p_dx": target,
-        "p_dy": dy,
-        "p_x": x,
-        "p_p": p,
-        "p_o": o,
-        "p_c": c,
-        "p_seed": x if seed is None else seed,
-        "width_in": width_in,
-        "width_out": o.shape[1] // options.groups,
-        "stride_dxm": target.stride(0),
-        "stride_dym": dy.stride(0),
-        "stride_xm": x.stride(0),
-        "write_dx": dx is not None,
-        "write_dp": need_p,
-        "write_do": need_o,
-    }
+    arguments = dict(
+        **_call_arguments(seed, tokens, accumulate, options), p_dx=target, p_dy=dy, p_x=x, p_p=p, p_o=o, p_c=c,
+        p_seed=x if seed is None else seed, width_in=width_in, width_out=o.shape[1] // options.groups,
+        stride_dxm=target.stride(0), stride_dym=dy.stride(0), stride_xm=x.stride(0), write_dx=dx is not None,
+        write_dp=need_p, write_do=need_o,
+    )  # fmt: skip
 
     def attempt(tile: Tile) -> tuple[Tensor, Tensor]:
         blocks = -(-tokens // tile.block_m)
         dp = x.new_empty(images if need_p else 0, blocks, width_in, dtype=torch.float32)
         do = x.new_empty(images if need_o else 0, blocks, o.shape[1], dtype=torch.float32)
-        launch_rank_one_backward((images, blocks), {**arguments, "p_dp": dp, "p_do": do, **block_sizes(tile)})
+        launch_rank_one_backward((images, blocks), {**arguments, "p_dp": dp, "p_do": do, **vars(tile)})
         return dp, do
 
     with on_device(x):

@@ -59,7 +59,8 @@ def lora_forward_kernel(
     BLOCK_L: tl.constexpr,
 ):
     """y[:, columns of g] (+)= scaling z_g B_gᵀ. Grid: blocks of rows, splits of the columns of y."""
-    i_m, m_m = block_rows(tl.program_id(0), rows, span, BLOCK_M)
+    block = tl.program_id(0)
+    i_m, m_m = block_rows(block, rows, span, BLOCK_M)
     o_m = i_m.to(tl.int64)[:, None]
     i_c = tl.arange(0, BLOCK_R)
     width = GROUPS * rank
@@ -87,19 +88,7 @@ def lora_forward_kernel(
         z = tl.where(m_c[None, :], route_fwd(t, u.to(tl.float32), ROUTING, RELU), 0.0)
     else:
         z = route_tokens(
-            t,
-            p_image,
-            tl.program_id(0),
-            span,
-            visual_tokens,
-            width,
-            m_c,
-            RELU,
-            VISUAL,
-            BLOCK_R,
-            PRECISION,
-            BLOCK_M,
-            BLOCK_L,
+            t, p_image, block, span, visual_tokens, width, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M, BLOCK_L
         )
     z = (z * scaling).to(p_b.dtype.element_ty)
 
@@ -211,7 +200,7 @@ def lora_backward_kernel(
                 p_total += blocks * width
     else:
         dt = route_tokens_back(
-            dz, t, p_image, block, span, visual_tokens, width, m_c, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M, BLOCK_L
+            dz, t, p_image, block, span, visual_tokens, width, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M, BLOCK_L
         )
     dt = tl.where(m_c[None, :], dt, 0.0).to(p_a.dtype.element_ty)
     tl.store(p_dt + o_m * width + i_c[None, :], dt, mask=m_mc)

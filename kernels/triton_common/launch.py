@@ -28,13 +28,13 @@ from .tiles import DECODE_ROWS, Tile, arch_of, precision_of, tiles_for_call
 
 DEVICE_KEYS = ("CPU", "CUDA", "XPU")
 NO_CODE = -1  # of a function without a branch in the kernels, which compile none then
-BLOCK_L = 32  # visual tokens taken in one step
 FEW_ROWS = 64  # per processor: with fewer some have nothing to do, whatever the tile
 
 _logger = logging.getLogger(__name__)
 _library = torch.library.Library("routingvl", "FRAGMENT")
 interpreter_lock = threading.RLock()  # Triton's interpreter patches its language's module while a kernel runs
-_first_fit: dict[tuple[str, tuple[Tile, ...]], int] = {}  # by kernel and tiles: the first that the device could launch
+# By kernel and tiles: the first that the device could launch, where that is not the first of them.
+_first_fit: dict[tuple[str, tuple[Tile, ...]], int] = {}
 _said: set[str] = set()
 
 Result = TypeVar("Result")
@@ -109,14 +109,15 @@ def launch(kind: str, tiles: tuple[Tile, ...], attempt: Callable[[Tile], Result]
     if interpreted():
         with interpreter_lock:
             return attempt(tiles[0])
-    start = _first_fit.get((kind, tiles), 0)
+    start = _first_fit.get((kind, tiles), 0) if _first_fit else 0  # hashing tiles takes its time
     for index in range(start, len(tiles)):
         try:
             result = attempt(tiles[index])
         except triton.OutOfResources as error:
             _logger.warning("%s does not fit this device with %s (%s): trying less", kind, tiles[index], error)
             continue
-        _first_fit[kind, tiles] = index
+        if index > start:
+            _first_fit[kind, tiles] = index
         return result
     _first_fit[kind, tiles] = len(tiles)
     raise NoTileFitsError(unfit_message(kind))
@@ -197,8 +198,3 @@ def blocks_of(rows: int, span: int, block_m: int) -> int:
 def image_tile(tile: Tile, tokens: int, one_image: bool) -> Tile:
     """A tile without more rows than an image has, if a program takes rows of one image only."""
     return replace(tile, block_m=min(tile.block_m, max(16, 1 << (tokens - 1).bit_length()))) if one_image else tile
-
-
-def block_sizes(tile: Tile) -> dict[str, int]:
-    """The tile as kernels and launches take it."""
-    return {**vars(tile), "block_l": BLOCK_L}

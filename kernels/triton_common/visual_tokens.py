@@ -31,6 +31,7 @@ class Visual(IntEnum):
 NO_IMAGE, ONE_TOKEN, GRAM = (constexpr(int(way)) for way in (Visual.NO_IMAGE, Visual.ONE_TOKEN, Visual.GRAM))
 # A wider uᵀ u would need more than half of the shared memory of some GPUs.
 MAX_GRAM_WIDTH = 64
+BLOCK_L = 32  # visual tokens taken in one step
 
 
 def image_operand(u: Tensor | None, tokens: int, relu: bool, gram: Tensor | None = None) -> tuple[int, Tensor | None]:
@@ -59,6 +60,7 @@ def image_arguments(image: Tensor | None, visual: int, unused: Tensor) -> dict[s
         "p_image": unused if image is None else image,
         "visual": visual,
         "visual_tokens": 1 if image is None else image.shape[1],
+        "block_l": BLOCK_L,
     }
 
 
@@ -70,7 +72,6 @@ def route_tokens(
     span,
     visual_tokens,
     width,
-    m_c,
     RELU: tl.constexpr,
     VISUAL: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -81,6 +82,7 @@ def route_tokens(
     """z = relu(t) relu(u)ᵀ u [BLOCK_M, BLOCK_R], the ReLU where RELU."""
     image = block // tl.cdiv(span, BLOCK_M)
     i_c = tl.arange(0, BLOCK_R)
+    m_c = i_c < width
     if RELU:
         t = tl.maximum(t, 0.0)
     if VISUAL == GRAM:
@@ -113,7 +115,6 @@ def route_tokens_back(
     span,
     visual_tokens,
     width,
-    m_c,
     RELU: tl.constexpr,
     VISUAL: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -124,6 +125,7 @@ def route_tokens_back(
     """dt [BLOCK_M, BLOCK_R] of :func:`route_tokens`."""
     image = block // tl.cdiv(span, BLOCK_M)
     i_c = tl.arange(0, BLOCK_R)
+    m_c = i_c < width
     if VISUAL == GRAM:
         p_gram = p_image + image.to(tl.int64) * width * width
         m_cc = m_c[:, None] & m_c[None, :]

@@ -1,13 +1,16 @@
 """The routing table: hand-computed values, gradients, the forms that must agree, and the errors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from routingvl.kernels import routing
 from routingvl.kernels.routing import ROUTINGS, find_routing, gram_is_cheaper, routing_table
 
-T_CODE = torch.tensor([[[1.0, -2.0], [3.0, 4.0]]], dtype=torch.float64)  # two rows of text, R = 2
-U_CODE = torch.tensor([[[5.0, -6.0]]], dtype=torch.float64)  # one visual token
+T = torch.tensor([[[1.0, -2.0], [3.0, 4.0]]], dtype=torch.float64)  # two rows of text, R = 2
+U = torch.tensor([[[5.0, -6.0]]], dtype=torch.float64)  # one visual token
 
 # By hand. expand: row sums -1 and 7. vllora: inner products 17 and -9. relu: relu(t) . relu(u) is 5 and 15.
 BY_HAND = {
@@ -25,7 +28,7 @@ CASES = [
 ]
 
 
-def naive_vllora(t: Tensor, u: Tensor, relu: bool) -> Tensor:
+def naive_inner_product(t: Tensor, u: Tensor, relu: bool) -> Tensor:
     """The formula with loops over text rows and visual tokens."""
     z = torch.zeros_like(t)
     for b in range(t.shape[0]):
@@ -42,7 +45,7 @@ def test_every_form_has_a_hand_computed_value() -> None:
 
 @pytest.mark.parametrize(("name", "relu"), FORMS)
 def test_value_by_hand(name: str, relu: bool) -> None:
-    assert ROUTINGS[name].route(T_CODE, U_CODE, relu).tolist() == [BY_HAND[name, relu]]
+    assert ROUTINGS[name].route(T, U, relu).tolist() == [BY_HAND[name, relu]]
 
 
 @pytest.mark.parametrize(("name", "relu", "tokens"), CASES)
@@ -65,10 +68,28 @@ def test_backward_is_the_gradient(name: str, relu: bool, tokens: int) -> None:
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize(("text", "tokens", "rank"), [(5, 1, 4), (3, 7, 5), (40, 30, 4), (1, 6, 3)])
-def test_vllora_for_any_number_of_tokens(text: int, tokens: int, rank: int, relu: bool) -> None:
+@pytest.mark.parametrize("name", [name for name, row in ROUTINGS.items() if row.inner_product])
+def test_inner_product_for_any_number_of_tokens(name: str, text: int, tokens: int, rank: int, relu: bool) -> None:
     torch.manual_seed(0)
     t, u = torch.randn(2, text, rank, dtype=torch.float64), torch.randn(2, tokens, rank, dtype=torch.float64)
-    torch.testing.assert_close(ROUTINGS["vllora"].route(t, u, relu), naive_vllora(t, u, relu))
+    torch.testing.assert_close(ROUTINGS[name].route(t, u, relu), naive_inner_product(t, u, relu))
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROUTINGS.items() if row.image_factor is not None])
+def test_image_factor_is_all_that_the_image_adds(name: str) -> None:
+    row = ROUTINGS[name]
+    torch.testing.assert_close(row.route(T, U if row.uses_image else None, False), T + row.image_factor * U)
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROUTINGS.items() if row.probe_backward])
+def test_probe_backward_is_the_gradient(name: str) -> None:
+    u, dp = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(3, 4, dtype=torch.float64)
+    p = ROUTINGS[name].probe(u)
+    found = ROUTINGS[name].probe_backward(dp, u.detach())
+    want = torch.autograd.grad(p, u, dp)[0] if p.requires_grad else None
+    assert (found is None) == (want is None)
+    if want is not None:
+        torch.testing.assert_close(found, want)
 
 
 def test_the_cheaper_order_is_taken() -> None:
@@ -95,14 +116,17 @@ def test_gram_is_summed_in_float32(backward: bool) -> None:
 @pytest.mark.parametrize(("name", "relu"), [form for form in FORMS if ROUTINGS[form[0]].probe])
 def test_rank_one_form(name: str, relu: bool) -> None:
     row = ROUTINGS[name]
-    p = row.probe(U_CODE)
-    left, right = (T_CODE.relu(), p.relu()) if relu else (T_CODE, p)
-    assert torch.equal((left @ right.mT) * U_CODE, row.route(T_CODE, U_CODE, relu))
+    p = row.probe(U)
+    left, right = (T.relu(), p.relu()) if relu else (T, p)
+    assert torch.equal((left @ right.mT) * U, row.route(T, U, relu))
 
 
 def test_codes_are_distinct() -> None:
-    assert sorted(row.code for row in ROUTINGS.values()) == list(range(len(ROUTINGS)))
+    codes = [row.code for row in ROUTINGS.values() if row.code is not None]
+    assert len(codes) == len(set(codes))
     assert all(name == row.name for name, row in ROUTINGS.items())
+    with pytest.raises(ValueError, match="two routing functions have one code"):
+        routing._by_name([ROUTINGS["add"], replace(ROUTINGS["mul"], code=ROUTINGS["add"].code)])
 
 
 def test_table_in_markdown_has_a_line_for_each() -> None:
@@ -114,7 +138,7 @@ def test_table_in_markdown_has_a_line_for_each() -> None:
 def test_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"unknown routing 'vlora'.*did you mean 'vllora'\?"):
         find_routing("vlora")
-    with pytest.raises(ValueError, match=r"known are 'none', 'add', 'mul', 'expand', 'vllora'$"):
+    with pytest.raises(ValueError, match=f"known are {', '.join(map(repr, ROUTINGS))}$"):
         find_routing("")
 
 
@@ -130,6 +154,6 @@ def test_missing_image_and_relu_where_there_is_none() -> None:
         ROUTINGS["mul"].check(None, relu=False)
     with pytest.raises(ValueError, match="needs at least one visual token"):
         ROUTINGS["vllora"].check(0, relu=False)
-    with pytest.raises(ValueError, match="relu=True is defined for routing vllora, not for 'add'"):
+    with pytest.raises(ValueError, match=r"relu=True is defined for routing vllora.*, not for 'add'"):
         ROUTINGS["add"].check(1, relu=True)
     ROUTINGS["none"].check(None, relu=False)

@@ -201,5 +201,5 @@ def test_errors_say_what_is_wrong() -> None:
     error(r"up_weight must have shape \[6, 4\], got \[6, 3\]", up_weight=given["up_weight"][:, :3])
     error(r"down_bias must have shape \[4\], got \[3\]", down_bias=given["down_bias"][1:])
     error(r"up_bias must have shape \[6\], got \[5\]", up_bias=given["up_bias"][1:])
-    error("relu=True is defined for routing vllora, not for 'mul'", relu=True)
+    error("relu=True is defined for routing vllora.*, not for 'mul'", relu=True)
     error("x is torch.float64 and up_bias is torch.float32", up_bias=given["up_bias"].float())

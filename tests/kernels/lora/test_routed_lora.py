@@ -380,7 +380,7 @@ def test_errors_say_what_is_wrong() -> None:
     expect_error("overlap or leave the 8 columns", columns=(5,), base=torch.zeros(3, 5, 8).double())
     expect_error("overlap or leave the 8 columns", columns=(-1,), base=torch.zeros(3, 5, 8).double())
     expect_error("placement='input' is not one of 'bottleneck', 'output'", placement="input")
-    expect_error("relu=True is defined for routing vllora, not for 'mul'", relu=True)
+    expect_error("relu=True is defined for routing vllora.*, not for 'mul'", relu=True)
     expect_error(
         "x is torch.float64 and a is torch.float32: cast one, or run under torch.autocast", a=given["a"].float()
     )
