@@ -164,6 +164,33 @@ def training_memory() -> str:
     return markdown(["MiB in a captioning step, Intel Xeon", *sides], lines)
 
 
+def gpu_layers() -> str:
+    """The layers of the targets on an H100: the published chain's time over that of the kernels, each with its gate."""
+    rows = [json.loads(line) for line in (RESULTS / "gpu" / "targets.jsonl").read_text(encoding="utf-8").splitlines()]
+    times: dict[tuple[str, ...], dict[str, dict]] = {}
+    for row in rows:
+        if row.get("gate") == "passed" and "us" in row:
+            name = (row["case"], row["routing"], row["dtype"], f"dropout {row['dropout']}" if row["dropout"] else "")
+            times.setdefault(name, {})[row["side"]] = row["us"]
+    columns = {
+        "kernels, forward": ("reference", "kernels_fwd"),
+        "kernels": ("reference", "kernels_fwdbwd"),
+        "kernels, over the compiled chain": ("compile", "kernels_fwdbwd"),
+        "CUDA graph": ("reference", "graph_fwdbwd"),
+        "wall": ("reference", "wall_fwdbwd"),
+    }
+    lines = []
+    for name, sides in times.items():
+        if "triton" not in sides or "kernels_fwdbwd" not in sides["triton"]:
+            continue  # decoding has a forward pass only
+        cells = []
+        for side, clock in columns.values():
+            pair = [sides.get(which, {}).get(clock, [0, 0])[1] for which in (side, "triton")]
+            cells.append(f"{pair[0] / pair[1]:.2f}" if all(pair) else "")
+        lines.append([", ".join(filter(None, name)), *cells])
+    return markdown(["published divided by ours, H100, forward + backward", *columns], lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-layers-intel": intel_layers,
     "cpu-layers-amd": amd_layers,
@@ -171,6 +198,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-captions": captions,
     "cpu-training": training,
     "cpu-training-memory": training_memory,
+    "gpu-layers": gpu_layers,
 }
 
 

@@ -130,8 +130,12 @@ class Task(ABC):
         return {}
 
     def use_model(self, model: RoutedVLModel) -> None:
-        """Take ``model`` for the run's; ConfigError when it is not of the task's class, or does not fit the data."""
-        if type(model).__name__ != self.model_class.__name__:
+        """Take ``model`` for the run's; ConfigError when it is not of the task's class, or does not fit the data.
+
+        A subclass is of the class too, unless it is another task's.
+        """
+        classes = {task.model_class for task in TASKS.values()}
+        if next((cls for cls in type(model).__mro__ if cls in classes), None) is not self.model_class:
             wanted, found = self.model_class.__name__, type(model).__name__
             raise ConfigError(f"task {self.name!r} trains a {wanted}, not a {found}")
         self.model = model
