@@ -47,7 +47,7 @@ class Target:
 
     Attributes:
         name: of the table; several lines may share it.
-        case: name of a case of benchmarks/cases.py.
+        case: name of a case of benchmarks/layer_cases.py.
         routing, dtype, dropout: of the layer.
         prepared: also measure our kernels with the image projected beforehand.
         compiled: also measure the published chain under torch.compile.
