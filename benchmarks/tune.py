@@ -27,7 +27,7 @@ import torch
 from routingvl.atomic_files import write_json
 from routingvl.kernels import ROUTINGS
 from routingvl.kernels.triton_common.launch import NoTileFitsError
-from routingvl.kernels.triton_common.tile_file import tuned_key
+from routingvl.kernels.triton_common.tile_file import tile_key
 from routingvl.kernels.triton_common.tiles import (
     KINDS,
     SHARED_MEMORY,
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arch = arch_of(torch.device("cuda")) if gpu and not (args.dry_run and args.arch) else args.arch or "sm_90"
     failed = False
     for kind, rank, precision, decode in cells(args.rank or [128], args.precision or ["half"]):
-        key, tiles = tuned_key(arch, kind, rank, precision, decode), candidates(kind, rank, precision, decode, arch)
+        key, tiles = tile_key(arch, kind, rank, precision, decode), candidates(kind, rank, precision, decode, arch)
         if args.dry_run:
             print(f"{key}: {len(tiles)} tiles: " + " ".join("x".join(map(str, astuple(tile))) for tile in tiles))
             continue

@@ -1,7 +1,7 @@
 """Triton kernels of the routed LoRA for any routing function: y += s route(x Aᵀ, image) Bᵀ in one pass, and back.
 
 Letters: B images, T rows of text per image, M = B T rows, L visual tokens, K columns of x, N columns of y, R rank,
-C = G*R the width of the low-rank activation that G groups split. Names: p_ pointer, i_ index, m_ mask, o_ offset. A
+C = G*R the width of the low-rank activation that G groups share. Names: p_ pointer, i_ index, m_ mask, o_ offset. A
 program owns BLOCK_M rows and keeps their t, z and gradients, padded to BLOCK_R components, in registers. How the image
 reaches a kernel (VISUAL): :mod:`~routingvl.kernels.triton_common.visual_tokens`.
 """

@@ -25,12 +25,12 @@ class TilesFileError(ValueError):
     """The file of ``ROUTINGVL_TILES`` cannot be used; the message names file and key."""
 
 
-def tuned_key(arch: str, kind: str, rank: int, precision: str, decode: bool) -> str:
+def tile_key(arch: str, kind: str, rank: int, precision: str, decode: bool) -> str:
     """Name of an entry, such as ``sm_90/lora_forward/128/half/many``; ``rank`` is the padded one."""
     return f"{arch}/{kind}/{rank}/{precision}/{ROWS[0] if decode else ROWS[1]}"
 
 
-def tuned_tile(key: str, kinds: tuple[str, ...]) -> dict[str, int] | None:
+def measured_tile(key: str, kinds: tuple[str, ...]) -> dict[str, int] | None:
     """The numbers of the tile under ``key``, None where there is no file or it lacks the entry.
 
     Raises:

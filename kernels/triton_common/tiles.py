@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 import torch
 
-from .tile_file import tuned_key, tuned_tile
+from .tile_file import measured_tile, tile_key
 
 DECODE_ROWS = 64  # up to so many rows a forward pass is bound by latency and takes the decode tile
 MIN_RANK, MAX_RANK = 16, 256  # tl.dot takes no smaller side; above, a low-rank activation no longer fits the registers
@@ -214,8 +214,8 @@ def tiles_for(kind: str, rank: int, precision: str, decode: bool, arch: str) -> 
     table = _table(kind, precision, 1 if decode else DECODE_ROWS + 1, family_of(arch))
     width = padded_rank(rank)
     first = next(tile for limit, tile in sorted(table.items()) if width <= limit)
-    tuned = tuned_tile(tuned_key(arch, kind, width, precision, decode and has_decode_tile(kind)), KINDS)
-    first = first if tuned is None else Tile(**tuned)
+    measured = measured_tile(tile_key(arch, kind, width, precision, decode and has_decode_tile(kind)), KINDS)
+    first = first if measured is None else Tile(**measured)
     element_size = 2 if precision == "half" else 4
     limit = SHARED_MEMORY.get(arch, UNKNOWN_SHARED_MEMORY)
     every = (first, *shrunken(first))

@@ -7,7 +7,7 @@ import torch
 
 from routingvl.benchmarks import tune
 from routingvl.kernels.optional_triton import interpreted
-from routingvl.kernels.triton_common.tile_file import TilesFileError, tuned_key
+from routingvl.kernels.triton_common.tile_file import TilesFileError, tile_key
 from routingvl.kernels.triton_common.tiles import SHARED_MEMORY, Tile, shared_memory, tiles_for
 
 KEY = "sm_90/lora_forward/128/half/many"
@@ -75,7 +75,7 @@ def test_dry_run_lists_what_fits(capsys):
         assert tune.main([]) == 2
     lines = capsys.readouterr().out.splitlines()
     assert {line.partition(":")[0] for line in lines} == {
-        tuned_key("sm_86", *cell) for cell in tune.cells([256], ["half"])
+        tile_key("sm_86", *cell) for cell in tune.cells([256], ["half"])
     }
     for line in lines:
         key, _, names = line.split(": ")
