@@ -259,12 +259,14 @@ def tiles_for_call(
         kind, rank, precision, decode, arch: as there.
         few: there are fewer blocks of rows than processors.
         dropout: the kernel draws a mask.
-        relu: it applies vllora's ReLU, which takes registers.
+        relu: it applies ReLU, which takes registers.
         two_parts: of a rank-one kernel whose tile has half as many rows as an image or little more.
     """
     tiles = tiles_for(kind, rank, precision, decode, arch)
-    tuned = tuned_tile(tuned_key(arch, kind, padded_rank(rank), precision, decode and has_decode_tile(kind)), KINDS)
-    if family_of(arch) != "sm_90" or precision != "half" or decode or tuned is not None:
+    measured = measured_tile(
+        tile_key(arch, kind, padded_rank(rank), precision, decode and has_decode_tile(kind)), KINDS
+    )
+    if family_of(arch) != "sm_90" or precision != "half" or decode or measured is not None:
         return tiles
     return tuple(
         dict.fromkeys(_on_hopper(kind, tile, padded_rank(rank), few, dropout, relu, two_parts) for tile in tiles)

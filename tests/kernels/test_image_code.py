@@ -37,8 +37,10 @@ def gradients(output: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Te
 
 
 def assert_alike(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
+    largest = max(tensor.abs().max() for tensor in want)
     for left, right in zip(got, want, strict=True):
-        assert relative_rms(left, right) < 3e-6
+        # Beside the largest, what is left of a gradient whose terms cancel is rounding.
+        assert relative_rms(left, right) < 3e-6 or (left - right).abs().max() < 1e-6 * largest
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

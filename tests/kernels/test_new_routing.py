@@ -16,71 +16,71 @@ from routingvl.kernels.optional_triton import triton
 ROOT = Path(routingvl.__file__).parents[1]
 
 FUNCTIONS = """
-def _sub(t, u, relu):
+def _new_sub(t, u, relu):
     return t - u
 
 
-def _sub_backward(dz, t, u, relu):
+def _new_sub_backward(dz, t, u, relu):
     return dz, -dz.sum(1, keepdim=True)
 
 
-def _mean(t, u, relu):
+def _new_mean(t, u, relu):
     return t * u.mean(1, keepdim=True)
 
 
-def _mean_backward(dz, t, u, relu):
+def _new_mean_backward(dz, t, u, relu):
     du = (dz * t).sum(1, keepdim=True) / u.shape[1]
     return dz * u.mean(1, keepdim=True), du.expand_as(u)
 
 
-def _ratio(t, u, relu):
+def _new_ratio(t, u, relu):
     return t / (1 + u * u)
 
 
-def _ratio_backward(dz, t, u, relu):
+def _new_ratio_backward(dz, t, u, relu):
     d = 1 + u * u
     return dz / d, (-2 * dz * t * u / d**2).sum(1, keepdim=True)
 
 
-def _double(t, u, relu):
+def _new_double(t, u, relu):
     return 2 * t
 
 
-def _double_backward(dz, t, u, relu):
+def _new_double_backward(dz, t, u, relu):
     return 2 * dz, None
 
 
 _ROWS = ("""
-ROWS = """    Routing("sub", 5, "z = t - u", 1, False, _sub, _sub_backward, image_factor=-1.0),
-    Routing("mean", 6, "z = t * mean_l u_l", None, False, _mean, _mean_backward),
-    Routing("ratio", None, "z = t / (1 + u^2)", 1, False, _ratio, _ratio_backward),
-    Routing("double", 7, "z = 2 t", 0, False, _double, _double_backward),
+ROWS = """    Routing("new_sub", 101, "z = t - u", 1, False, _new_sub, _new_sub_backward, image_factor=-1.0),
+    Routing("new_mean", 102, "z = t * mean_l u_l", None, False, _new_mean, _new_mean_backward),
+    Routing("new_ratio", None, "z = t / (1 + u^2)", 1, False, _new_ratio, _new_ratio_backward),
+    Routing("new_double", 103, "z = 2 t", 0, False, _new_double, _new_double_backward),
 )
 
 
 def _by_name("""
 CONSTANTS = """
-SUB, MEAN, DOUBLE = (constexpr(ROUTINGS[name].code) for name in ("sub", "mean", "double"))
+NEW_SUB, NEW_MEAN, NEW_DOUBLE = (constexpr(ROUTINGS[name].code) for name in ("new_sub", "new_mean", "new_double"))
 
 
 @jit
 def route_fwd"""
 FORWARD = """    if ROUTING == NONE:
         z = t
-    elif ROUTING == SUB:
+    elif ROUTING == NEW_SUB:
         z = t - u
-    elif ROUTING == MEAN:
+    elif ROUTING == NEW_MEAN:
         z = t * u
-    elif ROUTING == DOUBLE:
+    elif ROUTING == NEW_DOUBLE:
         z = 2 * t
 """
-BACKWARD = """    elif ROUTING == SUB:
+BACKWARD = """    elif ROUTING == NEW_SUB:
         dt = dz
         du = -dz
-    elif ROUTING == DOUBLE:
+    elif ROUTING == NEW_DOUBLE:
         dt = 2 * dz
         du = dz
-    elif ROUTING == MUL or ROUTING == MEAN:
+    elif ROUTING == MUL or ROUTING == NEW_MEAN:
         dt = dz * u
 """
 EDITS = [
@@ -113,8 +113,8 @@ from routingvl.benchmarks.each_kernel import CALLS, launched_kernels, missed_by,
 
 from routingvl import RoutingConfig
 ROUTINGS = routing.ROUTINGS
-for name in ("sub", "mean", "ratio", "double"):
-    for tokens in (1, 9) if name == "mean" else (1,):
+for name in ("new_sub", "new_mean", "new_ratio", "new_double"):
+    for tokens in (1, 9) if name == "new_mean" else (1,):
         for placement in ("bottleneck", "output"):
             for layout in ("plain", "c_attn"):
                 chosen = options(name, False, layout, placement=placement)
@@ -150,14 +150,14 @@ for name in ("sub", "mean", "ratio", "double"):
                 kept = project_adapter_image(adapter["v"], *weights, routing=name, decoding=True)
                 call = partial(routed_adapter, **adapter, routing=name, backend=backend)
                 torch.testing.assert_close(call(image=kept), call())
-assert "several visual tokens" in select_backend("cpu", "triton", routing="mean")[1]
-assert "no branch" in select_backend("cpu", "triton", routing="ratio")[1]
-new = [call for call in CALLS if call.routing in ("sub", "mean", "double")]
-assert new and not any(call.routing == "ratio" for call in CALLS)
+assert "several visual tokens" in select_backend("cpu", "triton", routing="new_mean")[1]
+assert "no branch" in select_backend("cpu", "triton", routing="new_ratio")[1]
+new = [call for call in CALLS if call.routing in ("new_sub", "new_mean", "new_double")]
+assert new and not any(call.routing == "new_ratio" for call in CALLS)
 for call in new:
     assert missed_by(call, SIZES["small"], torch.float32, "cpu") == []
 print(routing.routing_table())
-assert RoutingConfig(routing="sub").routing == "sub"
+assert RoutingConfig(routing="new_sub").routing == "new_sub"
 """
 
 
@@ -192,7 +192,7 @@ needs_triton = pytest.mark.skipif(triton is None, reason="no triton")
 def test_new_functions_work_everywhere(tmp_path: Path) -> None:
     done = run_in(copy_with(tmp_path, EDITS), PROGRAM)
     assert done.returncode == 0, done.stderr[-4000:]
-    for line in ("| sub | `z = t - u` | 1 | no |", "| mean | `z = t * mean_l u_l` | any | no |"):
+    for line in ("| new_sub | `z = t - u` | 1 | no |", "| new_mean | `z = t * mean_l u_l` | any | no |"):
         assert line in done.stdout
 
 
@@ -206,7 +206,7 @@ def test_a_code_without_a_branch_does_not_compile(tmp_path: Path, missing: str) 
 import torch
 from routingvl.kernels import routed_lora
 x, v, a, b = (torch.ones(s, requires_grad=True) for s in ((2, 3, 8), (2, 1, 8), (4, 8), (8, 4)))
-routed_lora(x, v, a, b, routing="sub", backend="triton").sum().backward()
+routed_lora(x, v, a, b, routing="new_sub", backend="triton").sum().backward()
 """
     done = run_in(folder, program)
     assert done.returncode != 0

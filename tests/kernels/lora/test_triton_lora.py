@@ -24,6 +24,11 @@ from routingvl.kernels.lora.options import LoRAOptions  # noqa: E402
 from routingvl.kernels.triton_common.visual_tokens import Visual, image_operand  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+COMPUTED = [
+    (name, relu, tokens, text)
+    for name, relu, tokens, text in CASES
+    if ROUTINGS[name].kernel_obstacle(tokens if ROUTINGS[name].uses_image else 0, relu, "bottleneck") is None
+]
 FEW = [case for case in CASES if case[2] == 2 or (case[2] == 1 and not case[1])]
 EDGES = [(1, 1, 1, 1, 1), (2, 3, 16, 16, 16), (1, 150, 70, 33, 17), (9, 7, 130, 70, 3)]  # B, T, K, n, R
 LAYOUTS = {"plain": (1, None, 1), "c_attn": (2, (0, 2), 3)}  # groups, columns and width of y in units of n
@@ -67,6 +72,7 @@ def rounded(given_tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32
 @pytest.mark.parametrize(("name", "relu", "tokens", "text"), CASES)
 def test_is_the_definition(name: str, relu: bool, tokens: int, text: int, layout: str, dtype: torch.dtype) -> None:
     drawn = tensors(tokens, layout, (3, text, 50, 40, 5))
+    drawn["v"] *= (10 * tokens) ** -0.5  # u of about unit length: no function may be ill-conditioned in half precision
     kwargs = options(name, relu, layout)
     assert_as_good_as(partial(fused_linear, **kwargs), partial(defined_linear, **kwargs), drawn, dtype)
 
@@ -190,7 +196,7 @@ def test_mask_of_a_seed() -> None:
     assert abs((kept & other).double().mean() - 0.49) < 0.02
 
 
-@pytest.mark.parametrize(("name", "relu", "tokens", "text"), CASES)
+@pytest.mark.parametrize(("name", "relu", "tokens", "text"), COMPUTED)
 def test_dropout_is_exact_given_its_mask(name: str, relu: bool, tokens: int, text: int) -> None:
     drawn = tensors(tokens, "c_attn", (3, text, 50, 40, 5))
     kwargs = options(name, relu, "c_attn")
