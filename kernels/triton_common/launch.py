@@ -1,7 +1,7 @@
 """Registering the ops of the Triton backend, and launching their kernels.
 
-An op is one typed function. The last of its parameters may be the options of a call, a ``NamedTuple`` of numbers, flags
-and rows of the tables of functions: torch's registry knows only scalars, so the fields become arguments of the
+An op is one typed function. The last of its parameters is the options of a call, a ``NamedTuple`` of numbers, flags and
+rows of the tables of functions: torch's registry knows only scalars, so the fields become arguments of the
 schema, and a row is its ``code`` on the other side. A kernel takes its arguments by name from one mapping
 (:class:`~.cached_launcher.CachedKernel`). So a new argument of a kernel is a parameter of the kernel and one entry: a
 field of the options, or a key of the mapping.
@@ -45,7 +45,7 @@ class NoTileFitsError(RuntimeError):
 
 
 def define_op(fake: Callable[..., Any], *, mutates: Sequence[str] = ()) -> Callable[[Callable], Callable]:
-    """Register the decorated function as an op ``routingvl::name``, and put the op in its place.
+    """Register the decorated function as an op ``routingvl::name``; in its place stands a call that lowers the options.
 
     Registered ops are what torch.compile, autocast, activation checkpointing and the interpreter agree on. They stand
     below autograd: only an autograd function may call them on tensors that need gradients. The schema is inferred from
@@ -60,39 +60,31 @@ def define_op(fake: Callable[..., Any], *, mutates: Sequence[str] = ()) -> Calla
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(run, eval_str=True)
         *plain, last = signature.parameters.values()
-        fields = getattr(last.annotation, "_fields", None)
-        flat = [*plain, last]
-        if fields is not None:
-            types = get_type_hints(last.annotation)
-            rows = [index for index, name in enumerate(fields) if types[name] in (Routing, Activation)]
-            kinds = [int if index in rows else types[name] for index, name in enumerate(fields)]
-            flat = plain + [last.replace(name=name, annotation=kind) for name, kind in zip(fields, kinds, strict=True)]
+        types = get_type_hints(last.annotation)
+        rows = [index for index, kind in enumerate(types.values()) if kind in (Routing, Activation)]
+        kinds = [int if kind in (Routing, Activation) else kind for kind in types.values()]
+        fields = [last.replace(name=name, annotation=kind) for name, kind in zip(types, kinds, strict=True)]
 
         def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
-            def called(*args: Any) -> Any:
-                return function(*args[: len(plain)], last.annotation(*args[len(plain) :]))
-
-            return function if fields is None else called
+            return lambda *args: function(*args[: len(plain)], last.annotation(*args[len(plain) :]))
 
         def prototype() -> None:
             """Only its signature is read."""
 
-        prototype.__signature__ = signature.replace(parameters=flat)
+        prototype.__signature__ = signature.replace(parameters=[*plain, *fields])
         _library.define(run.__name__ + torch.library.infer_schema(prototype, mutates_args=mutates))
         for key in DEVICE_KEYS:
             _library.impl(run.__name__, with_options(run), key)
         torch.library.register_fake(f"routingvl::{run.__name__}", with_options(fake), lib=_library)
         op = getattr(torch.ops.routingvl, run.__name__).default
-        if fields is None:
-            return op
 
         def call(*args: Any) -> Any:
-            *tensors, options = args
+            *others, options = args
             scalars = list(options)
             for index in rows:
                 code = scalars[index].code
                 scalars[index] = NO_CODE if code is None else code
-            return op(*tensors, *scalars)
+            return op(*others, *scalars)
 
         call.op = op
         return call
