@@ -229,30 +229,11 @@ _ROWS = (
     Routing("none", 0, "z = t", 0, False, _none, _none_backward, image_factor=0.0),
     Routing("add", 1, "z = t + u", 1, False, _add, _add_backward, image_factor=1.0),
     Routing("mul", 2, "z = t * u", 1, False, _mul, _mul_backward),
-    Routing(
-        "expand",
-        3,
-        "z = (sum_j t_j) u",
-        1,
-        False,
-        _expand,
-        _expand_backward,
-        probe=torch.ones_like,
-        probe_backward=_no_gradient,
-    ),
-    Routing(
-        "vllora",
-        4,
-        "z = t uᵀ u",
-        None,
-        True,
-        _vllora,
-        _vllora_backward,
-        probe=_identity,
-        probe_backward=_same_gradient,
-        inner_product=True,
-    ),
-)
+    Routing("expand", 3, "z = (sum_j t_j) u", 1, False, _expand, _expand_backward,
+            probe=torch.ones_like, probe_backward=_no_gradient),
+    Routing("vllora", 4, "z = t uᵀ u", None, True, _vllora, _vllora_backward,
+            probe=_identity, probe_backward=_same_gradient, inner_product=True),
+)  # fmt: skip
 
 
 def _by_name(rows: Iterable[Routing]) -> Mapping[str, Routing]:
