@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import find_activation
-from .routing import find_routing
+from .routing import Routing, find_routing
 
 
 def grouped_linear(t: Tensor, b: Tensor, groups: int) -> Tensor:
@@ -27,7 +27,7 @@ def reference_lora(
     a: Tensor,
     b: Tensor,
     *,
-    routing: str,
+    routing: str | Routing,
     scaling: float = 1.0,
     base: Tensor | None = None,
     relu: bool = False,

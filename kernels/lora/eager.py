@@ -243,7 +243,7 @@ def eager_lora(
         if weight is not None:
             base = F.linear(x, weight if options.weight_layout == "nk" else weight.t(), bias)
         return reference_lora(
-            dropped, v, a, b, routing=routing.name, scaling=options.scaling, base=base, relu=relu,
+            dropped, v, a, b, routing=routing, scaling=options.scaling, base=base, relu=relu,
             groups=options.groups, columns=options.columns, placement="output",
         )  # fmt: skip
     dropped = None if dropped is x else dropped

@@ -1,1 +1,1 @@
-"""Routed bottlenecks as modules: layers, how the image reaches them, model surgery, files."""
+"""Routed bottlenecks as modules: layers, how the image reaches them, putting them into a model, files."""

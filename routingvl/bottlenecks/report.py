@@ -24,7 +24,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class TrainableReport:
-    """What trains after surgery.
+    """What trains in a model.
 
     Attributes:
         trainable: number of trainable parameters.

@@ -28,9 +28,12 @@ class DataError(ValueError):
 
 
 def read_text(path: str | Path, fix: str = "") -> str:
-    """A file's UTF-8 text. Raises :class:`DataError` naming the file (and ``fix``) when it cannot be read."""
+    """A file's UTF-8 text, with or without a byte-order mark.
+
+    Raises :class:`DataError` naming the file (and ``fix``) when it cannot be read.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}" + (f"; {fix}" if fix else "")) from error
     except UnicodeDecodeError as error:

@@ -105,13 +105,15 @@ def _example(line: str, path: Path, number: int) -> LabelledText:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"{where} must be a JSON object with image, text and label, not {line.strip()[:40]}")
     with required_keys(path, "line", number):
         identity, image, text, label = fields.get("id", number), fields["image"], fields["text"], fields.get("label")
     sentences = text if isinstance(text, list) else [text]
     if not 1 <= len(sentences) <= 2 or not all(isinstance(part, str) and part.strip() for part in sentences):
         raise DataError(f"{where}: text must be a sentence or a list of two, not {text!r}")
-    if not isinstance(identity, int | str) or not isinstance(image, str):
-        raise DataError(f"{where}: id must be an integer or a string, image a string")
+    if isinstance(identity, bool) or not isinstance(identity, int | str) or not isinstance(image, str) or not image:
+        raise DataError(f"{where}: id must be an integer or a string, image the name of a file")
     if label == "" or not isinstance(label, str | None):
         raise DataError(f"{where}: label must be a string that is not empty, not {label!r}")
     stripped = tuple(part.strip() for part in sentences)

@@ -48,9 +48,9 @@ class ChoiceTask(Task):
 
     def use_model(self, model: ViTRobertaForClassification) -> None:
         """Take ``model``; ConfigError unless its head has one output per choice."""
+        super().use_model(model)
         if model.num_labels != len(self.choices):
             raise ConfigError(f"the model has {model.num_labels} {self.kind}s, the data {len(self.choices)}")
-        super().use_model(model)
 
     def supervised_items(self, batch: Batch) -> int:
         """How many entries the labels of ``batch`` have; DataError when it has none."""

@@ -27,5 +27,7 @@ def test_gate_measures_what_cancels_by_the_largest_tensor() -> None:
     errors = gate.relative_errors({"y": torch.full((4,), 10.0), "dbias": torch.full((2,), 3e-6)}, oracle)
     assert errors == {"y": 0.0, "dbias": pytest.approx(3e-7)}
     assert list(gate.failures({**oracle, "dbias": torch.full((2,), 1e-3)}, oracle, oracle, torch.float32)) == ["dbias"]
+    rounding = {**oracle, "dbias": torch.full((2,), 3e-5)}  # below the cap, whatever the plain composition has left
+    assert gate.failures(rounding, oracle, oracle, torch.float32) == {}
     own = {**oracle, "dbias": torch.full((2,), 1e-6).double()}  # small, and no rounding
     assert gate.relative_errors({**own, "dbias": torch.full((2,), 2e-6)}, own)["dbias"] == pytest.approx(1.0)

@@ -48,7 +48,9 @@ def test_dataset(tmp_path):
         ([], "val.jsonl has no examples"),
         (["", "  "], "val.jsonl has no examples"),
         ([ROWS[0], '{"image": "x'], r"val.jsonl, line 2 is not valid JSON"),
-        ([ROWS[0], "[3]"], r"line 2 does not have the expected form"),
+        ([ROWS[0], "[3]"], r"line 2 must be a JSON object"),
+        ([ROWS[0], {**ROWS[0], "id": True}], "line 2: id must be an integer or a string"),
+        ([{**ROWS[0], "image": ""}], "image the name of a file"),
         ([{"text": "a", "label": "b"}], "line 1 has no key 'image'"),
         ([{"image": "a", "label": "b"}], "line 1 has no key 'text'"),
         ([ROWS[0], {"image": "a", "text": "b"}], "line 2: some lines have a label and others not"),
@@ -70,3 +72,8 @@ def test_errors(tmp_path, rows, message):
 def test_missing_file(tmp_path):
     with pytest.raises(DataError, match=r"train\.jsonl: .*data\.annotations must be a folder with a file train\.jsonl"):
         load_labelled(tmp_path, "train")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "val.jsonl").write_text(json.dumps(ROWS[0]), encoding="utf-8-sig")
+    assert len(load_labelled(tmp_path, "val").examples) == 1

@@ -106,7 +106,7 @@ def test_probe_backward_is_the_gradient_of_probe(row):
     if found is None:
         assert not probe.requires_grad
     else:
-        assert torch.equal(found, torch.autograd.grad(probe, u, dp)[0])
+        torch.testing.assert_close(found, torch.autograd.grad(probe, u, dp)[0])
 
 
 def test_nothing_to_prepare():

@@ -118,7 +118,7 @@ def test_rank_one_form(name: str, relu: bool) -> None:
     row = ROUTINGS[name]
     p = row.probe(U)
     left, right = (T.relu(), p.relu()) if relu else (T, p)
-    assert torch.equal((left @ right.mT) * U, row.route(T, U, relu))
+    torch.testing.assert_close((left @ right.mT) * U, row.route(T, U, relu))
 
 
 def test_codes_are_distinct() -> None:
