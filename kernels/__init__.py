@@ -5,7 +5,14 @@ else. The letters of formulas, shapes and code are those of docs/notation.md.
 from .activations import ACTIVATIONS
 from .adapter.api import routed_adapter
 from .dispatch import select_backend
-from .image_code import ImageCode, project_adapter_image, project_lora_image
+from .image_code import (
+    ImageCode,
+    can_project_jointly,
+    project_adapter_image,
+    project_adapter_images,
+    project_lora_image,
+    project_lora_images,
+)
 from .lora.api import routed_lora, routed_lora_linear
 from .routing import ROUTINGS, Routing
 
@@ -14,8 +21,11 @@ __all__ = [
     "ROUTINGS",
     "ImageCode",
     "Routing",
+    "can_project_jointly",
     "project_adapter_image",
+    "project_adapter_images",
     "project_lora_image",
+    "project_lora_images",
     "routed_adapter",
     "routed_lora",
     "routed_lora_linear",

@@ -1,12 +1,18 @@
-"""What a bottleneck makes of the image before it meets any text; decoding needs it once for all steps."""
+"""What a bottleneck makes of the image before it meets any text.
+
+Decoding needs it once for all steps, and where it is many small products, all layers can have it from one call.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .dispatch import select_backend
 from .inputs import cast_for_autocast, without_autocast
@@ -112,13 +118,13 @@ def lora_factors(
     """u, p and o of :class:`ImageCode` from v [B, K], without ReLU and before the up-projection; not through autograd.
 
     Their gradients are :func:`lora_factor_gradients`: recording and differentiating products as small as these one by
-    one takes longer than computing them (benchmarks/NOTES.md).
+    one takes longer than computing them (benchmarks/NOTES.md). All tensors may lead with a dimension of layers.
     """
-    u = torch.mm(v, a.t())
-    o = u.new_empty(u.shape[0], b.shape[0])
-    for o_group, u_group, b_group in zip(_cut(o, groups, 1), _cut(u, groups, 1), _cut(b, groups, 0), strict=True):
-        o_group.addmm_(u_group, b_group.t(), beta=0, alpha=scaling)
-    return u, torch.mm(routing.probe(u), a), o
+    u = torch.matmul(v, a.mT)
+    o = u.new_empty(*u.shape[:-1], b.shape[-2])
+    for o_group, u_group, b_group in zip(_cut(o, groups, -1), _cut(u, groups, -1), _cut(b, groups, -2), strict=True):
+        _product_into(o_group, u_group, b_group.mT, scaling)
+    return u, torch.matmul(_probe(routing, u), a), o
 
 
 def lora_factor_gradients(
@@ -126,14 +132,153 @@ def lora_factor_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """du, dA and dB from dp and do of :func:`lora_factors`."""
     du, db = torch.empty_like(u), torch.empty_like(b, memory_format=torch.contiguous_format)
-    cut = [_cut(x, groups, 1) for x in (du, u, do)] + [_cut(x, groups, 0) for x in (db, b)]
+    cut = [_cut(x, groups, -1) for x in (du, u, do)] + [_cut(x, groups, -2) for x in (db, b)]
     for du_group, u_group, do_group, db_group, b_group in zip(*cut, strict=True):
-        du_group.addmm_(do_group, b_group, beta=0, alpha=scaling)
-        db_group.addmm_(do_group.t(), u_group, beta=0, alpha=scaling)
-    through = routing.probe_backward(torch.mm(dp, a.t()), u)
+        _product_into(du_group, do_group, b_group, scaling)
+        _product_into(db_group, do_group.mT, u_group, scaling)
+    through = _probe_backward(routing, torch.matmul(dp, a.mT), u)
     if through is not None:
         du += through
-    return du, torch.mm(routing.probe(u).t(), dp).addmm_(du.t(), v), db
+    return du, _product_into(torch.matmul(_probe(routing, u).mT, dp), du.mT, v, beta=1), db
+
+
+def _probe(routing: Routing, u: Tensor) -> Tensor:
+    """p(u), which is defined for u [B, R], of u with or without a leading dimension of layers."""
+    return routing.probe(u) if u.dim() == 2 else routing.probe(u.flatten(0, 1)).reshape(u.shape)
+
+
+def _probe_backward(routing: Routing, dp: Tensor, u: Tensor) -> Tensor | None:
+    if u.dim() == 2:
+        return routing.probe_backward(dp, u)
+    du = routing.probe_backward(dp.flatten(0, 1), u.flatten(0, 1))
+    return None if du is None else du.reshape(u.shape)
+
+
+def _product_into(out: Tensor, left: Tensor, right: Tensor, scaling: float = 1, beta: float = 0) -> Tensor:
+    """beta out + scaling left right, put into ``out``: matrices, or as many of them as there are layers."""
+    return (out.addmm_ if out.dim() == 2 else out.baddbmm_)(left, right, beta=beta, alpha=scaling)
+
+
+class _LoRAFactors(NamedTuple):
+    """What :class:`JointImage` computes for LoRA: p and o."""
+
+    routing: Routing
+    scaling: float
+    groups: int
+
+    def forward(self, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return lora_factors(v, a, b, *self)
+
+    def backward(self, v: Tensor, a: Tensor, b: Tensor, u: Tensor, du: None, dp: Tensor, do: Tensor):
+        return lora_factor_gradients(v, a, b, u, dp, do, *self)
+
+
+class _AdapterFactors(NamedTuple):
+    """What :class:`JointImage` computes for Adapters: u, w and k."""
+
+    routing: Routing
+
+    def forward(self, v: Tensor, a: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        u = torch.baddbmm(bias.unsqueeze(1), v, a.mT)
+        probe = _probe(self.routing, u)
+        return u, torch.matmul(probe, a), torch.matmul(probe, bias.unsqueeze(2)).squeeze(2)
+
+    def backward(self, v: Tensor, a: Tensor, bias: Tensor, u: Tensor, du: Tensor, dw: Tensor, dk: Tensor):
+        dk = dk.unsqueeze(2)
+        probe = _probe(self.routing, u)
+        through = _probe_backward(self.routing, torch.matmul(dw, a.mT) + dk * bias.unsqueeze(1), u)
+        if through is not None:
+            du = du + through
+        return du, _product_into(torch.matmul(probe.mT, dw), du.mT, v, beta=1), (dk * probe + du).sum(1)
+
+
+class JointImage(torch.autograd.Function):
+    """For n layers at once, what ``factors`` make of v [B, 1, K]: n times u, then n times each of the two factors.
+
+    ``weights`` are the n down-projections A, then n of the other weight. Several backward passes may go through it, one
+    for each loss or recomputed segment of a model. So v and the stacked copies of the weights are kept on ``ctx``, and
+    not by autograd, which would free them after the first pass and show them to its hooks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, factors: _LoRAFactors | _AdapterFactors, *weights: Tensor) -> tuple[Tensor, ...]:
+        n, device = len(weights) // 2, v.device.type
+        narrow, *stacks = cast_for_autocast(device, v, torch.stack(weights[:n]), torch.stack(weights[n:]))
+        with without_autocast(device):
+            outputs = factors.forward(narrow.squeeze(1).expand(n, -1, -1), *stacks)
+        ctx.v, ctx.version, ctx.factors, ctx.stacks = v, v._version, factors, (*stacks, outputs[0])
+        ctx.shapes = [output.shape[1:] for output in outputs]
+        ctx.set_materialize_grads(False)
+        shares = [output.unbind(0) for output in outputs]
+        if isinstance(factors, _LoRAFactors):  # u is not read where the factors are
+            ctx.mark_non_differentiable(*shares[0])
+            ctx.shapes[0] = None
+        return tuple(itertools.chain(*shares))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        n = len(ctx.stacks[0])
+        found: list[Tensor | None] = [None] * (2 + 2 * n)
+        reached = [i for i in range(n) if any(grad is not None for grad in grads[i::n])]
+        if not reached:
+            return tuple(found)
+        if ctx.v._version != ctx.version:
+            raise RuntimeError(
+                "the visual features were modified by an inplace operation between the forward and the backward pass"
+            )
+        a, other, u = ctx.stacks if len(reached) == n else (torch.stack([x[i] for i in reached]) for x in ctx.stacks)
+        v = ctx.v.to(u.dtype).squeeze(1).expand(len(reached), -1, -1)
+        with without_autocast(u.device.type):
+            douts = (_stacked(grads[n * k :], reached, u, shape) for k, shape in enumerate(ctx.shapes))
+            du, *dweights = ctx.factors.backward(v, a, other, u, *douts)
+            if ctx.needs_input_grad[0]:
+                found[0] = torch.matmul(du, a).sum(0).unsqueeze(1)
+        for first, dweight in zip((2, 2 + n), dweights, strict=True):
+            for i, share in zip(reached, dweight.unbind(0), strict=True):
+                if ctx.needs_input_grad[first + i]:
+                    found[first + i] = share
+        return tuple(found)
+
+
+def _stacked(
+    grads: Sequence[Tensor | None], reached: Sequence[int], like: Tensor, shape: Sequence[int] | None
+) -> Tensor | None:
+    """The gradients of those layers, [layers, *shape]; zeros where there is none. None without a shape."""
+    if shape is None:
+        return None
+    zeros = None if all(grads[i] is not None for i in reached) else like.new_zeros(shape)
+    return torch.stack([zeros if grads[i] is None else grads[i] for i in reached])
+
+
+def can_project_jointly(routing: Routing, visual_tokens: int, relu: bool, placement: str = "bottleneck") -> bool:
+    """Whether :func:`project_lora_images` and :func:`project_adapter_images` compute this: what is rank one, where one
+    call for all layers saves host time (benchmarks/NOTES.md).
+    """
+    rank_one = routing.is_rank_one(visual_tokens) and routing.probe_backward is not None
+    return rank_one and not relu and placement == "bottleneck"
+
+
+def project_lora_images(
+    v: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], *, routing: Routing, scaling: float, groups: int
+) -> list[ImageCode]:
+    """:func:`project_lora_image` for the weights of several layers of equal shapes, in one differentiable step.
+
+    For what :func:`can_project_jointly` allows; gradients go through the factors, and none through u.
+    """
+    return _codes(JointImage.apply(v, _LoRAFactors(routing, scaling, groups), *a, *b))
+
+
+def project_adapter_images(
+    v: Tensor, down_weight: Sequence[Tensor], down_bias: Sequence[Tensor], *, routing: Routing
+) -> list[ImageCode]:
+    """:func:`project_adapter_image` likewise."""
+    return _codes(JointImage.apply(v, _AdapterFactors(routing), *down_weight, *down_bias))
+
+
+def _codes(outputs: tuple[Tensor, ...]) -> list[ImageCode]:
+    n = len(outputs) // 3
+    return [ImageCode(outputs[i].unsqueeze(1), (outputs[n + i], outputs[2 * n + i])) for i in range(n)]
 
 
 def project_adapter_image(

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, Protocol
 
 import torch
 
-T = TypeVar("T")
+from routingvl.bottlenecks.sharding import is_sharded
+from routingvl.kernels import ImageCode
+
+Weights = tuple[torch.Tensor, torch.Tensor]
+
+
+class Reader(Protocol):
+    """A layer as the context sees it; :class:`routingvl.bottlenecks.layers.RoutedLayer` says what the members are."""
+
+    projection: Weights
+    project: Callable[[torch.Tensor], ImageCode | None]
+    takes: Callable[[torch.Tensor], bool]
+    traits: Callable[[], Hashable]
+    joint_options: Callable[[torch.Tensor], dict[str, Any] | None]
+    project_jointly: Callable[..., list[ImageCode]]
 
 
 class VisualContext:
@@ -26,6 +41,12 @@ class VisualContext:
 
     def __init__(self) -> None:
         self._thread = _Thread()
+        self._readers: weakref.WeakKeyDictionary[Reader, None] = weakref.WeakKeyDictionary()  # in the order of add()
+        self._sharded = False
+
+    def add(self, layer: Reader) -> None:
+        """Count ``layer``, which reads the image here, among those that have it projected together."""
+        self._readers[layer] = None
 
     def bind(
         self, features: torch.Tensor | None, *, beams: int = 1, decoding: bool = False
@@ -36,7 +57,7 @@ class VisualContext:
             features: [B, L, d], one entry per image; None hides what is bound around the block.
             beams: how many consecutive rows of text belong to each image; the text's batch is then B*beams.
             decoding: many calls without gradients will follow, each with a few tokens of the same texts: what a layer
-                makes of the image is kept until the block ends, see :meth:`while_decoding`.
+                makes of the image is kept until the block ends, see :meth:`image_code`.
 
         Raises:
             ValueError: features are not a tensor of three dimensions, or ``beams`` is below 1.
@@ -48,7 +69,7 @@ class VisualContext:
             )
         if beams < 1:
             raise ValueError(f"beams={beams} must be at least 1")
-        return _Binding(self._thread, features, beams, {} if decoding else None)
+        return _Binding(self._thread, features, beams, decoding)
 
     @property
     def features(self) -> torch.Tensor | None:
@@ -78,36 +99,57 @@ class VisualContext:
             )
         return binding.features
 
-    def while_decoding(
-        self, layer: Hashable, weights: Sequence[torch.Tensor], compute: Callable[[torch.Tensor], T]
-    ) -> T | None:
-        """``compute(features)``, computed once for ``layer`` and kept until the decoding binding ends.
+    def image_code(self, layer: Reader, weights: Weights) -> ImageCode | None:
+        """What the bound features come to in ``layer`` of these weights, made once and kept until the binding ends.
 
-        None where there is nothing to keep it for: outside of a decoding binding, and while gradients are recorded.
-
-        Args:
-            layer: for whom it is kept.
-            weights: what ``compute`` reads besides the features; it is called again when one was replaced or changed.
-            compute: a function of the bound features [B, L, d].
+        While gradients are recorded, the first layer to ask has it made by one call for all that are like it. In a
+        decoding binding without gradients, each layer makes its own. None where the layer is to make it in its call:
+        anywhere else, and in compiled regions. A change of weights or features is seen, and the code made again.
         """
-        binding = self._thread.binding
-        if binding is None or binding.kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        binding, recording = self._thread.binding, torch.is_grad_enabled()
+        if torch.compiler.is_compiling() or not (recording or binding.decoding):
             return None
-        if any(weight.is_inference() for weight in weights):  # these do not count their changes
+        if torch._C._are_functorch_transforms_active():  # torch.func: its tensors have no address
             return None
-        # The weights themselves are kept too, so that no other tensor can come to stand at their addresses.
-        state = [(weight.data_ptr(), weight._version) for weight in weights]
+        features = binding.features
+        if weights[0].is_inference() or weights[1].is_inference():  # these do not count their changes
+            return None
+        state = _state(recording, features, weights)
         known = binding.kept.get(layer)
         if known is None or known[0] != state:
-            known = binding.kept[layer] = (state, weights, compute(binding.features))
+            if recording:
+                self._project_jointly(layer, weights, features, binding.kept)
+            else:
+                binding.kept[layer] = state, weights, layer.project(features)
+            known = binding.kept[layer]
         return known[2]
 
+    def _project_jointly(self, layer: Reader, weights: Weights, features: torch.Tensor, kept: dict) -> None:
+        """Keep the code of ``layer`` and those of all layers like it; None for it where there is no other."""
+        together = [(layer, weights)]
+        options = None if features.is_inference() else layer.joint_options(features)
+        if options is not None and layer.takes(features) and layer in self._readers:
+            readers = [(r, weights if r is layer else r.projection) for r in list(self._readers)]
+            # FSDP2 reduces a layer's gradients as soon as it has those of its input: too early for joint ones.
+            self._sharded = self._sharded or any(is_sharded(own[0]) for _, own in readers)
+            if not self._sharded:
+                like = _likeness(layer, weights)
+                together = [(r, own) for r, own in readers if _likeness(r, own) == like]
+        codes: Sequence[ImageCode | None] = [None]
+        if len(together) > 1:
+            codes = layer.project_jointly(features, *zip(*(own for _, own in together), strict=True), **options)
+        for (reader, own), code in zip(together, codes, strict=True):
+            kept[reader] = _state(True, features, own), own, code
+
     def checkpoint_context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """``context_fn`` for non-reentrant ``torch.utils.checkpoint``: the recomputation sees the same features."""
+        """``context_fn`` for non-reentrant ``torch.utils.checkpoint``: the recomputation sees the same features.
+
+        It also sees what was made of them.
+        """
         binding = self._thread.binding
         if binding is None:
             return nullcontext(), self.bind(None)
-        return nullcontext(), self.bind(binding.features, beams=binding.beams)
+        return nullcontext(), _Binding(self._thread, binding.features, binding.beams, binding.decoding, binding.kept)
 
     def __reduce__(self):
         return type(self), ()
@@ -124,11 +166,20 @@ class _Binding:
     """The ``with`` block of :meth:`VisualContext.bind`; restores what was bound before.
 
     Attributes:
-        kept: what layers keep while decoding: {layer: (state of its weights, the weights, the value)}; None: nothing.
+        kept: {layer: (state that its code was made in, its weights, its code or None)}. The weights are there so that
+            no other tensor can come to stand at their addresses.
     """
 
-    def __init__(self, thread: _Thread, features: torch.Tensor | None, beams: int, kept: dict | None) -> None:
-        self.features, self.beams, self.kept = features, beams, kept
+    def __init__(
+        self,
+        thread: _Thread,
+        features: torch.Tensor | None,
+        beams: int,
+        decoding: bool,
+        kept: dict[Reader, tuple[tuple, Weights, ImageCode | None]] | None = None,
+    ) -> None:
+        self.features, self.beams, self.decoding = features, beams, decoding
+        self.kept = {} if kept is None else kept
         self._thread, self._previous = thread, None
 
     def __enter__(self) -> None:
@@ -136,5 +187,16 @@ class _Binding:
 
     def __exit__(self, *exc: object) -> None:
         self._thread.binding, self._previous = self._previous, None
-        if self.kept is not None:
-            self.kept.clear()
+        self.kept = {}  # a new one: recomputations may still read the old
+
+
+def _state(recording: bool, features: torch.Tensor, weights: Weights) -> tuple:
+    """What a code depends on besides the layer's options: whether gradients are recorded, and the tensors' contents."""
+    (a, b), version = weights, None if features.is_inference() else features._version
+    v = (features.data_ptr(), version, features.requires_grad)
+    return recording, v, a.data_ptr(), a._version, a.requires_grad, b.data_ptr(), b._version, b.requires_grad
+
+
+def _likeness(layer: Reader, weights: Weights) -> tuple:
+    a, b = weights
+    return layer.traits(), a.shape, b.shape, a.dtype, b.dtype, a.device, a.requires_grad, b.requires_grad

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,11 @@ from torch.nn import functional as F
 from routingvl.bottlenecks.context import VisualContext
 from routingvl.kernels import (
     ImageCode,
+    can_project_jointly,
     project_adapter_image,
+    project_adapter_images,
     project_lora_image,
+    project_lora_images,
     routed_adapter,
     routed_lora_linear,
 )
@@ -55,6 +58,13 @@ class RoutedLayer(nn.Module):
         self.relu = relu
         self.context = context
         self.backend = backend
+        if context is not None:
+            context.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.context is not None:
+            self.context.add(self)
 
     @property
     def projection(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,6 +74,23 @@ class RoutedLayer(nn.Module):
     def project(self, v: torch.Tensor) -> ImageCode | None:
         """What v [B, L, K] comes to in this layer before any text, made for decoding; None: nothing can be prepared."""
         raise NotImplementedError
+
+    def joint_options(self, v: torch.Tensor) -> dict[str, Any] | None:
+        """Options of :meth:`project_jointly` for v [B, L, K]; None: this layer does not have it projected jointly."""
+        raise NotImplementedError
+
+    project_jointly: Callable[..., list[ImageCode]]  # project_lora_images or project_adapter_images
+
+    def traits(self) -> Hashable:
+        """Equal in layers whose :attr:`projection` of equal shapes and dtypes can be projected together."""
+        return self.kind, self.routing, self.relu, self.drops
+
+    def takes(self, v: torch.Tensor) -> bool:
+        """Whether v [B, L, K] fits the weights, under autocast in width and device."""
+        weights = self.projection
+        dtypes = {v.dtype, *(w.dtype for w in weights)}
+        cast = torch.is_autocast_enabled(v.device.type) and torch.float64 not in dtypes
+        return v.shape[2] == weights[0].shape[1] and v.device == weights[0].device and (cast or len(dtypes) == 1)
 
     @property
     def drops(self) -> bool:
@@ -82,10 +109,11 @@ class RoutedLayer(nn.Module):
         if self.context is None:
             raise RuntimeError(f"{type(self).__name__} has no context: pass the visual features as second argument")
         v = self.context.read(x)
+        weights = self.projection
         # What does not fit the weights is left to the call, which says so.
-        if self.drops or v.shape[2] != self.projection[0].shape[1]:
+        if self.drops or v.shape[2] != weights[0].shape[1]:
             return v, None
-        return v, self.context.while_decoding(self, self.projection, self.project)
+        return v, self.context.image_code(self, weights)
 
     def extra_repr(self) -> str:
         """What print shows."""
@@ -191,6 +219,18 @@ class RoutedLoRALinear(RoutedLayer):
         """See :class:`RoutedLayer`."""
         return project_lora_image(v, *self.projection, decoding=True, **self._options())
 
+    project_jointly = staticmethod(project_lora_images)
+
+    def traits(self) -> Hashable:
+        """See :class:`RoutedLayer`."""
+        return *super().traits(), self.scaling, self.groups, self.placement
+
+    def joint_options(self, v: torch.Tensor) -> dict[str, Any] | None:
+        """See :class:`RoutedLayer`."""
+        if self.drops or not can_project_jointly(self.routing, v.shape[1], self.relu, self.placement):
+            return None
+        return {"routing": self.routing, "scaling": self.scaling, "groups": self.groups}
+
     def _options(self) -> dict[str, Any]:
         return {
             "routing": self.routing,
@@ -288,6 +328,13 @@ class RoutedAdapter(RoutedLayer):
     def project(self, v: torch.Tensor) -> ImageCode | None:
         """See :class:`RoutedLayer`."""
         return project_adapter_image(v, *self.projection, routing=self.routing, relu=self.relu, decoding=True)
+
+    project_jointly = staticmethod(project_adapter_images)
+
+    def joint_options(self, v: torch.Tensor) -> dict[str, Any] | None:
+        """See :class:`RoutedLayer`."""
+        joint = not self.drops and can_project_jointly(self.routing, v.shape[1], self.relu)
+        return {"routing": self.routing} if joint else None
 
     def extra_repr(self) -> str:
         """What print shows."""
