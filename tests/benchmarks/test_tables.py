@@ -39,7 +39,12 @@ def test_a_further_routing_function_gets_a_column_once_it_is_measured(
 ) -> None:
     fixed = {"case": "layer", "dtype": "float32", "gate": "passed", "clock": "cpu", "mode": "fwdbwd"}
     fixed |= {"device": "some CPU", "threads": 1, "torch": "2.6", "commit": "abc1234", "dirty": False}
-    times = {("none", "reference"): 3.0, ("none", "eager"): 2.0, ("sub", "reference"): 5.0, ("sub", "eager"): 2.0}
+    times = {
+        ("none", "reference"): 3.0,
+        ("none", "eager"): 2.0,
+        ("unheard", "reference"): 5.0,
+        ("unheard", "eager"): 2.0,
+    }
 
     def write(file: str, *routings: str) -> tables.Line:
         rows = [
@@ -51,9 +56,9 @@ def test_a_further_routing_function_gets_a_column_once_it_is_measured(
         return tables.Line(file, file, "layer")
 
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(tables, "ROUTINGS", {**ROUTINGS, "sub": None})
-    before, after = write("before", "none"), write("after", "none", "sub")
+    monkeypatch.setattr(tables, "ROUTINGS", {**ROUTINGS, "unheard": None})
+    before, after = write("before", "none"), write("after", "none", "unheard")
     assert tables.by_routing("title", before).splitlines()[::2] == ["| title | none |", "| before | 1.50 |"]
     assert tables.by_routing("title", before, after).splitlines() == [
-        *("| title | none | sub |", "|---|---:|---:|", "| before | 1.50 |  |", "| after | 1.50 | 2.50 |"),
+        *("| title | none | unheard |", "|---|---:|---:|", "| before | 1.50 |  |", "| after | 1.50 | 2.50 |"),
     ]
