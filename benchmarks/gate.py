@@ -49,15 +49,13 @@ def relative_errors(got: Mapping[str, Tensor], oracle: Mapping[str, Tensor]) -> 
     Such is the gradient of an Adapter's b_down with z = t - u: zero, up to rounding.
     """
     sizes = {name: _rms(want) for name, want in oracle.items()}
-    largest = max(sizes.values(), default=0.0)
-    scales = {name: largest if name in cancelled(oracle) else size for name, size in sizes.items()}
+    scales = sizes | dict.fromkeys(_rounding(sizes), max(sizes.values(), default=0.0))
     differences = {name: _rms(got[name].double() - want.double()) for name, want in oracle.items()}
     return {name: error / scales[name] if scales[name] > 0 else error for name, error in differences.items()}
 
 
-def cancelled(oracle: Mapping[str, Tensor]) -> set[str]:
+def _rounding(sizes: Mapping[str, float]) -> set[str]:
     """Names of the tensors that are nothing but rounding beside the largest one."""
-    sizes = {name: _rms(want) for name, want in oracle.items()}
     return {name for name, size in sizes.items() if size <= ROUNDING * max(sizes.values())}
 
 
@@ -84,7 +82,7 @@ def failures(
         if got[name].shape != want.shape
     }
     comparable = {name: want for name, want in oracle.items() if name not in missed}
-    chance = cancelled(comparable)
+    chance = _rounding({name: _rms(want) for name, want in comparable.items()})
     found, plainly = relative_errors(got, comparable), relative_errors(plain, comparable)
     for name, error in found.items():
         limit = CAPS[dtype] if name in chance else allowed_error(dtype, plainly[name])
