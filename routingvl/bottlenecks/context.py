@@ -112,23 +112,27 @@ class VisualContext:
         if torch._C._are_functorch_transforms_active():  # torch.func: its tensors have no address
             return None
         features = binding.features
+        options = layer.joint_options(features) if recording else None
+        if recording and (options is None or features.is_inference()):
+            return None
         if weights[0].is_inference() or weights[1].is_inference():  # these do not count their changes
             return None
         state = _state(recording, features, weights)
         known = binding.kept.get(layer)
         if known is None or known[0] != state:
             if recording:
-                self._project_jointly(layer, weights, features, binding.kept)
+                self._project_jointly(layer, weights, features, options, binding.kept)
             else:
                 binding.kept[layer] = state, weights, layer.project(features)
             known = binding.kept[layer]
         return known[2]
 
-    def _project_jointly(self, layer: Reader, weights: Weights, features: torch.Tensor, kept: dict) -> None:
+    def _project_jointly(
+        self, layer: Reader, weights: Weights, features: torch.Tensor, options: dict[str, Any], kept: dict
+    ) -> None:
         """Keep the code of ``layer`` and those of all layers like it; None for it where there is no other."""
         together = [(layer, weights)]
-        options = None if features.is_inference() else layer.joint_options(features)
-        if options is not None and layer.takes(features) and layer in self._readers:
+        if layer.takes(features) and layer in self._readers:
             readers = [(r, weights if r is layer else r.projection) for r in list(self._readers)]
             # FSDP2 reduces a layer's gradients as soon as it has those of its input: too early for joint ones.
             self._sharded = self._sharded or any(is_sharded(own[0]) for _, own in readers)
