@@ -17,7 +17,7 @@ from routingvl.config import ConfigError
 from routingvl.config.schema import RunConfig
 from routingvl.tasks.base import build_task, find_task
 from routingvl.training.accelerator import make_accelerator
-from routingvl.training.compile import check_compiler, compiled
+from routingvl.training.compile import compiled, compiler_obstacle
 from routingvl.training.log import Log, check_trackers
 from routingvl.training.loop import Trainer, TrainResult
 from routingvl.training.precision import frozen_weights_lowered
@@ -66,8 +66,8 @@ def train(
     hide_loading_bars(log is not None)
     check_trackers(config.train.trackers)
     accelerator = make_accelerator(config, config.train.trackers)
-    if config.train.compile:
-        check_compiler(accelerator.device)
+    if config.train.compile and (reason := compiler_obstacle(accelerator.device)):
+        raise ConfigError(f"train.compile=true: {reason}, or set train.compile=false")
     set_seed(config.train.seed)
     task = build_task(config, model=model, tokenizer=tokenizer, device=accelerator.device)
     # From here on everything has been read and fits; what stood in the folder may go.

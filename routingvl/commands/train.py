@@ -26,24 +26,19 @@ def run(args: Sequence[str]) -> int:
 
     log = "quiet" if namespace.quiet else None
     result = train(config, log=log, resume=namespace.resume is not None, overwrite=namespace.overwrite)
-    best = (
-        "" if result.best_metric is None else f", best {result.metric} {result.best_metric:.4f} at {result.best_step}"
-    )
+    best, at = result.best_metric, result.best_step
+    best = "" if best is None else f", best {result.metric} {best:.4f} at {at}"
     say(f"{result.steps} steps in {result.seconds:.1f} s{best}; run folder {result.run_dir}")
     return 0
 
 
 def with_config_of_resumed_run(args: list[str]) -> list[str]:
     """Put the config of the run that ``--resume`` names in front, so that resuming repeats no flag."""
-    for i, arg in enumerate(args):
-        if arg == "--resume" and i + 1 < len(args):
-            run = args[i + 1]
-        elif arg.startswith("--resume="):
-            run = arg.removeprefix("--resume=")
-        else:
-            continue
-        path = Path(run) / "config.yaml"
-        if not path.is_file():
-            raise ConfigError(f"--resume: {run} has no config.yaml; give the run folder to continue")
-        return ["--config", str(path), *args, "--output_dir", run]
+    for arg, following in zip(args, [*args[1:], ""], strict=False):
+        flag, _, value = arg.partition("=")
+        if flag == "--resume" and (run := value or following):
+            path = Path(run) / "config.yaml"
+            if not path.is_file():
+                raise ConfigError(f"--resume: {run} has no config.yaml; give the run folder to continue")
+            return ["--config", str(path), *args, "--output_dir", run]
     return args

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from routingvl.config import ConfigError
-
 if TYPE_CHECKING:
     from routingvl.models.base import RoutedVLModel
 
@@ -26,22 +24,15 @@ def compiler_obstacle(device: torch.device) -> str | None:
             f"the compiler of torch {torch.__version__} does not work with the triton that is installed ({error}); "
             "install torch 2.8 or newer"
         )
-    if device.type != "cpu":
-        return None
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
 
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "torch.compile needs a C++ compiler on a CPU: install g++ or name one in the environment variable CXX"
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "torch.compile needs a C++ compiler on a CPU: install g++ or name one in the variable CXX"
     return None
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise :class:`ConfigError` when torch.compile lacks what it needs to make code for ``device``."""
-    if reason := compiler_obstacle(device):
-        raise ConfigError(f"train.compile=true: {reason}, or set train.compile=false")
 
 
 @contextmanager
@@ -50,22 +41,18 @@ def compiled(model: RoutedVLModel) -> Iterator[None]:
     import torch._inductor.config
 
     model.compile(backend=BACKEND)
-    options = _cpu_options() if model.device.type == "cpu" else {}
+    options = {}
+    if model.device.type == "cpu":
+        # Inductor's own random numbers are drawn one component at a time; torch's are those of a run without it.
+        options["fallback_random"] = True
+        # tanh by one exponential: off by some 1e-7, which is nothing in GPT-2's GELU, and faster.
+        if hasattr(torch._inductor.config.cpp, "use_decompose_tanh"):
+            options["cpp.use_decompose_tanh"] = True
     try:
         with torch._inductor.config.patch(options):
             yield
     finally:
         model._compiled_call_impl = None
-
-
-def _cpu_options() -> dict[str, Any]:
-    """Options of inductor under which its code for a CPU is fast."""
-    # Its own random numbers are drawn one component at a time; torch's are those of a run without it.
-    options = {"fallback_random": True}
-    # tanh by one exponential: off by some 1e-7, which is nothing in GPT-2's GELU, and faster.
-    if hasattr(torch._inductor.config.cpp, "use_decompose_tanh"):
-        options["cpp.use_decompose_tanh"] = True
-    return options
 
 
 def compiled_inputs(model: RoutedVLModel, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,6 @@ class RunLog:
     """Records of a run, from its first process.
 
     Args:
-        folder: the run.
         config: what the trackers are told of the run.
         accelerator: has the trackers, which are started here; only its main process records.
         log: "quiet" prints nothing, a function is called with each record, None prints messages.

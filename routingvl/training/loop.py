@@ -41,15 +41,12 @@ class TrainResult:
     """What a finished run leaves in memory; the same is in its folder.
 
     Attributes:
-        run_dir: run folder.
-        metric: name of the validation metric that chose the best checkpoint.
-        best_metric: its best value; None without validation.
-        best_step: the step it was reached at.
+        metric, best_metric, best_step: the validation metric that chose the best checkpoint, its best value (None
+            without validation), and when.
         steps: optimiser steps done, those before a resume included.
         history: every record of metrics.jsonl, in order.
         seconds: wall time of this call, from the first step to the last save.
-        trainable: number of trained parameters.
-        total: number of parameters of the language model and its head.
+        trainable, total: number of parameters that train, and of all in the language model and its head.
         skipped_images: unreadable images that were left out.
     """
 
@@ -72,8 +69,6 @@ def stop_request() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    watched = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.getsignal(number) for number in watched}
 
     def restore() -> None:
         for number, handler in previous.items():
@@ -83,8 +78,7 @@ def stop_request() -> Iterator[threading.Event]:
         event.set()
         restore()
 
-    for number in watched:
-        signal.signal(number, request)
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:
@@ -104,23 +98,18 @@ class Trainer:
         self.steps = total_steps(self.settings, len(task.train_set))
         optimizer = torch.optim.AdamW(
             self.trainable.values(),
-            lr=self.settings.lr,
-            betas=self.settings.betas,
-            eps=self.settings.eps,
-            weight_decay=self.settings.weight_decay,
+            **{name: getattr(self.settings, name) for name in ("lr", "betas", "eps", "weight_decay")},
             # Bottlenecks are many small tensors: on a CPU the fused update saves several calls for each.
             fused=accelerator.device.type == "cpu" or None,
         )
         self.schedule = learning_rate_schedule(optimizer, self.settings, self.steps)
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
         self.state = ResumableState(folder.state_file, accelerator, self.trainable, self.optimizer, self.schedule)
-        self.step, self.saved_step = 0, -1
+        self.step, self.saved_step, self.logged_step, self.best_step = 0, -1, 0, 0
         self.best: float | None = None
-        self.best_step = 0
         # Sum of the losses since the last line of the log; it stays on the device until then.
         self.loss = torch.zeros((), device=accelerator.device)
         self.grad_norm: torch.Tensor | None = None
-        self.logged_step = 0
         set_seed(self.settings.seed)
         if resume:
             self.resume()
@@ -131,16 +120,21 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Run the remaining steps."""
         begin = time.perf_counter()
-        self.announce()
+        report = self.task.model.report
+        self.log.message(
+            f"{self.config.task}: {len(self.task.train_set)} examples, {self.steps} steps of "
+            f"{self.settings.batch_size} on {self.accelerator.num_processes} x {self.accelerator.device}; "
+            f"{report.trainable:,} of {report.total:,} parameters train; run folder {self.folder.path}"
+        )
         bar = tqdm(total=self.steps, initial=self.step, desc="train", disable=not self.progress, dynamic_ncols=True)
         with stop_request() as stop, bar:
             batches = iter(self.loader())
             while self.step < self.steps:
                 self.train_step([next(batches) for _ in range(self.settings.accumulation)])
                 bar.update()
-                last = self.step == self.steps
+                last, every = self.step == self.steps, self.settings.save_every
                 validate = last or self.validation_due()
-                save = validate or self.save_due()
+                save = validate or (every is not None and self.step % every == 0)
                 if save or self.step % self.settings.log_every == 0:
                     self.log_losses(bar)  # before saving, because it stops a run whose loss is no number
                 if validate:
@@ -153,27 +147,11 @@ class Trainer:
                     raise KeyboardInterrupt
         return self.result(time.perf_counter() - begin)
 
-    def announce(self) -> None:
-        """Say what is about to run."""
-        report = self.task.model.report
-        self.log.message(
-            f"{self.config.task}: {len(self.task.train_set)} examples, {self.steps} steps of "
-            f"{self.settings.batch_size} on {self.accelerator.num_processes} x {self.accelerator.device}; "
-            f"{report.trainable:,} of {report.total:,} parameters train; run folder {self.folder.path}"
-        )
-
     def loader(self) -> DataLoader:
         """Micro-batches of the remaining steps for this process."""
-        order = BatchOrder(
-            len(self.task.train_set),
-            self.settings,
-            self.step,
-            self.steps,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.task.train_set.tokens.lengths,
-        )
-        return self.task.loader(self.task.train_set, order)
+        data, own = self.task.train_set, (self.accelerator.process_index, self.accelerator.num_processes)
+        order = BatchOrder(len(data), self.settings, self.step, self.steps, *own, data.tokens.lengths)
+        return self.task.loader(data, order)
 
     def train_step(self, micro_batches: list[dict[str, Any] | None]) -> None:
         """One optimiser update; reads nothing back from the device."""
@@ -235,13 +213,8 @@ class Trainer:
         """Whether ``eval_every`` steps, or an epoch, ended with this step."""
         every = self.settings.eval_every
         if every is None:
-            return math.floor(self.epoch(self.step)) > math.floor(self.epoch(self.step - 1))
+            return int(self.epoch(self.step)) > int(self.epoch(self.step - 1))
         return every > 0 and self.step % every == 0
-
-    def save_due(self) -> bool:
-        """Whether ``save_every`` steps ended with this step."""
-        every = self.settings.save_every
-        return every is not None and self.step % every == 0
 
     def stop_wanted(self, stop: threading.Event) -> bool:
         """Whether any process was told to stop.
@@ -262,12 +235,9 @@ class Trainer:
             return
         begin = time.perf_counter()
         with torch.compiler.set_stance("force_eager"):  # train.compile is for training alone
+            beams, progress = self.config.eval.val_num_beams, self.progress
             predictions = predict_dataset(
-                self.task,
-                self.task.val_set,
-                self.accelerator,
-                num_beams=self.config.eval.val_num_beams,
-                progress=self.progress,
+                self.task, self.task.val_set, self.accelerator, num_beams=beams, progress=progress
             )
         scores = self.task.validation_scores(predictions)
         value = scores[self.task.metric]
@@ -299,23 +269,15 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the saved state of this run folder."""
         progress = self.state.load()
-        self.step, self.best, self.best_step = progress["step"], progress["best"], progress["best_step"]
-        self.saved_step, self.logged_step = self.step, progress["logged_step"]
         self.loss.copy_(progress["loss"])
+        for name in ("step", "best", "best_step", "logged_step"):
+            setattr(self, name, progress[name])
+        self.saved_step = self.step
 
     def result(self, seconds: float) -> TrainResult:
         """What :meth:`fit` returns; the log of the first process is sent to every other."""
         report = self.task.model.report
         history = broadcast_object_list([self.log.history])[0]
-        return TrainResult(
-            run_dir=self.folder.path,
-            metric=self.task.metric,
-            best_metric=self.best,
-            best_step=self.best_step,
-            steps=self.step,
-            history=history,
-            seconds=seconds,
-            trainable=report.trainable,
-            total=report.total,
-            skipped_images=self.task.skipped_images,
-        )
+        best = (self.task.metric, self.best, self.best_step)
+        counts = (report.trainable, report.total, self.task.skipped_images)
+        return TrainResult(self.folder.path, *best, self.step, history, seconds, *counts)

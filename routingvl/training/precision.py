@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -18,17 +17,12 @@ from routingvl.models import RoutedVLModel
 @contextmanager
 def frozen_weights_lowered(model: RoutedVLModel, accelerator: Accelerator, keep: bool) -> Iterator[None]:
     """With mixed precision, the language model's frozen weights in that precision; ``keep`` puts float32 back after."""
-    name = MIXED_PRECISION[accelerator.mixed_precision]
-    if name is None:
+    with ExitStack() as undo:
+        if (name := MIXED_PRECISION[accelerator.mixed_precision]) is not None:
+            # On its device first: a cast copy of a shared weight is no parameter and would not move with the model.
+            model.to(accelerator.device)
+            undo.callback(lower_frozen_weights(model.language_model, getattr(torch, name), keep=keep))
         yield
-        return
-    # On its device first, because a cast copy of a shared weight is no parameter and would not move with the model.
-    model.to(accelerator.device)
-    restore = lower_frozen_weights(model.language_model, getattr(torch, name), keep=keep)
-    try:
-        yield
-    finally:
-        restore()
 
 
 def lower_frozen_weights(model: nn.Module, dtype: torch.dtype, keep: bool = True) -> Callable[[], None]:
@@ -46,38 +40,25 @@ def lower_frozen_weights(model: nn.Module, dtype: torch.dtype, keep: bool = True
     Returns:
         A function that puts the float32 weights back; with ``keep=False`` it does so for shared weights only.
     """
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(module)
-    undo: list[Callable[[], None]] = []
-    lowered: set[int] = set()
-    for module in filter(_is_product, model.modules()):
+    modules = list(model.modules())
+    elsewhere = {id(p) for module in modules if not _is_product(module) for p in module.parameters(recurse=False)}
+    undo, lowered = ExitStack(), set()
+    for module in filter(_is_product, modules):
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.requires_grad or parameter.dtype != torch.float32 or id(parameter) in lowered:
                 continue
-            if not all(map(_is_product, owners[id(parameter)])):
+            if id(parameter) in elsewhere:
                 delattr(module, name)  # a plain tensor in its place, which is no parameter of the model
                 setattr(module, name, parameter.detach().to(dtype))
-                undo.append(partial(_put_back, module, name, parameter))
+                undo.callback(module.register_parameter, name, parameter)
+                undo.callback(delattr, module, name)
                 continue
             if keep:
-                undo.append(partial(setattr, parameter, "data", parameter.data))
+                undo.callback(setattr, parameter, "data", parameter.data)
             parameter.data = parameter.data.to(dtype)
             lowered.add(id(parameter))
-
-    def restore() -> None:
-        for action in undo:
-            action()
-        undo.clear()
-
-    return restore
+    return undo.close
 
 
 def _is_product(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, RoutedLoRALinear)) or is_conv1d(module)
-
-
-def _put_back(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    delattr(module, name)
-    module.register_parameter(name, parameter)

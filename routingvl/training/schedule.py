@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain, count, islice
 
 import numpy as np
 from torch.optim import Optimizer
@@ -20,7 +21,7 @@ class BatchOrder:
 
     Examples form one endless stream, a new seeded permutation per epoch; step s takes the ``batch_size`` of them
     from s * batch_size on, so every step has the full batch, also where epochs meet. With ``lengths`` (tokens of each
-    example) and ``config.group_by_length`` the examples of a step are of like length, see :func:`grouped_by_length`.
+    example) and ``config.group_by_length`` the examples of a step are of like length, see :meth:`group_by_length`.
     """
 
     def __init__(
@@ -49,50 +50,39 @@ class BatchOrder:
 
     def __iter__(self) -> Iterator[list[int]]:
         size = self.config.batch_size
-        epoch, order = -1, []
-        for step in range(self.start, self.stop):
-            batch = []
-            for position in range(step * size, (step + 1) * size):
-                if position // self.examples != epoch:
-                    epoch = position // self.examples
-                    order = self.epoch_order(epoch)
-                batch.append(order[position % self.examples])
-            own = batch[self.rank :: self.processes]
-            width = len(own) // self.config.accumulation
+        width = size // self.processes // self.config.accumulation
+        epoch, skip = divmod(self.start * size, self.examples)
+        stream = islice(chain.from_iterable(map(self.epoch_order, count(epoch))), skip, None)
+        for _ in range(self.start, self.stop):
+            own = list(islice(stream, size))[self.rank :: self.processes]
             yield from (own[i : i + width] for i in range(0, len(own), width))
 
     def epoch_order(self, epoch: int) -> list[int]:
         """All examples in the order of one epoch: a function of the seed, the epoch, the lengths and the batch size."""
-        order = permutation(self.examples, self.config.seed, epoch)
-        if self.lengths is None:
-            return order
-        size = self.config.batch_size
+        order = self.random(epoch).permutation(self.examples)
+        if self.lengths is not None:
+            self.group_by_length(order, epoch)
+        return order.tolist()
+
+    def group_by_length(self, order: np.ndarray, epoch: int) -> None:
+        """Bring examples of similar length in ``order`` together in batches.
+
+        Only ``GROUPING_WINDOW`` batches at a time are sorted, and then shuffled as whole batches: what meets in a batch
+        still depends on the order, and short texts do not all come first. Examples that fill no batch, at either end,
+        stay where they are; within a batch lengths rise, so that its micro-batches hold similar lengths too.
+        """
+        size, random = self.config.batch_size, self.random(epoch, 1)
         # The epoch's first examples fill up the step that the epoch before has begun.
-        random = np.random.Generator(np.random.PCG64([self.config.seed, epoch, 1]))
-        return grouped_by_length(order, self.lengths, size, -epoch * self.examples % size, random)
+        skip = -epoch * self.examples % size
+        stop = skip + max(0, len(order) - skip) // size * size
+        for start in range(skip, stop, GROUPING_WINDOW * size):
+            window = order[start : min(start + GROUPING_WINDOW * size, stop)]
+            batches = window[np.argsort(self.lengths[window], kind="stable")].reshape(-1, size)
+            window[:] = batches[random.permutation(len(batches))].ravel()
 
-
-def grouped_by_length(
-    order: list[int], lengths: np.ndarray, size: int, skip: int, random: np.random.Generator
-) -> list[int]:
-    """``order`` with examples of similar length brought together in batches of ``size`` from position ``skip`` on.
-
-    Only ``GROUPING_WINDOW`` batches at a time are sorted, and then shuffled as whole batches: what meets in a batch
-    still depends on the order, and short texts do not all come first. Examples that fill no batch, at either end, stay
-    where they are; within a batch lengths rise, so that its micro-batches hold similar lengths too.
-    """
-    found = np.array(order)
-    stop = skip + max(0, len(order) - skip) // size * size
-    for start in range(skip, stop, GROUPING_WINDOW * size):
-        window = found[start : min(start + GROUPING_WINDOW * size, stop)]
-        batches = window[np.argsort(lengths[window], kind="stable")].reshape(-1, size)
-        window[:] = batches[random.permutation(len(batches))].ravel()
-    return found.tolist()
-
-
-def permutation(n: int, seed: int, epoch: int) -> list[int]:
-    """Order of ``n`` examples in one epoch, the same on every machine."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n).tolist()
+    def random(self, *numbers: int) -> np.random.Generator:
+        """Random numbers that depend on the seed and ``numbers`` only, the same on every machine."""
+        return np.random.Generator(np.random.PCG64([self.config.seed, *numbers]))
 
 
 def total_steps(config: TrainConfig, examples: int) -> int:
