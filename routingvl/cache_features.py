@@ -34,22 +34,18 @@ def cache_features(
     """
     data = config.data
     if data.feature_cache is None:
-        raise ConfigError("data.feature_cache is not set; name a folder")
+        raise ConfigError("data.feature_cache is not set; add --feature-cache FOLDER")
     task_class = find_task(config.task)
     config.check_files()
     hide_loading_bars(not progress)
     device = make_accelerator(config).device
     preprocessor = ImagePreprocessor.from_pretrained(config.model.vision)
     task = task_class(config, None, preprocessor)
-    if splits is None:
-        train, val = task.read_training_splits()
-        loaded = [train] if val is None else [train, val]
-    else:
-        loaded = [task.load_split(split) for split in splits]
+    loaded = task.read_training_splits() if splits is None else [task.load_split(split) for split in splits]
     vision = load_tower(config.model.vision).to(device)
     store = FeatureStore(vision, config.model.vision_features, preprocessor, data)
     counts = []
-    for split in loaded:
+    for split in filter(None, loaded):
         found, computed = store.found, store.computed
         store.load(split.images, progress=progress)
         counts.append((split.name, store.found - found, store.computed - computed))

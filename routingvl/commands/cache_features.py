@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 
 from routingvl.commands import say
-from routingvl.config import ConfigError
 from routingvl.config.files import command_parser, config_from_namespace
 
 EXAMPLE = "routingvl cache-features --config caption-lora --data.images data/coco --feature-cache data/features"
@@ -22,9 +21,6 @@ def run(args: Sequence[str]) -> int:
     parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="Splits (default: those the run trains with).")
     namespace = parser.parse_args(list(args))
     config = config_from_namespace(namespace)
-    if config.data.feature_cache is None:
-        raise ConfigError("cache-features: no folder given; add --feature-cache FOLDER or set data.feature_cache")
-    config.check_files()
 
     from routingvl.cache_features import cache_features
 

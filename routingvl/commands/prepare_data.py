@@ -32,31 +32,22 @@ def run(args: Sequence[str]) -> int:
     )
     options = parser.parse_args(args)
     vqa_only = ("questions", "annotations", "answers", "min_questions")
+    given = {name: getattr(options, name) for name in vqa_only if getattr(options, name) is not None}
+
+    from routingvl.data.prepare import prepare_coco, prepare_vqa
+
     if options.dataset == "coco":
-        for name in vqa_only:
-            if getattr(options, name) is not None:
-                raise ConfigError(f"--{name} belongs to prepare-data vqa")
-
-        from routingvl.data.prepare import prepare_coco
-
+        if given:
+            raise ConfigError(f"--{next(iter(given))} belongs to prepare-data vqa")
         manifest = prepare_coco(options.dataset_coco, options.output)
     else:
-        for name in ("questions", "annotations"):
-            if not getattr(options, name):
-                raise ConfigError(f"prepare-data vqa needs --{name} FILE [FILE ...]")
-        if options.answers and options.min_questions:
+        if missing := [name for name in vqa_only[:2] if name not in given]:
+            raise ConfigError(f"prepare-data vqa needs --{missing[0]} FILE [FILE ...]")
+        if {"answers", "min_questions"} <= given.keys():
             raise ConfigError("--min_questions derives a vocabulary and --answers takes one; give one of them")
-
-        from routingvl.data.prepare import prepare_vqa
-
-        least = {} if options.min_questions is None else {"min_questions": options.min_questions}
+        vocabulary = given.pop("answers", None)
         manifest = prepare_vqa(
-            options.questions,
-            options.annotations,
-            options.dataset_coco,
-            options.output,
-            vocabulary=options.answers,
-            **least,
+            dataset_coco_json=options.dataset_coco, output_dir=options.output, vocabulary=vocabulary, **given
         )
     print(json.dumps(manifest, indent=2, ensure_ascii=False))
     return 0

@@ -1,7 +1,4 @@
-"""Data in the public formats: images, COCO captions, VQAv2, labelled texts; batches, and the files derived from those.
-
-Each module's docstring opens with its public signatures.
-"""
+"""Data in public formats: images, COCO captions, VQAv2, labelled texts; batches; the files derived from them."""
 
 from routingvl.data.coco import Caption, CaptionDataset, CaptionSplit, load_captions
 from routingvl.data.collate import CaptionCollator, LabelCollator, VQACollator, collate_images

@@ -1,13 +1,5 @@
 """COCO captions with the Karpathy split.
 
-    load_captions(annotations, split, image_root=None) -> CaptionSplit
-        annotations: dataset_coco.json, captions_{split}_karpathy.json, or a folder that holds either
-        split: "train" (Karpathy's train and restval), "val" or "test"
-    CaptionSplit: .images [ImageRecord], .captions [Caption(image_id, text, caption_id)], .references {image_id: [text]}
-    CaptionDataset(split, preprocessor=None, *, features=None, per_image=False, on_bad_image="fail")
-        item: image_id, caption (absent with per_image), and pixel_values [3, H, W] or vision_features [L, d];
-        None for a skipped image; .skipped counts those
-
 Ids are COCO's (``cocoid``), never the running ``imgid`` of dataset_coco.json.
 """
 
@@ -93,6 +85,7 @@ def load_captions(annotations: str | Path, split: str, image_root: str | Path | 
     folders = ImageFolders(image_root)
     parse = _parse_coco if "annotations" in content else _parse_karpathy
     images, captions = parse(content, path, split, folders)
+    check_unique((image.image_id for image in images), path)
     if not images:
         raise DataError(f"{path} has no images of split {split!r}")
     return CaptionSplit(split, images, captions)
@@ -123,7 +116,6 @@ def _parse_karpathy(
             images.append(ImageRecord(image_id, name, folders.path(name, entry.get("filepath", ""))))
             for sentence in entry["sentences"]:
                 captions.append(_caption(sentence["raw"], sentence["sentid"], image_id, path))
-    check_unique((image.image_id for image in images), path)
     return images, captions
 
 
@@ -134,7 +126,6 @@ def _parse_coco(
     for position, entry in enumerate(content["images"]):
         with required_keys(path, "image number", position):
             images.append(ImageRecord(entry["id"], entry["file_name"], folders.path(entry["file_name"])))
-    check_unique((image.image_id for image in images), path)
     known = {image.image_id for image in images}
     for position, entry in enumerate(content["annotations"]):
         with required_keys(path, "annotation number", position):

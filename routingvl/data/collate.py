@@ -1,18 +1,10 @@
 """Collators: a list of dataset items in, one padded batch out.
 
-    VQACollator(tokenizer, max_length, num_labels, padding="longest")
-        batch: input_ids, attention_mask [B, T] int64; labels float32 [B, num_labels] (absent when the split has no
-        answers); question_ids, image_ids: lists of int
-    LabelCollator(tokenizer, max_length, padding="longest")
-        batch: input_ids, attention_mask [B, T] int64; labels int64 [B] (absent when the split has none); ids, image_ids
-    CaptionCollator(tokenizer, max_length, padding="longest", prefix=True, loss="sound")
-        batch: input_ids, attention_mask, labels [B, T] int64 (absent for items without caption); image_ids
-    collate_images(items) -> batch: image_ids
-
-and in every batch the visual input: pixel_values float32 [B, 3, H, W] or vision_features [B, L, d]. Items that are None
-(skipped images) are left out; a batch in which every item is None is None itself: ``if batch is None: continue``.
-A text is tokenised here, in the DataLoader's workers, unless its item brings ``token_ids`` that the collator's own
-``encode`` made before. Texts are padded on the right.
+A batch has the visual input, pixel_values float32 [B, 3, H, W] or vision_features [B, L, d], and image_ids; with texts
+input_ids and attention_mask [B, T] int64, and labels where every item's are known. Items that are None (skipped images)
+are left out; a batch in which every item is None is None itself: ``if batch is None: continue``. A text is tokenised
+here, in the DataLoader's workers, unless its item brings ``token_ids`` that the collator's own ``encode`` made before.
+Texts are padded on the right.
 """
 
 from __future__ import annotations
@@ -39,14 +31,14 @@ Batch = dict[str, Any]
 
 def collate_images(items: Sequence[Item | None]) -> Batch | None:
     """Stack the visual inputs and list the image ids; None when every item was skipped."""
-    kept = [item for item in items if item is not None]
-    return _visual_batch(kept) if kept else None
+    if not (kept := _kept(items)):
+        return None
+    key = next(name for name in IMAGE_INPUTS if name in kept[0])
+    return {key: torch.stack([item[key] for item in kept]), "image_ids": [item["image_id"] for item in kept]}
 
 
-def _visual_batch(items: Sequence[Item]) -> Batch:
-    """The image input, stacked, and ``image_ids``."""
-    key = next(name for name in IMAGE_INPUTS if name in items[0])
-    return {key: torch.stack([item[key] for item in items]), "image_ids": [item["image_id"] for item in items]}
+def _kept(items: Sequence[Item | None]) -> list[Item]:
+    return [item for item in items if item is not None]
 
 
 def _token_rows(items: Sequence[Item], text: str, encode: Callable[[list[str]], list[list[int]]]) -> list[list[int]]:
@@ -60,6 +52,10 @@ def _pad(rows: Sequence[Sequence[int]], value: int, length: int | None) -> Tenso
     """Rows of different length as one int64 tensor [B, length], filled on the right; None pads to the longest row."""
     length = length or max(map(len, rows))
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.int64)
+
+
+def _texts(rows: Sequence[Sequence[int]], pad: int, length: int | None) -> Batch:
+    return {"input_ids": _pad(rows, pad, length), "attention_mask": _pad([[1] * len(row) for row in rows], 0, length)}
 
 
 def _check(padding: str, max_length: int, shortest: int) -> None:
@@ -103,16 +99,12 @@ class TextCollator:
 
     def __call__(self, items: Sequence[Item | None]) -> Batch | None:
         """Collate the items of a data set; there are labels where every item's ``target`` is known."""
-        kept = [item for item in items if item is not None]
-        if not kept:
+        batch, kept = collate_images(items), _kept(items)
+        if batch is None:
             return None
-        rows = _token_rows(kept, self.text_key, self.encode)
+        batch[f"{self.id_key}s"] = [item[self.id_key] for item in kept]
         length = self.max_length if self.padding == "max_length" else None
-        batch = _visual_batch(kept) | {
-            f"{self.id_key}s": [item[self.id_key] for item in kept],
-            "input_ids": _pad(rows, self.tokenizer.pad_token_id, length),
-            "attention_mask": _pad([[1] * len(row) for row in rows], 0, length),
-        }
+        batch |= _texts(_token_rows(kept, self.text_key, self.encode), self.tokenizer.pad_token_id, length)
         targets = [item["target"] for item in kept]
         return batch if None in targets else batch | {"labels": self.labels(targets)}
 
@@ -199,26 +191,19 @@ class CaptionCollator:
 
     def __call__(self, items: Sequence[Item | None]) -> Batch | None:
         """Collate items of :class:`~routingvl.data.coco.CaptionDataset`; items of ``per_image=True`` give no text."""
-        kept = [item for item in items if item is not None]
-        if not kept:
-            return None
-        batch = _visual_batch(kept)
-        if "caption" not in kept[0]:
+        batch, kept = collate_images(items), _kept(items)
+        if batch is None or "caption" not in kept[0]:
             return batch
         end = self.tokenizer.eos_token_id
         start = [] if self.prefix else [end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id]
         captions = _token_rows(kept, "caption", self.encode)
         if self.loss == "reference":
             rows = [[*start, *caption][: self.max_length] for caption in captions]
-            ids = _pad(rows, end, self.max_length)
-            mask = _pad([[1] * len(row) for row in rows], 0, self.max_length)
-            return batch | {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
+            batch |= _texts(rows, end, self.max_length)
+            return batch | {"labels": batch["input_ids"].clone()}
         room = self.max_length - len(start) - 1
         rows = [[*start, *caption[:room], end] for caption in captions]
         length = self.max_length if self.padding == "max_length" else None
         pad = end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        return batch | {
-            "input_ids": _pad(rows, pad, length),
-            "attention_mask": _pad([[1] * len(row) for row in rows], 0, length),
-            "labels": _pad([[IGNORED] * len(start) + row[len(start) :] for row in rows], IGNORED, length),
-        }
+        labels = [[IGNORED] * len(start) + row[len(start) :] for row in rows]
+        return batch | _texts(rows, pad, length) | {"labels": _pad(labels, IGNORED, length)}

@@ -1,12 +1,5 @@
 """Features of images that a frozen ViT gave, kept by the content of the image file: on disk or in memory.
 
-    file_digest(data) -> 32 bytes                              SHA-256 of an image file's bytes
-    MemoryCache(dtype)                                         of one run
-    FeatureCache(root, key, shape, dtype)                      on disk, for all runs
-        .find(digest) -> Tensor [L, d] | None                  checked against its checksum once
-        .add(digests, features [B, L, d]), .refresh(), .close()
-    FileDigests(root)                                          path, size and times of a file -> its digest, on disk
-
 On disk, each ``key`` (what the features depend on beside the image) has a folder of its own below ``root``, named by
 the SHA-256 of the key, so another model or preprocessing finds an empty cache. In it each writer has its own two files:
 
@@ -29,11 +22,10 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,9 +38,7 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in FEATURE
 DESCRIPTION = "features.json"
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 LAYOUT = 1  # of the files; part of every key
-_FIELDS = struct.Struct("<32sQI")
-_CHECK = struct.Struct("<I")
-_RECORD_BYTES = _FIELDS.size + _CHECK.size
+_RECORD = struct.Struct("<32sQII")
 # A file changed again within the resolution of its times would look unchanged, so younger ones are not remembered.
 _SETTLED_NS = 2_000_000_000
 
@@ -57,11 +47,6 @@ Stat = tuple[int, int, int]
 
 class FeatureCacheError(ValueError):
     """A feature cache cannot be used as asked; the message names the file or setting and the fix."""
-
-
-def file_digest(data: bytes) -> bytes:
-    """SHA-256 of a file's content, 32 bytes."""
-    return hashlib.sha256(data).digest()
 
 
 def file_stat(path: str | os.PathLike[str]) -> Stat:
@@ -94,12 +79,9 @@ class MemoryCache:
     def refresh(self) -> None:
         """Nothing to read: what was added is there."""
 
-    def close(self) -> None:
-        """Nothing to close."""
-
 
 class FeatureCache:
-    """Features by image content, in memory-mapped files below ``root``.
+    """Features by image content, in files below ``root``.
 
     Args:
         root: folder of the cache; made when it is missing.
@@ -128,28 +110,24 @@ class FeatureCache:
         with _named(root):
             self.directory.mkdir(parents=True, exist_ok=True)
         self._describe(json.loads(json.dumps(key)))
-        self._entries: dict[bytes, list[_Entry]] = {}
+        self._entries: dict[bytes, list[tuple[Path, int, int]]] = {}  # digest -> file, row number, checksum
+        self._files: dict[Path, BinaryIO] = {}  # of rows, open: one that is deleted can still be read
         self._read_bytes: dict[Path, int] = {}
-        self._writer: _Writer | None = None
+        self._writer: str | None = None  # name of the files that this process appends to
         self.refresh()
 
     def _describe(self, key: dict[str, Any]) -> None:
         path = self.directory / DESCRIPTION
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            write_json(path, key)
-            return
+            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         except ValueError as error:
             # The folder's name is the key's digest, so its rows are good: only the explanation is lost.
             logger.warning("%s is damaged (%s) and is written again", path, error)
+            found = None
+        if found is None:
             write_json(path, key)
-            return
-        if found != key:
+        elif found != key:
             raise FeatureCacheError(f"{path} describes other features; delete the folder {self.directory}")
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
     def digests(self) -> frozenset[bytes]:
         """The images that the index lists; :meth:`find` may still find one's row damaged."""
@@ -158,48 +136,47 @@ class FeatureCache:
     def refresh(self) -> None:
         """Read what this and other writers added since the last call."""
         for path in sorted(self.directory.glob("*.index")):
-            start = self._read_bytes.get(path, 0)
             with path.open("rb") as file:
-                file.seek(start)
+                file.seek(self._read_bytes.get(path, 0))
                 data = file.read()
-            whole = len(data) - len(data) % _RECORD_BYTES
-            if whole:
-                self._read_bytes[path] = start + whole
-                self._read_records(path, data[:whole])
+            data = data[: len(data) - len(data) % _RECORD.size]
+            if data:
+                self._read_bytes[path] = self._read_bytes.get(path, 0) + len(data)
+                self._read_records(path, data)
 
     def _read_records(self, path: Path, data: bytes) -> None:
-        rows_file, damaged, lost = path.with_suffix(".rows"), 0, 0
-        rows = _map_rows(rows_file, self.row_bytes)
-        features = torch.from_numpy(rows).view(self.dtype).view(-1, *self.shape) if len(rows) else None
-        for start in range(0, len(data), _RECORD_BYTES):
-            record = data[start : start + _RECORD_BYTES]
-            fields = record[: _FIELDS.size]
-            if _CHECK.unpack(record[_FIELDS.size :])[0] != zlib.crc32(fields):
+        rows, damaged, lost = path.with_suffix(".rows"), 0, 0
+        if rows not in self._files:
+            with suppress(FileNotFoundError):
+                self._files[rows] = rows.open("rb", buffering=0)
+        count = os.fstat(self._files[rows].fileno()).st_size // self.row_bytes if rows in self._files else 0
+        for start in range(0, len(data), _RECORD.size):
+            digest, row, checksum, check = _RECORD.unpack_from(data, start)
+            if check != zlib.crc32(data[start : start + _RECORD.size - 4]):
                 damaged += 1
-                continue
-            digest, row, checksum = _FIELDS.unpack(fields)
-            if row >= len(rows):
+            elif row >= count:
                 lost += 1
-                continue
-            self._entries.setdefault(digest, []).append(_Entry(rows_file, rows[row], features[row], checksum))
+            else:
+                self._entries.setdefault(digest, []).append((rows, row, checksum))
         if damaged:
             logger.warning("%s: %d damaged records are passed over; their images are computed again", path, damaged)
         if lost:
-            logger.warning("%s is shorter than its index says: %d images are computed again", rows_file, lost)
+            logger.warning("%s is shorter than its index says: %d images are computed again", rows, lost)
 
     def find(self, digest: bytes) -> Tensor | None:
-        """The features [L, d] of an image as a view of the file, or None.
+        """The features [L, d] of an image, read from the file and checked, or None.
 
-        The checksum of a row is computed the first time that it is asked for. A damaged row is passed over with a
-        warning that names its file.
+        A row that is damaged or no longer there is forgotten, with a warning that names its file. Threads may call it.
         """
-        entries = self._entries.get(digest, [])
-        while entries:
-            if entries[0].intact():
-                return entries[0].features
-            logger.warning("%s: a damaged row is passed over; its image is computed again", entries[0].path)
-            del entries[0]
-        self._entries.pop(digest, None)
+        for entry in tuple(self._entries.get(digest, ())):
+            path, row, checksum = entry
+            data = os.pread(self._files[path].fileno(), self.row_bytes, row * self.row_bytes)
+            if zlib.crc32(data) == checksum:
+                return torch.frombuffer(bytearray(data), dtype=self.dtype).view(self.shape)
+            logger.warning("%s: a damaged row is passed over; its image is computed again", path)
+            self._entries[digest] = [other for other in self._entries[digest] if other != entry]
+        if not self._entries.get(digest):
+            self._entries.pop(digest, None)
         return None
 
     def add(self, digests: Sequence[bytes], features: Tensor) -> None:
@@ -216,22 +193,29 @@ class FeatureCache:
                 f"{len(digests)} images need features [{len(digests)}, {self.shape[0]}, {self.shape[1]}], "
                 f"not {list(features.shape)}"
             )
-        rows = _as_stored(features, self.dtype)
+        rows = _as_stored(features, self.dtype).flatten(1).view(torch.uint8).numpy()
         if self._writer is None:
-            with _named(self.directory.parent):
-                self._writer = _Writer(self.directory)
+            self._writer = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:12]}"
+        target = self.directory / self._writer
         try:
-            self._writer.append(digests, rows.flatten(1).view(torch.uint8).numpy())
+            with (
+                _named(self.directory.parent),
+                target.with_suffix(".rows").open("ab") as rows_file,
+                target.with_suffix(".index").open("ab") as index,
+            ):
+                first = rows_file.tell() // self.row_bytes
+                rows_file.write(rows.data)
+                _sync(rows_file)
+                for number, (digest, row) in enumerate(zip(digests, rows, strict=True), first):
+                    record = _RECORD.pack(digest, number, zlib.crc32(row), 0)[:-4]
+                    index.write(record + zlib.crc32(record).to_bytes(4, "little"))
+                _sync(index)
+            if first == 0:
+                _sync_directory(self.directory)
         except BaseException:
             # What stands after the last record is of unknown length: the next rows go to files of their own.
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Close the files that this process writes; views stay valid."""
-        if self._writer is not None:
-            self._writer.close()
             self._writer = None
+            raise
 
 
 @contextmanager
@@ -254,46 +238,6 @@ def _as_stored(features: Tensor, dtype: torch.dtype) -> Tensor:
         name = str(dtype).removeprefix("torch.")
         raise FeatureCacheError(f"features of an image are not finite as {name}; use data.feature_dtype=float32")
     return rows
-
-
-class _Entry:
-    """One row of a file, and whether its checksum was found right."""
-
-    __slots__ = ("checked", "checksum", "features", "path", "raw")
-
-    def __init__(self, path: Path, raw: np.ndarray, features: Tensor, checksum: int) -> None:
-        self.path, self.raw, self.features, self.checksum, self.checked = path, raw, features, checksum, False
-
-    def intact(self) -> bool:
-        self.checked = self.checked or zlib.crc32(self.raw) == self.checksum
-        return self.checked
-
-
-class _Writer:
-    """The pair of files that one process appends to."""
-
-    def __init__(self, directory: Path) -> None:
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:12]}"
-        self.rows: BinaryIO = (directory / f"{name}.rows").open("xb")
-        self.index: BinaryIO = (directory / f"{name}.index").open("xb")
-        self.count = 0
-        _sync_directory(directory)
-
-    def append(self, digests: Sequence[bytes], rows: np.ndarray) -> None:
-        self.rows.write(rows.data)
-        _sync(self.rows)
-        for digest, row in zip(digests, rows, strict=True):
-            fields = _FIELDS.pack(digest, self.count, zlib.crc32(row))
-            self.index.write(fields + _CHECK.pack(zlib.crc32(fields)))
-            self.count += 1
-        _sync(self.index)
-
-    def close(self) -> None:
-        for file in (self.rows, self.index):
-            try:
-                file.close()
-            except OSError as error:  # of a full disk: the bytes that could not be written before
-                logger.warning("%s: %s", file.name, error)
 
 
 class FileDigests:
@@ -354,18 +298,6 @@ def _parse_file_line(line: str) -> Iterator[tuple[str, tuple[Stat, bytes]]]:
     except (ValueError, TypeError):
         logger.warning("a damaged line in the list of image files is passed over")
     return iter(())
-
-
-def _map_rows(path: Path, row_bytes: int) -> np.ndarray:
-    """The whole rows of a file, mapped: uint8 [rows, row_bytes]."""
-    try:
-        rows = path.stat().st_size // row_bytes
-    except FileNotFoundError:
-        rows = 0
-    if not rows:
-        return np.empty((0, row_bytes), dtype=np.uint8)
-    # Copy-on-write, because torch wants writable memory; nobody writes.
-    return np.asarray(np.memmap(path, dtype=np.uint8, mode="c", shape=(rows, row_bytes)))
 
 
 def _sync(file: Any) -> None:

@@ -1,9 +1,5 @@
 """Features of many images: looked up in a cache, and computed by the frozen vision tower where it lacks them.
 
-    vision_key(vision, kind, preprocessor) -> dict                 what features depend on beside the image
-    FeatureStore(vision, kind, preprocessor, settings)
-        .load(images) -> {image id: Tensor [L, d]}                 .found, .computed count images
-
 The cache is a folder (``data.feature_cache``) or, without one, memory. Several processes (``accelerate launch``) share
 the work; they need a common file system for the folder.
 """
@@ -11,7 +7,7 @@ the work; they need a common file system for the folder.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +21,6 @@ from tqdm import tqdm
 from routingvl.backbones.vision import image_features
 from routingvl.config import ConfigError
 from routingvl.config.schema import DataConfig
-from routingvl.data.collate import collate_images
 from routingvl.data.feature_cache import DTYPES, FeatureCache, FeatureCacheError, FileDigests, MemoryCache, Stat
 from routingvl.data.images import ImageDataset, ImagePreprocessor, ImageRecord
 
@@ -68,11 +63,7 @@ class FeatureStore:
     """
 
     def __init__(
-        self,
-        vision: nn.Module | None,
-        kind: str,
-        preprocessor: ImagePreprocessor,
-        settings: DataConfig,
+        self, vision: nn.Module | None, kind: str, preprocessor: ImagePreprocessor, settings: DataConfig
     ) -> None:
         if vision is None:
             raise ConfigError("features need a vision tower, and the model was built without one")
@@ -94,11 +85,11 @@ class FeatureStore:
 
     def load(
         self, images: Iterable[ImageRecord], *, on_bad_image: str | None = None, progress: bool = False
-    ) -> dict[int, Tensor]:
-        """Features [L, d] of each image, by id, on the CPU; missing ones are computed and added to the cache first.
+    ) -> StoredFeatures:
+        """Features of each image; missing ones are computed and added to the cache first.
 
-        Every row of the cache is checked against its checksum here, when it is first asked for; damaged ones are
-        computed again. Skipped images are left out.
+        Every row of the cache is checked against its checksum here; damaged ones are computed again. Skipped images are
+        left out.
 
         Raises:
             ImageError: an image is unreadable and the policy is "fail"; what was computed before is kept.
@@ -107,55 +98,49 @@ class FeatureStore:
         """
         unique = list({image.image_id: image for image in images}.values())
         process = PartialState()
+        before = self.computed
         mine = unique[process.process_index :: process.num_processes]
-        computed = self.computed
         own = self._fill_cache(mine, on_bad_image or self.settings.on_bad_image, progress)
-        digests: dict[int, bytes] = {}
+        alone = process.num_processes == 1 or isinstance(self.cache, FeatureCache)
+        rows = {} if alone else {digest: self.cache.rows[digest] for digest in own.values()}
+        digests: dict[int | str, bytes] = {}
         total = 0
-        for part, count in gather_object([(own, self.computed - computed)]):
-            digests |= part
+        for theirs, count, new in gather_object([(own, self.computed - before, rows)]):
+            digests |= theirs
             total += count
-        if process.num_processes > 1 and isinstance(self.cache, MemoryCache):
-            for rows in gather_object([{digest: self.cache.rows[digest] for digest in own.values()}]):
-                self.cache.rows |= rows
+            if not alone:
+                self.cache.rows |= new
         self.cache.refresh()
-        self.computed = computed + total
+        self.computed = before + total
         self.found += len(digests) - total
-        features = {image_id: self.cache.find(digest) for image_id, digest in digests.items()}
-        if lost := [image_id for image_id, row in features.items() if row is None]:
+        listed = self.cache.digests()
+        if missing := [image_id for image_id, digest in digests.items() if digest not in listed]:
             raise FeatureCacheError(
-                f"{self.settings.feature_cache}: features of image {lost[0]} were written but cannot be read; put the "
-                "folder on a file system that all processes share, and start again to compute what is missing"
+                f"{self.settings.feature_cache}: features of image {missing[0]} were written but cannot be read; put "
+                "the folder on a file system that all processes share, and start again to compute what is missing"
             )
-        return features
+        return StoredFeatures(self.cache, digests)
 
-    def _fill_cache(self, images: Sequence[ImageRecord], on_bad_image: str, progress: bool) -> dict[int, bytes]:
+    def _fill_cache(self, images: Sequence[ImageRecord], on_bad_image: str, progress: bool) -> dict[int | str, bytes]:
         """Add to the cache what it lacks of ``images``; the digest of each that is in it then, by id."""
-        digests: dict[int, bytes] = {}
-        if self.files is not None:
-            for image in images:
-                digest = None if image.path is None else self.files.known(image.path)
-                if digest is not None and self.cache.find(digest) is not None:
-                    digests[image.image_id] = digest
+        digests: dict[int | str, bytes] = {}
+        for image in images if self.files is not None else ():
+            digest = None if image.path is None else self.files.known(image.path)
+            if digest is not None and self.cache.find(digest) is not None:
+                digests[image.image_id] = digest
         pending = [image for image in images if image.image_id not in digests]
-        try:
+        for _ in range(2):  # the second time for what the index lists, so that it was not decoded, but is damaged
             if pending:
-                digests |= self._encode(pending, on_bad_image, self.cache.digests(), progress)
+                digests |= self._encode(pending, on_bad_image, progress)
                 self.cache.refresh()
-                # Listed in the index, so not decoded, but damaged.
-                pending = [i for i in pending if i.image_id in digests and self.cache.find(digests[i.image_id]) is None]
-            if pending:
-                digests |= self._encode(pending, on_bad_image, self.cache.digests(), progress)
-        finally:
-            self.cache.close()
+                read = [image for image in pending if image.image_id in digests]
+                pending = [image for image in read if self.cache.find(digests[image.image_id]) is None]
         return digests
 
-    def _encode(
-        self, images: Sequence[ImageRecord], on_bad_image: str, known: Collection[bytes], progress: bool
-    ) -> dict[int, bytes]:
-        """Read ``images``, compute features of contents that are not ``known``, and return the digest of each image."""
+    def _encode(self, images: Sequence[ImageRecord], on_bad_image: str, progress: bool) -> dict[int | str, bytes]:
+        """Read ``images``, compute features of contents that the cache lacks, and return the digest of each image."""
         loader = DataLoader(
-            ImageDataset(images, self.preprocessor, on_bad_image=on_bad_image, known=known),
+            ImageDataset(images, self.preprocessor, on_bad_image=on_bad_image, known=self.cache.digests()),
             self.settings.feature_batch_size,
             num_workers=self.settings.workers,
             collate_fn=list,
@@ -163,15 +148,14 @@ class FeatureStore:
             generator=torch.Generator().manual_seed(0),
         )
         paths = {image.image_id: image.path for image in images}
-        digests: dict[int, bytes] = {}
+        digests: dict[int | str, bytes] = {}
         stats: dict[Path, tuple[Stat, bytes]] = {}
         try:
             for batch in tqdm(loader, desc="features", disable=not progress, leave=False, dynamic_ncols=True):
                 items = [item for item in batch if item is not None]
-                new = {item["digest"]: item for item in items if "pixel_values" in item}
+                new = {item["digest"]: item["pixel_values"] for item in items if "pixel_values" in item}
                 if new:
-                    pixels = collate_images(list(new.values()))["pixel_values"]
-                    self.cache.add(list(new), self.encode(pixels))
+                    self.cache.add(list(new), self.encode(torch.stack(list(new.values()))))
                     self.computed += len(new)
                 digests |= {item["image_id"]: item["digest"] for item in items}
                 stats |= {paths[i["image_id"]]: (i["stat"], i["digest"]) for i in items if i["stat"] is not None}
@@ -179,3 +163,30 @@ class FeatureStore:
             if self.files is not None:
                 self.files.remember(stats)
         return digests
+
+
+class StoredFeatures(Mapping[int | str, Tensor]):
+    """Features [L, d] of images by id, on the CPU; those of a folder are read when they are asked for.
+
+    Raises :class:`FeatureCacheError` for features whose file was cut, deleted or damaged since they were found.
+    """
+
+    def __init__(self, cache: FeatureCache | MemoryCache, digests: dict[int | str, bytes]) -> None:
+        self.cache, self.digests = cache, digests
+
+    def __getitem__(self, image_id: int | str) -> Tensor:
+        if (row := self.cache.find(self.digests[image_id])) is None:
+            raise FeatureCacheError(
+                f"features of image {image_id} were damaged while the run used them; start it again, and they are "
+                "computed again"
+            )
+        return row
+
+    def __iter__(self) -> Iterator[int | str]:
+        return iter(self.digests)
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def __or__(self, other: StoredFeatures) -> StoredFeatures:
+        return StoredFeatures(self.cache, self.digests | other.digests)

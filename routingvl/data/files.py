@@ -1,17 +1,9 @@
-"""Reading annotation files, writing derived ones, and finding COCO images on disk.
-
-read_text(path, fix="") -> str                 DataError for a file that is missing or not UTF-8
-read_json(path, fix="") -> Any                 DataError for a missing or broken file; ``fix`` says how to make it
-write_json_files(folder, {name: value})        all of them or none
-sha256_of(path) -> str
-ImageFolders(root).path("COCO_val2014_000000000042.jpg") -> Path
-"""
+"""Reading annotation files, writing derived ones, and finding COCO images on disk."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -90,15 +82,6 @@ def write_json_files(folder: str | Path, files: Mapping[str, Any]) -> dict[str, 
                 json.dump(value, stream, ensure_ascii=False, separators=(",", ":"))
                 stream.write("\n")
     return {name: folder / name for name in files}
-
-
-def sha256_of(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class ImageFolders:

@@ -1,21 +1,12 @@
 """Images: reading with Pillow, preprocessing as the frozen ViT expects, and the datasets' way to a picture.
 
-    load_image(path, data=None) -> PIL.Image (mode RGB)                             ImageError names the file
-    ImagePreprocessor(size, mean, std, resample=2, rescale=1/255)
-        .from_pretrained(folder or hub name), .from_dict(config), .to_dict()
-        (PIL image or path) -> float32 [3, H, W]
-    ImageRecord(image_id, file_name, path)
-    PictureSource(preprocessor=None, features=None, on_bad_image="fail")    used by every dataset, as .pictures
-        (ImageRecord) -> {"pixel_values": [3, H, W]} | {"vision_features": [L, d]} | None when skipped
-        .skipped, .reset_skipped()
-    ImageDataset(records, preprocessor, on_bad_image="fail", known=())      one item per image, to compute features
-
 Reading is ours, because transformers' image processors take RGB only, and errors have to name the file. torchvision is
 never needed. EXIF rotation is not applied.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
@@ -30,8 +21,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from routingvl.config import check_choice
 from routingvl.config.schema import ON_BAD_IMAGE
-from routingvl.data.feature_cache import file_digest, file_stat
+from routingvl.data.feature_cache import file_stat
 from routingvl.data.files import DataError, read_json
 
 logger = logging.getLogger(__name__)
@@ -203,7 +195,7 @@ class ImageRecord:
 
 
 class PictureSource:
-    """Gives the visual input of an example: stored features when there are any, else the preprocessed file.
+    """What gives pictures: stored features when there are any, else the preprocessed files.
 
     Args:
         preprocessor: turns an image file into pixel values; may be None when ``features`` is given.
@@ -220,25 +212,18 @@ class PictureSource:
     ):
         if preprocessor is None and features is None:
             raise ValueError("give a preprocessor (to read image files) or features (image id -> [L, d])")
-        if on_bad_image not in ON_BAD_IMAGE:
-            raise ValueError(f"on_bad_image={on_bad_image!r} is not one of {', '.join(ON_BAD_IMAGE)}")
-        self.preprocessor = preprocessor
-        self.features = features
-        self.on_bad_image = on_bad_image
+        check_choice("on_bad_image", on_bad_image, ON_BAD_IMAGE)
+        self.preprocessor, self.features, self.on_bad_image = preprocessor, features, on_bad_image
         # In shared memory, so that what DataLoader workers skip is seen by the process that started them. Each adds to
         # its own slot: an addition to a shared number is not atomic.
         self._skipped = torch.zeros(_WORKER_SLOTS, dtype=torch.int64).share_memory_()
 
     @property
     def skipped(self) -> int:
-        """Examples skipped since the start or the last :meth:`reset_skipped`, in every worker together."""
+        """Examples skipped so far, in every worker together."""
         return int(self._skipped.sum())
 
-    def reset_skipped(self) -> None:
-        """Count from zero again."""
-        self._skipped.zero_()
-
-    def __call__(self, image: ImageRecord) -> dict[str, Tensor] | None:
+    def picture(self, image: ImageRecord) -> dict[str, Any] | None:
         """``{"vision_features": [L, d]}`` or ``{"pixel_values": [3, H, W]}``; None for a skipped image."""
         try:
             return self._read(image)
@@ -250,29 +235,27 @@ class PictureSource:
             self._skipped[0 if worker is None else 1 + worker.id % (_WORKER_SLOTS - 1)] += 1
             return None
 
-    def _read(self, image: ImageRecord) -> dict[str, Tensor]:
+    def _read(self, image: ImageRecord) -> dict[str, Any]:
         if self.features is not None:
             try:
                 get = self.features if callable(self.features) else self.features.__getitem__
                 return {"vision_features": get(image.image_id)}
             except KeyError as error:
                 raise DataError(f"no stored features for image {image.image_id} ({image.file_name})") from error
-        return {"pixel_values": self.preprocessor(self._path(image))}
-
-    @staticmethod
-    def _path(image: ImageRecord) -> Path:
         if image.path is None:
             raise DataError(f"image {image.file_name} is needed, but its split was loaded without an image folder")
-        return image.path
+        return self._from_file(image.path)
+
+    def _from_file(self, path: Path) -> dict[str, Any]:
+        return {"pixel_values": self.preprocessor(path)}
 
 
-class ImageDataset(Dataset):
+class ImageDataset(PictureSource, Dataset):
     """One item per image, or None for a skipped one; made for running the frozen tower once over a split's images.
 
     Items are ``{"image_id": int, "digest": SHA-256 of the file, "stat": as of file_stat or None when the file changed
     meanwhile, "pixel_values": float32 [3, H, W]}``. The file is read once, so the digest belongs to the very bytes that
-    are decoded. An image whose digest is in ``known`` is not decoded: it has no ``pixel_values``. Collate items that
-    have them with :func:`routingvl.data.collate.collate_images`.
+    are decoded. An image whose digest is in ``known`` is not decoded: it has no ``pixel_values``.
     """
 
     def __init__(
@@ -282,35 +265,24 @@ class ImageDataset(Dataset):
         on_bad_image: str = "fail",
         known: Collection[bytes] = (),
     ):
-        self.records = list(records)
-        self.pictures = _FilePictures(preprocessor, on_bad_image=on_bad_image)
-        self.pictures.known = known
+        super().__init__(preprocessor, on_bad_image=on_bad_image)
+        self.records, self.known = list(records), known
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
-        record = self.records[index]
-        picture = self.pictures(record)
-        return None if picture is None else {"image_id": record.image_id, **picture}
+        picture = self.picture(self.records[index])
+        return None if picture is None else {"image_id": self.records[index].image_id, **picture}
 
-
-class _FilePictures(PictureSource):
-    """Pictures together with what identifies their file."""
-
-    known: Collection[bytes] = ()
-
-    def _read(self, image: ImageRecord) -> dict[str, Any]:
-        path = self._path(image)
+    def _from_file(self, path: Path) -> dict[str, Any]:
         try:
-            before = file_stat(path)
-            data = path.read_bytes()
-            after = file_stat(path)
+            before, data, after = file_stat(path), path.read_bytes(), file_stat(path)
         except FileNotFoundError as error:
             raise ImageError(f"image {path} does not exist") from error
         except OSError as error:
             raise ImageError(f"image {path} cannot be read: {error}") from error
-        item: dict[str, Any] = {"digest": file_digest(data), "stat": after if before == after else None}
+        item: dict[str, Any] = {"digest": hashlib.sha256(data).digest(), "stat": after if before == after else None}
         if item["digest"] not in self.known:
             item["pixel_values"] = self.preprocessor(load_image(path, data))
         return item

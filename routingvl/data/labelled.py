@@ -1,19 +1,8 @@
 """Images with a text and one of n labels, as JSON Lines: visual entailment (SNLI-VE), statements that are true or not.
 
-A file has one object per line:
-
     {"id": "2407091.jpg#0", "image": "flickr30k/2407091.jpg", "text": "Two people ride a bike.", "label": "entailment"}
 
-``image`` is the image's path below the image folder (a name as ``COCO_val2014_000000000042.jpg`` is looked for in
-``val2014/``). ``text`` is a sentence or a list of two. ``label`` is a string; a test set has none in any line. ``id``
-is an integer or a string that no other line has; without it the number of the line counts, from 1. Other keys are
-ignored, and so are empty lines.
-
-load_labelled(folder, split, image_root=None) -> LabelledSplit                      reads FOLDER/{split}.jsonl
-LabelledSplit: .images [ImageRecord], .examples [LabelledText(id, image_id, text, label)], .labels
-LabelledDataset(split, labels, preprocessor=None, *, features=None, on_bad_image="fail")
-    item: id, image_id, text, target (number of the label, or None), and the image
-read_labels(path) -> tuple of labels             a JSON list, as labels.json of a run folder
+docs/data.md says what the keys hold and which may be missing.
 """
 
 from __future__ import annotations
@@ -77,8 +66,8 @@ def load_labelled(folder: str | Path, split: str, image_root: str | Path | None 
         image_root: folder of the images; None when they are not needed.
 
     Raises:
-        DataError: the file is missing or empty, a line is not an object of the form above, some lines have a label and
-            others not, or an id comes twice. The message names file and line.
+        DataError: the file is missing or empty, a line is no such object, some lines have a label and others not, or an
+            id comes twice. The message names file and line.
     """
     path = Path(folder) / f"{split}.jsonl"
     text = read_text(path, fix=f"data.annotations must be a folder with a file {path.name} for split {split!r}")

@@ -1,21 +1,17 @@
 """Derive the files that training reads from the official ones (``routingvl prepare-data``).
 
-    prepare_coco(dataset_coco_json, output_dir) -> manifest
-        captions_{train,val,test}_karpathy.json, captions_manifest.json
-    prepare_vqa(questions, annotations, dataset_coco_json, output_dir, vocabulary=None, min_questions=9) -> manifest
-        karpathy_{train,val,test}.json, trainval_label2ans.json, trainval_ans2label.json, vqa_manifest.json
-
 The same input gives the same bytes. All files of one call are written, or none.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from routingvl.data.coco import SPLITS, CaptionSplit, caption_file, load_captions
-from routingvl.data.files import DataError, collection_paused, sha256_of, write_json_files
+from routingvl.data.files import DataError, collection_paused, write_json_files
 from routingvl.data.vocabulary import MIN_QUESTIONS, AnswerVocabulary, soft_scores
 from routingvl.data.vqa import Question, answer_entries, by_karpathy_split, join_official
 
@@ -79,25 +75,22 @@ def prepare_vqa(
         raise DataError("no annotation files were given: the lists need the annotators' answers")
     joined = join_official(questions, annotations)
     if vocabulary is None:
-        answers = AnswerVocabulary.derive((question for question, _ in joined), min_questions)
+        answers = AnswerVocabulary.derive(joined, min_questions)
         origin = f"derived: answers of at least {min_questions} questions"
     else:
         answers = AnswerVocabulary.load(vocabulary)
         origin = Path(vocabulary).name
     files: dict[str, Any] = {}
     counts: dict[str, Any] = {}
-    for name, entries in by_karpathy_split(joined, dataset_coco_json).items():
-        rows = [_list_entry(question, file_name, answers) for question, file_name in entries]
+    for name, asked in by_karpathy_split(joined, dataset_coco_json).items():
+        rows = [_list_entry(question, answers) for question in asked]
         files[f"karpathy_{name}.json"] = rows
         counts[f"karpathy_{name}.json"] = {
             "images": len({row["img_id"] for row in rows}),
             "questions": len(rows),
             "without_known_answer": sum(not row["label"] for row in rows),
         }
-    facts = {
-        "files": counts,
-        "vocabulary": {"answers": len(answers), "sha256": answers.sha256, "origin": origin},
-    }
+    facts = {"files": counts, "vocabulary": {"answers": len(answers), "sha256": answers.sha256, "origin": origin}}
     inputs = [*questions, *annotations, dataset_coco_json]
     return _write(output_dir, files | answers.to_files(), VQA_MANIFEST, inputs, facts)
 
@@ -112,10 +105,10 @@ def _coco_form(split: CaptionSplit) -> dict[str, Any]:
     }
 
 
-def _list_entry(question: Question, file_name: str, vocabulary: AnswerVocabulary) -> dict[str, Any]:
+def _list_entry(question: Question, vocabulary: AnswerVocabulary) -> dict[str, Any]:
     return {
         "question_id": question.question_id,
-        "img_id": Path(file_name).stem,
+        "img_id": Path(question.file_name).stem,
         "sent": question.text,
         "question_type": question.question_type,
         "answer_type": question.answer_type,
@@ -128,7 +121,8 @@ def _write(
     output_dir: str | Path, files: Mapping[str, Any], manifest_name: str, inputs: Sequence[str | Path], facts: Any
 ) -> dict[str, Any]:
     """Write ``files`` and, last, a manifest of ``inputs`` (name and SHA-256) and ``facts``; returns the manifest."""
-    digests = [{"file": Path(path).name, "sha256": sha256_of(path)} for path in inputs]
-    manifest = {"inputs": digests, **facts}
+    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in inputs]
+    listed = [{"file": Path(path).name, "sha256": digest} for path, digest in zip(inputs, digests, strict=True)]
+    manifest = {"inputs": listed, **facts}
     write_json_files(output_dir, {**files, manifest_name: manifest})
     return manifest

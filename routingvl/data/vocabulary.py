@@ -1,8 +1,4 @@
-"""The answers that the VQA classifier chooses from, and the soft scores that it learns.
-
-AnswerVocabulary(answers); .load(path), .derive(questions, min_questions=9); .answers[label], .index[answer], .sha256
-soft_scores(answers, vocabulary) -> {answer: score}
-"""
+"""The answers that the VQA classifier chooses from, and the soft scores that it learns."""
 
 from __future__ import annotations
 

@@ -1,12 +1,4 @@
-"""VQAv2 questions and answers: official files with the Karpathy split, or one JSON list per split.
-
-load_vqa(source, split, image_root=None) -> VQASplit
-    source: a folder, or one per-split JSON list
-    split: "train" | "val" | "test" (Karpathy's), or "nominival" | "minival" (LXMERT's lists),
-           or "train2014" | "val2014" | "test2015" | "test-dev2015" (official, not re-split)
-load_official_vqa(questions, annotations, *, dataset_coco=None, split=None, image_root=None) -> VQASplit
-VQASplit: .images [ImageRecord], .questions [Question], .annotations() -> official annotation dicts for the accuracy
-"""
+"""VQAv2 questions and answers: official files with the Karpathy split, or one JSON list per split."""
 
 from __future__ import annotations
 
@@ -41,6 +33,7 @@ class Question:
         label: answer -> soft score, when the file gives it; otherwise it follows from ``answers``.
         top_answer: the official ``multiple_choice_answer``.
         question_type, answer_type: classes of the official report.
+        file_name: of its image.
     """
 
     question_id: int
@@ -51,6 +44,7 @@ class Question:
     top_answer: str | None = None
     question_type: str | None = None
     answer_type: str | None = None
+    file_name: str | None = None
 
 
 class _Entry(NamedTuple):
@@ -126,34 +120,31 @@ def load_vqa(source: str | Path, split: str, image_root: str | Path | None = Non
     source = Path(source)
     if source.is_file():
         return _load_list(source, split, image_root)
-    name = split.removeprefix("karpathy_")
+    name, known = split.removeprefix("karpathy_"), (*SPLITS, *LXMERT_SPLITS, *OFFICIAL_SPLITS)
+    if name not in known:
+        raise DataError(f"unknown VQA split {split!r}; the splits are {', '.join(known)}")
     looked_for: list[Path] = []
+
+    def found(*files: str) -> list[Path]:
+        """The paths of these files, if all are there."""
+        paths = [source / file for file in files]
+        looked_for.extend(paths)
+        return paths if all(path.is_file() for path in paths) else []
+
+    if name in OFFICIAL_SPLITS and (questions := found(questions_file(name))):
+        annotations = [path for path in (source / annotations_file(name),) if path.is_file()]
+        return load_official_vqa(questions, annotations, split=name, image_root=image_root)
     if name in SPLITS:
-        listed = source / f"karpathy_{name}.json"
-        if listed.is_file():
-            return _load_list(listed, split, image_root)
-        official = [source / file(subset) for file in (questions_file, annotations_file) for subset in TRAINVAL]
-        if all(path.is_file() for path in (*official, source / DATASET_FILE)):
+        if listed := found(f"karpathy_{name}.json"):
+            return _load_list(*listed, split, image_root)
+        if official := found(*map(questions_file, TRAINVAL), *map(annotations_file, TRAINVAL), DATASET_FILE):
             return load_official_vqa(
-                official[:2], official[2:], dataset_coco=source / DATASET_FILE, split=name, image_root=image_root
+                official[:2], official[2:4], dataset_coco=official[4], split=name, image_root=image_root
             )
-        looked_for = [listed, *official, source / DATASET_FILE]
-    elif name in OFFICIAL_SPLITS:
-        annotations = source / annotations_file(name)
-        if (questions := source / questions_file(name)).is_file():
-            return load_official_vqa(
-                [questions], [annotations] if annotations.is_file() else [], split=name, image_root=image_root
-            )
-        looked_for = [questions]
-    elif name not in LXMERT_SPLITS:
-        known = ", ".join((*SPLITS, *LXMERT_SPLITS, *OFFICIAL_SPLITS))
-        raise DataError(f"unknown VQA split {split!r}; the splits are {known}")
-    if split in (*SPLITS, *LXMERT_SPLITS):
-        if (listed := source / f"{split}.json").is_file():
-            if split in SPLITS:
-                logger.warning("%s: using LXMERT's list %s, which is not the Karpathy split", split, listed)
-            return _load_list(listed, split, image_root)
-        looked_for.append(listed)
+    if split in (*SPLITS, *LXMERT_SPLITS) and (listed := found(f"{split}.json")):
+        if split in SPLITS:
+            logger.warning("%s: using LXMERT's list %s, which is not the Karpathy split", split, *listed)
+        return _load_list(*listed, split, image_root)
     raise DataError(
         f"no questions of split {split!r}; looked for {', '.join(map(str, looked_for))}. `routingvl prepare-data` "
         f"makes karpathy_{{train,val,test}}.json from the official VQAv2 files and {DATASET_FILE}"
@@ -190,8 +181,8 @@ def load_official_vqa(
     return _build_split(split or "all", joined, image_root, ", ".join(map(str, questions)))
 
 
-def join_official(questions: Sequence[str | Path], annotations: Sequence[str | Path]) -> list[tuple[Question, str]]:
-    """Every question of the official files, with its annotation, and the file name of its image.
+def join_official(questions: Sequence[str | Path], annotations: Sequence[str | Path]) -> list[Question]:
+    """Every question of the official files, with its annotation.
 
     Raises :class:`DataError` as :func:`load_official_vqa` does.
     """
@@ -202,16 +193,14 @@ def join_official(questions: Sequence[str | Path], annotations: Sequence[str | P
     return [_join(identity, entry, annotation_entries.get(identity)) for identity, entry in question_entries.items()]
 
 
-def by_karpathy_split(
-    joined: Iterable[tuple[Question, str]], dataset_coco: str | Path
-) -> dict[str, list[tuple[Question, str]]]:
-    """Group the result of :func:`join_official` into train, val and test, by the split of each image."""
+def by_karpathy_split(joined: Iterable[Question], dataset_coco: str | Path) -> dict[str, list[Question]]:
+    """Group questions into train, val and test, by the split of each image."""
     splits = image_splits(dataset_coco)
-    grouped: dict[str, list[tuple[Question, str]]] = {name: [] for name in SPLITS}
-    for question, file_name in joined:
+    grouped: dict[str, list[Question]] = {name: [] for name in SPLITS}
+    for question in joined:
         if question.image_id not in splits:
             raise DataError(f"{dataset_coco} has no image {question.image_id} of question {question.question_id}")
-        grouped[splits[question.image_id]].append((question, file_name))
+        grouped[splits[question.image_id]].append(question)
     return grouped
 
 
@@ -247,21 +236,22 @@ def _check_same_questions(
         raise DataError(f"{annotations[identity].path}: annotation of question {identity}, which no question file has")
 
 
-def _join(identity: int, entry: _Entry, annotation: _Entry | None) -> tuple[Question, str]:
+def _join(identity: int, entry: _Entry, annotation: _Entry | None) -> Question:
     with required_keys(entry.path, "question", identity):
         image_id = entry.fields["image_id"]
-        question = Question(identity, image_id, _question_text(entry.fields["question"], entry.path, identity))
-        file_name = f"COCO_{entry.subset}_{image_id:012d}.jpg"
-    if annotation is not None:
-        with required_keys(annotation.path, "annotation of question", identity):
-            question = replace(
-                question,
-                answers=_raw_answers(annotation.fields["answers"]),
-                top_answer=annotation.fields["multiple_choice_answer"],
-                question_type=annotation.fields["question_type"],
-                answer_type=annotation.fields["answer_type"],
-            )
-    return question, file_name
+        text = _question_text(entry.fields["question"], entry.path, identity)
+        file_name = sys.intern(f"COCO_{entry.subset}_{image_id:012d}.jpg")
+        question = Question(identity, image_id, text, file_name=file_name)
+    if annotation is None:
+        return question
+    with required_keys(annotation.path, "annotation of question", identity):
+        return replace(
+            question,
+            answers=_raw_answers(annotation.fields["answers"]),
+            top_answer=annotation.fields["multiple_choice_answer"],
+            question_type=annotation.fields["question_type"],
+            answer_type=annotation.fields["answer_type"],
+        )
 
 
 def _load_list(path: Path, split: str, image_root: str | Path | None) -> VQASplit:
@@ -269,27 +259,27 @@ def _load_list(path: Path, split: str, image_root: str | Path | None) -> VQASpli
     content = read_json(path)
     if not isinstance(content, list):
         raise DataError(f"{path} is not a JSON list of questions")
-    entries = []
+    questions = []
     for position, fields in enumerate(content):
         with required_keys(path, "entry number", position):
             identity, image = fields["question_id"], fields["img_id"]
             digits = _TRAILING_NUMBER.search(image)
             if digits is None:
                 raise DataError(f"{path}: img_id {image!r} of question {identity} does not end in an image number")
+            text = _question_text(fields["sent"] if "sent" in fields else fields["question"], path, identity)
             question = Question(
                 identity,
                 int(digits.group()),
-                _question_text(fields["sent"] if "sent" in fields else fields["question"], path, identity),
+                text,
                 answers=_raw_answers(fields["answers"]) if "answers" in fields else None,
-                label={answer: float(score) for answer, score in fields["label"].items()}
-                if "label" in fields
-                else None,
+                label={a: float(score) for a, score in fields["label"].items()} if "label" in fields else None,
                 question_type=fields.get("question_type"),
                 answer_type=fields.get("answer_type"),
+                file_name=sys.intern(f"{image}.jpg"),
             )
-        entries.append((question, f"{image}.jpg"))
-    check_unique((question.question_id for question, _ in entries), path, "question")
-    return _build_split(split, entries, image_root, str(path))
+        questions.append(question)
+    check_unique((question.question_id for question in questions), path, "question")
+    return _build_split(split, questions, image_root, str(path))
 
 
 def _question_text(raw: str, path: Path, question_id: int) -> str:
@@ -303,16 +293,13 @@ def _raw_answers(entries: Iterable[Mapping[str, Any] | str]) -> tuple[str, ...]:
     return tuple(sys.intern(entry if isinstance(entry, str) else entry["answer"]) for entry in entries)
 
 
-def _build_split(
-    name: str, entries: Iterable[tuple[Question, str]], image_root: str | Path | None, source: str
-) -> VQASplit:
-    folders = ImageFolders(image_root)
-    images: dict[int, ImageRecord] = {}
-    questions = []
-    for question, file_name in entries:
-        questions.append(question)
-        if question.image_id not in images:
-            images[question.image_id] = ImageRecord(question.image_id, file_name, folders.path(file_name))
+def _build_split(name: str, questions: list[Question], image_root: str | Path | None, source: str) -> VQASplit:
     if not questions:
         raise DataError(f"{source}: no questions of split {name!r}")
+    folders = ImageFolders(image_root)
+    images: dict[int, ImageRecord] = {}
+    for question in questions:
+        if question.image_id not in images:
+            path = folders.path(question.file_name)
+            images[question.image_id] = ImageRecord(question.image_id, question.file_name, path)
     return VQASplit(name, list(images.values()), questions)

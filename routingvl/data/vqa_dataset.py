@@ -1,9 +1,4 @@
-"""Questions with their images, and the answers of a vocabulary as soft targets.
-
-VQADataset(split, vocabulary, preprocessor=None, *, features=None, on_bad_image="fail")
-    item: question_id, image_id, question, target {label: score} or None, question_type, answer_type, answers (raw
-    strings) or None, and pixel_values [3, H, W] or vision_features [L, d]; None for a skipped image
-"""
+"""Questions with their images, and the answers of a vocabulary as soft targets."""
 
 from __future__ import annotations
 

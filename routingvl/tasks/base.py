@@ -76,7 +76,7 @@ class Task(ABC):
     def __init__(self, config: RunConfig, tokenizer: Any, preprocessor: ImagePreprocessor) -> None:
         self.config, self.tokenizer, self.preprocessor = config, tokenizer, preprocessor
         self.text_length = config.data.max_text_length or self.max_text_length
-        self.features: dict[int | str, torch.Tensor] = {}
+        self.features: Mapping[int | str, torch.Tensor] = {}
         self.train_set: ExampleDataset | None = None
         self.val_set: ExampleDataset | None = None
         self.metric = ""
@@ -196,7 +196,8 @@ class Task(ABC):
         """Have the features of ``images`` at hand if the config says that features are kept; see FeatureStore.load."""
         new = [image for image in images if image.image_id not in self.features]
         if self.config.data.keeps_features and new:
-            self.features |= self.feature_store.load(new, progress=progress)
+            loaded = self.feature_store.load(new, progress=progress)
+            self.features = self.features | loaded if self.features else loaded
 
     @cached_property
     def feature_store(self) -> FeatureStore:

@@ -1,5 +1,6 @@
 """The files of the feature cache: round trips, writers side by side, breaks at any byte, damage."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from routingvl.data.feature_cache import FeatureCache, FeatureCacheError, FileDigests, file_digest, file_stat
+from routingvl.data.feature_cache import FeatureCache, FeatureCacheError, FileDigests, file_stat
 
 KEY = {"weights": "w", "kind": "pooler"}
 RECORD = 48
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def digest(number):
-    return file_digest(str(number).encode())
+    return hashlib.sha256(str(number).encode()).digest()
 
 
 def rows(*numbers, shape=(2, 4)):
@@ -33,7 +34,6 @@ def opened(root, shape=(2, 4), dtype=torch.float32, **key):
 def filled(root, count=5, **options):
     cache = opened(root, **options)
     cache.add([digest(n) for n in range(count)], rows(*range(count)))
-    cache.close()
     return cache
 
 
@@ -59,7 +59,7 @@ def test_round_trip(tmp_path, dtype):
         assert found.dtype == dtype
         assert torch.equal(found, values.to(dtype))
     assert again.find(digest(9)) is None
-    assert len(again) == 5
+    assert len(again.digests()) == 5
 
 
 def test_bad_features_and_folders_are_refused(tmp_path):
@@ -83,7 +83,7 @@ def test_a_damaged_description_costs_no_features(tmp_path, caplog, damaged):
     path = filled(tmp_path).directory / "features.json"
     whole = path.read_bytes()
     path.write_bytes(damaged)
-    assert len(opened(tmp_path)) == 5
+    assert len(opened(tmp_path).digests()) == 5
     assert f"{path} is damaged" in caplog.text
     assert path.read_bytes() == whole
 
@@ -92,8 +92,8 @@ def test_another_key_is_a_miss(tmp_path):
     filled(tmp_path)
     others = [{"weights": "x"}, {"kind": "tokens"}, {"dtype": torch.float16}, {"shape": (4, 2)}, {"extra": 1}]
     for other in others:
-        assert len(opened(tmp_path, **other)) == 0
-    assert len(opened(tmp_path)) == 5
+        assert len(opened(tmp_path, **other).digests()) == 0
+    assert len(opened(tmp_path).digests()) == 5
 
 
 def test_index_cut_at_every_byte(tmp_path):
@@ -112,7 +112,6 @@ def test_index_cut_at_every_byte(tmp_path):
             assert row is None or torch.equal(row, rows(n)[0])
         # Continuing fills the gap, and the torn end stays out of the way.
         reader.add([digest(n) for n in range(5) if found[n] is None], rows(*range(5))[size // RECORD :])
-        reader.close()
         again = opened(tmp_path / "cut")
         assert all(torch.equal(again.find(digest(n)), rows(n)[0]) for n in range(5))
 
@@ -130,7 +129,7 @@ def test_rows_cut_at_every_byte(tmp_path, caplog):
         assert [reader.find(digest(n)) is not None for n in range(5)] == [n < size // row_bytes for n in range(5)]
         assert f"{cut} is shorter than its index says" in caplog.text
     cut.unlink()
-    assert len(opened(tmp_path / "cut")) == 0
+    assert len(opened(tmp_path / "cut").digests()) == 0
 
 
 def test_damage_is_found_named_and_repaired(tmp_path, caplog):
@@ -147,7 +146,6 @@ def test_damage_is_found_named_and_repaired(tmp_path, caplog):
         assert str(path) in caplog.text
     reader.find(digest(2))
     reader.add([digest(2), digest(3)], rows(2, 3))
-    reader.close()
     again = opened(tmp_path)
     assert all(torch.equal(again.find(digest(n)), rows(n)[0]) for n in range(5))
 
@@ -164,7 +162,6 @@ def test_after_a_failed_write_the_next_rows_go_elsewhere(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             cache.add([digest(6)], rows(6))
     cache.add([digest(7)], rows(7))
-    cache.close()
     again = opened(tmp_path)
     assert [again.find(digest(n)) is not None for n in range(8)] == [True] * 6 + [False, True]
     assert torch.equal(again.find(digest(7)), rows(7)[0])
@@ -187,7 +184,7 @@ def test_two_processes_write_at_once(tmp_path):
     writers = [subprocess.Popen([sys.executable, "-c", code, *span], env=environment) for span in ranges]
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
     cache = opened(tmp_path)
-    assert len(cache) == 50
+    assert len(cache.digests()) == 50
     assert len(list(cache.directory.glob("*.rows"))) == 2
     assert all(torch.equal(cache.find(digest(n)), rows(n)[0]) for n in range(50))
 

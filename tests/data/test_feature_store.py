@@ -304,7 +304,7 @@ def test_command_errors(tiny, tmp_path, capsys):
         assert main(list(args)) == 2
         return capsys.readouterr().err
 
-    assert "add --feature-cache FOLDER" in fails("cache-features", *arguments(tiny))
+    assert "feature_cache is not set; add --feature-cache FOLDER" in fails("cache-features", *arguments(tiny))
     file = tmp_path / "file"
     file.write_text("")
     assert f"{file} is a file; name a folder" in fails("cache-features", *arguments(tiny), "--feature-cache", str(file))

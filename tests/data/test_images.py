@@ -209,15 +209,15 @@ class TestPictureSource:
         features = {7: torch.ones(1, 4)}
         record = ImageRecord(7, "absent.jpg", None)
         for given in (features, features.__getitem__):
-            assert torch.equal(PictureSource(features=given)(record)["vision_features"], features[7])
+            assert torch.equal(PictureSource(features=given).picture(record)["vision_features"], features[7])
 
     def test_missing_features_name_the_image(self):
         with pytest.raises(DataError, match="image 8"):
-            PictureSource(features={7: torch.ones(1, 4)})(ImageRecord(8, "eight.jpg"))
+            PictureSource(features={7: torch.ones(1, 4)}).picture(ImageRecord(8, "eight.jpg"))
 
     def test_no_image_folder(self):
         with pytest.raises(DataError, match="without an image folder"):
-            PictureSource(ImagePreprocessor(8))(ImageRecord(8, "eight.jpg"))
+            PictureSource(ImagePreprocessor(8)).picture(ImageRecord(8, "eight.jpg"))
 
     def test_needs_a_source_and_a_known_policy(self):
         with pytest.raises(ValueError, match="preprocessor"):
@@ -227,7 +227,7 @@ class TestPictureSource:
 
     def test_fail_raises(self, truncated):
         with pytest.raises(ImageError, match=r"truncated\.jpg"):
-            PictureSource(ImagePreprocessor(8))(ImageRecord(1, "truncated.jpg", truncated))
+            PictureSource(ImagePreprocessor(8)).picture(ImageRecord(1, "truncated.jpg", truncated))
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_skip_drops_and_counts_also_with_workers(self, jpeg, truncated, tmp_path, workers):
@@ -238,9 +238,7 @@ class TestPictureSource:
         batches = list(loader)
         assert [batch and batch["image_ids"] for batch in batches] == [[0], [2], None, [6]]
         assert batches[0]["pixel_values"].shape == (1, 3, 8, 8)
-        assert dataset.pictures.skipped == 4
-        dataset.pictures.reset_skipped()
-        assert dataset.pictures.skipped == 0
+        assert dataset.skipped == 4
 
     def test_failure_in_a_worker_names_the_file(self, truncated):
         dataset = ImageDataset([ImageRecord(1, "truncated.jpg", truncated)], ImagePreprocessor(8))
