@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
 from routingvl.bottlenecks.sharding import is_sharded
 from routingvl.kernels import ImageCode
 
 Weights = tuple[torch.Tensor, torch.Tensor]
-
-
-class Reader(Protocol):
-    """A layer as the context sees it; :class:`routingvl.bottlenecks.layers.RoutedLayer` says what the members are."""
-
-    projection: Weights
-    project: Callable[[torch.Tensor], ImageCode | None]
-    takes: Callable[[torch.Tensor], bool]
-    traits: Callable[[], Hashable]
-    joint_options: Callable[[torch.Tensor], dict[str, Any] | None]
-    project_jointly: Callable[..., list[ImageCode]]
 
 
 class VisualContext:
@@ -41,10 +33,11 @@ class VisualContext:
 
     def __init__(self) -> None:
         self._thread = _Thread()
-        self._readers: weakref.WeakKeyDictionary[Reader, None] = weakref.WeakKeyDictionary()  # in the order of add()
+        # Modules of routingvl.bottlenecks.layers, which imports this file; in the order of add().
+        self._readers: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()
         self._sharded = False
 
-    def add(self, layer: Reader) -> None:
+    def add(self, layer: nn.Module) -> None:
         """Count ``layer``, which reads the image here, among those that have it projected together."""
         self._readers[layer] = None
 
@@ -69,7 +62,16 @@ class VisualContext:
             )
         if beams < 1:
             raise ValueError(f"beams={beams} must be at least 1")
-        return _Binding(self._thread, features, beams, decoding)
+        return self._bound(_Binding(features, beams, decoding))
+
+    @contextlib.contextmanager
+    def _bound(self, binding: _Binding) -> Iterator[None]:
+        previous, self._thread.binding = self._thread.binding, binding
+        try:
+            yield
+        finally:
+            self._thread.binding = previous
+            binding.kept = {}  # a new one: recomputations may still read the old
 
     @property
     def features(self) -> torch.Tensor | None:
@@ -99,7 +101,7 @@ class VisualContext:
             )
         return binding.features
 
-    def image_code(self, layer: Reader, weights: Weights) -> ImageCode | None:
+    def image_code(self, layer: nn.Module, weights: Weights) -> ImageCode | None:
         """What the bound features come to in ``layer`` of these weights, made once and kept until the binding ends.
 
         While gradients are recorded, the first layer to ask has it made by one call for all that are like it. In a
@@ -117,43 +119,44 @@ class VisualContext:
             return None
         if weights[0].is_inference() or weights[1].is_inference():  # these do not count their changes
             return None
-        state = _state(recording, features, weights)
         known = binding.kept.get(layer)
-        if known is None or known[0] != state:
-            if recording:
-                self._project_jointly(layer, weights, features, options, binding.kept)
-            else:
-                binding.kept[layer] = state, weights, layer.project(features)
-            known = binding.kept[layer]
-        return known[2]
+        if known is None or known[0] != _state(recording, features, weights):
+            together = self._like(layer, weights, features, options) if recording else {layer: weights}
+            codes = [None]  # one that is trained and has none like it makes its code in its call
+            if not recording:
+                codes = [layer.project(features)]
+            elif len(together) > 1:
+                codes = layer.project_jointly(features, *zip(*together.values(), strict=True), **options)
+            for (reader, own), code in zip(together.items(), codes, strict=True):
+                binding.kept[reader] = _state(recording, features, own), own, code
+        return binding.kept[layer][2]
 
-    def _project_jointly(
-        self, layer: Reader, weights: Weights, features: torch.Tensor, options: dict[str, Any], kept: dict
-    ) -> None:
-        """Keep the code of ``layer`` and those of all layers like it; None for it where there is no other."""
-        together = [(layer, weights)]
-        if layer.takes(features) and layer in self._readers:
-            readers = [(r, weights if r is layer else r.projection) for r in list(self._readers)]
-            # FSDP2 reduces a layer's gradients as soon as it has those of its input: too early for joint ones.
-            self._sharded = self._sharded or any(is_sharded(own[0]) for _, own in readers)
-            if not self._sharded:
-                like = _likeness(layer, weights)
-                together = [(r, own) for r, own in readers if _likeness(r, own) == like]
-        codes: Sequence[ImageCode | None] = [None]
-        if len(together) > 1:
-            codes = layer.project_jointly(features, *zip(*(own for _, own in together), strict=True), **options)
-        for (reader, own), code in zip(together, codes, strict=True):
-            kept[reader] = _state(True, features, own), own, code
+    def _like(
+        self, layer: nn.Module, weights: Weights, features: torch.Tensor, options: dict[str, Any]
+    ) -> dict[nn.Module, Weights]:
+        """The weights of ``layer`` and of all layers whose image one call can project with its own."""
+        if layer not in self._readers or not layer.takes(features):
+            return {layer: weights}
+        readers = {reader: weights if reader is layer else reader.projection for reader in list(self._readers)}
+        # FSDP2 reduces a layer's gradients as soon as it has those of its input: too early for joint ones.
+        self._sharded = self._sharded or any(is_sharded(a) for a, _ in readers.values())
+        if self._sharded:
+            return {layer: weights}
+        alike = layer.kind, *map(_traits, weights)
+        return {
+            reader: own
+            for reader, own in readers.items()
+            if (reader.kind, *map(_traits, own)) == alike and reader.joint_options(features) == options
+        }
 
     def checkpoint_context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """``context_fn`` for non-reentrant ``torch.utils.checkpoint``: the recomputation sees the same features.
 
         It also sees what was made of them.
         """
-        binding = self._thread.binding
-        if binding is None:
-            return nullcontext(), self.bind(None)
-        return nullcontext(), _Binding(self._thread, binding.features, binding.beams, binding.decoding, binding.kept)
+        binding = self._thread.binding or _Binding(None)
+        again = _Binding(binding.features, binding.beams, binding.decoding, binding.kept)
+        return contextlib.nullcontext(), self._bound(again)
 
     def __reduce__(self):
         return type(self), ()
@@ -162,36 +165,22 @@ class VisualContext:
 class _Thread(threading.local):
     """What is bound in each thread."""
 
-    def __init__(self) -> None:
-        self.binding: _Binding | None = None
+    binding: _Binding | None = None
 
 
+@dataclass(eq=False)
 class _Binding:
-    """The ``with`` block of :meth:`VisualContext.bind`; restores what was bound before.
+    """What :meth:`VisualContext.bind` was given, and what became of it.
 
     Attributes:
         kept: {layer: (state that its code was made in, its weights, its code or None)}. The weights are there so that
             no other tensor can come to stand at their addresses.
     """
 
-    def __init__(
-        self,
-        thread: _Thread,
-        features: torch.Tensor | None,
-        beams: int,
-        decoding: bool,
-        kept: dict[Reader, tuple[tuple, Weights, ImageCode | None]] | None = None,
-    ) -> None:
-        self.features, self.beams, self.decoding = features, beams, decoding
-        self.kept = {} if kept is None else kept
-        self._thread, self._previous = thread, None
-
-    def __enter__(self) -> None:
-        self._previous, self._thread.binding = self._thread.binding, self
-
-    def __exit__(self, *exc: object) -> None:
-        self._thread.binding, self._previous = self._previous, None
-        self.kept = {}  # a new one: recomputations may still read the old
+    features: torch.Tensor | None
+    beams: int = 1
+    decoding: bool = False
+    kept: dict[nn.Module, tuple[tuple, Weights, ImageCode | None]] = field(default_factory=dict)
 
 
 def _state(recording: bool, features: torch.Tensor, weights: Weights) -> tuple:
@@ -201,6 +190,5 @@ def _state(recording: bool, features: torch.Tensor, weights: Weights) -> tuple:
     return recording, v, a.data_ptr(), a._version, a.requires_grad, b.data_ptr(), b._version, b.requires_grad
 
 
-def _likeness(layer: Reader, weights: Weights) -> tuple:
-    a, b = weights
-    return layer.traits(), a.shape, b.shape, a.dtype, b.dtype, a.device, a.requires_grad, b.requires_grad
+def _traits(weight: torch.Tensor) -> tuple:
+    return weight.shape, weight.dtype, weight.device, weight.requires_grad

@@ -7,15 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What transformers' configurations call an activation, and what it is called here.
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_new",
-    "gelu_pytorch_tanh": "gelu_new",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
+# What transformers' configurations call an activation -> its name in routingvl.kernels.ACTIVATIONS.
+ACTIVATIONS = {name: name for name in ("gelu", "gelu_new", "relu", "silu")}
+ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_new", "swish": "silu"}
 
 
 @dataclass(frozen=True)

@@ -56,13 +56,13 @@ def inject(
     context = VisualContext() if context is None else context
     family = FAMILIES.get(_model_type(model))
     _check_layers(model, family, config)
-    if config.method == "lora":
-        changes = _plan_lora(model, family, config, context, backend)
-    else:
-        changes = _plan_adapters(model, family, config, context, backend)
+    plan = _plan_lora if config.method == "lora" else _plan_adapters
+    shared = {"context": context, "backend": backend}
+    shared |= {key: getattr(config, key) for key in ("rank", "routing", "dropout", "relu")}
+    changes = plan(model, family, config, shared)
     # Everything was built before anything is touched, so an error leaves the model as it was.
     freeze(model)
-    for name, module in changes:
+    for name, module in changes.items():
         _replace(model, name, module)
     _unfreeze(model, family, config)
     return trainable_report(model)
@@ -74,18 +74,15 @@ def remove(model: nn.Module) -> None:
     Raises:
         SurgeryError: the model has none.
     """
-    routed = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, RoutedLoRALinear | AdaptedDropout | AdaptedLayerNorm)
-    ]
-    if not routed:
+    modules = list(model.named_modules())
+    if not any(isinstance(module, RoutedLayer) for _, module in modules):
         raise SurgeryError("the model has no routed bottlenecks to remove")
-    for name, module in routed:
-        _replace(model, name, module.restore())
-    for name, _ in [(n, m) for n, m in model.named_modules() if isinstance(m, RoutedAdapter)]:
-        home, _, attribute = name.rpartition(".")
-        delattr(model.get_submodule(home), attribute)
+    for name, module in modules:
+        if isinstance(module, RoutedLoRALinear | AdaptedDropout | AdaptedLayerNorm):
+            _replace(model, name, module.restore())
+        elif isinstance(module, RoutedAdapter):
+            home, _, attribute = name.rpartition(".")
+            delattr(model.get_submodule(home), attribute)
 
 
 def freeze(model: nn.Module) -> None:
@@ -117,37 +114,27 @@ def _layer_index(name: str) -> int | None:
 
 
 def _check_layers(model: nn.Module, family: Family | None, config: RoutingConfig) -> None:
-    if config.layers is None:
-        return
     if family is not None:
         known = set(_layers_of(model, family))
     else:
         known = {_layer_index(name) for name, _ in model.named_modules()} - {None}
-    absent = [index for index in config.layers if index not in known]
-    if absent:
+    if absent := [index for index in config.layers or () if index not in known]:
         raise SurgeryError(f"layers={list(config.layers)}: the model has no layer {absent}; it has {sorted(known)}")
 
 
-def _plan_lora(model, family, config, context, backend) -> list[tuple[str, nn.Module]]:
-    """(module name, replacement) for each projection to adapt."""
-    changes = []
+def _unknown_family(model: nn.Module) -> str:
+    return f"model type {_model_type(model)!r} is not in routingvl.bottlenecks.families ({', '.join(FAMILIES)})"
+
+
+def _plan_lora(model, family, config, shared) -> dict[str, nn.Module]:
+    """Module name -> replacement for each projection to adapt."""
+    changes = {}
     for name, projection in _projections(model, family, config):
         base = model.get_submodule(name)
         if not is_projection(base):
             raise SurgeryError(f"{name} is a {type(base).__name__}; LoRA stands beside nn.Linear or Conv1D")
-        replacement = RoutedLoRALinear(
-            base,
-            config.rank,
-            routing=config.routing,
-            alpha=config.alpha,
-            dropout=config.dropout,
-            relu=config.relu,
-            placement=config.placement,
-            slices=_slices(base, projection),
-            context=context,
-            backend=backend,
-        )
-        changes.append((name, replacement))
+        slices = _slices(base, projection)
+        changes[name] = RoutedLoRALinear(base, alpha=config.alpha, placement=config.placement, slices=slices, **shared)
     if not changes:
         raise SurgeryError(_no_match(model, config))
     return changes
@@ -158,10 +145,7 @@ def _projections(model, family, config) -> Iterator[tuple[str, Projection]]:
     known = family.projections if family is not None else ()
     if config.targets is None:
         if family is None:
-            raise SurgeryError(
-                f"model type {_model_type(model)!r} is not in routingvl.bottlenecks.families ({', '.join(FAMILIES)}): "
-                "name the projections to adapt with targets=[...]"
-            )
+            raise SurgeryError(f"{_unknown_family(model)}: name the projections to adapt with targets=[...]")
         for index, layer in _layers_of(model, family).items():
             if config.layers is None or index in config.layers:
                 yield from ((f"{layer}.{projection.name}", projection) for projection in known)
@@ -182,24 +166,20 @@ def _slices(base: nn.Module, projection: Projection) -> list[tuple[int, int]] | 
 
 def _no_match(model: nn.Module, config: RoutingConfig) -> str:
     names = [name for name, module in model.named_modules() if is_projection(module)]
+    # A target may have been meant to be a whole name or its last one or two parts.
+    endings = list(dict.fromkeys(".".join(name.split(".")[-depth:]) for depth in (1, 2, 99) for name in names))
     targets = config.targets or ()
-    near = [hit for target in targets for hit in difflib.get_close_matches(target, _endings(names), n=3, cutoff=0.3)]
+    near = [hit for target in targets for hit in difflib.get_close_matches(target, endings, n=3, cutoff=0.3)]
     listed = ", ".join(dict.fromkeys(near)) or ", ".join(names[:6]) or "none: the model has no nn.Linear or Conv1D"
     return f"targets={list(targets)} match no projection of {type(model).__name__}; nearest: {listed}"
 
 
-def _endings(names: list[str]) -> list[str]:
-    """Every name and its last one and two parts: what a target could have been meant to be."""
-    parts = [name.split(".") for name in names]
-    return list(dict.fromkeys(".".join(p[-depth:]) for depth in (1, 2, 99) for p in parts))
-
-
-def _plan_adapters(model, family, config, context, backend) -> list[tuple[str, nn.Module]]:
-    """(module name, replacement) for each adapter and for each module it is hung on."""
+def _plan_adapters(model, family, config, shared) -> dict[str, nn.Module]:
+    """Module name -> replacement for each adapter and for each module it is hung on."""
     if family is None:
         raise SurgeryError(
-            f"model type {_model_type(model)!r} is not in routingvl.bottlenecks.families ({', '.join(FAMILIES)}), "
-            "so the places of its adapters are not known: add an entry there, or use method='lora' with targets=[...]"
+            f"{_unknown_family(model)}, so the places of its adapters are not known: add an entry there, "
+            "or use method='lora' with targets=[...]"
         )
     if config.position == "post_module" and any(sublayer.output is None for sublayer in family.sublayers):
         raise SurgeryError(
@@ -222,16 +202,11 @@ def _plan_adapters(model, family, config, context, backend) -> list[tuple[str, n
             if home not in changes:
                 changes[home] = RoutedAdapter(
                     norm.normalized_shape[0],
-                    config.rank,
-                    routing=config.routing,
                     activation=ACTIVATIONS[activation_name],
                     residual=residual,
-                    dropout=config.dropout,
-                    relu=config.relu,
-                    context=context,
-                    backend=backend,
                     device=norm.weight.device,
                     dtype=norm.weight.dtype,
+                    **shared,
                 ).train(norm.training)
             if config.position == "post_module":
                 output = model.get_submodule(f"{layer}.{sublayer.output}")
@@ -240,18 +215,17 @@ def _plan_adapters(model, family, config, context, backend) -> list[tuple[str, n
                 changes[f"{layer}.{sublayer.norm}"] = AdaptedLayerNorm(norm, changes[home], config.position)
     if not changes:
         raise SurgeryError(f"{type(model).__name__} has no layers called {family.layer.format('*')}")
-    return list(changes.items())
+    return changes
 
 
 def _unfreeze(model: nn.Module, family: Family | None, config: RoutingConfig) -> None:
     for module in model.modules():
-        if isinstance(module, RoutedLoRALinear):
-            module.lora_A.requires_grad_(True)
-            module.lora_B.requires_grad_(True)
-            if config.train_bias and module.bias is not None:
-                module.bias.requires_grad_(True)
-        elif isinstance(module, RoutedAdapter):
+        if isinstance(module, RoutedAdapter):
             module.requires_grad_(True)
+        elif isinstance(module, RoutedLoRALinear):
+            for parameter in (module.lora_A, module.lora_B, module.bias if config.train_bias else None):
+                if parameter is not None:
+                    parameter.requires_grad_(True)
     if config.train_layer_norm:
         inside = tuple(f"{name}." for name in _layers_of(model, family).values()) if family is not None else None
         for name, module in model.named_modules():

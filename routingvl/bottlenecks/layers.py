@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,10 +46,18 @@ class RoutedLayer(nn.Module):
         kind: the method that the layer belongs to, "lora" or "adapter".
         routing: the routing function's row of :data:`routingvl.kernels.ROUTINGS`.
         rank: R.
+        projection: the weights that project the image; the first is the down-projection A, as wide as text and image.
+        project: what v [B, L, K] comes to in this layer before any text, made for decoding; None: nothing can be.
+        project_jointly: the same for the weights of several layers, with ``joint_options``.
+        joint_options: its options for v [B, L, K]; None: this layer does not have it projected jointly.
     """
 
     kind: str
     rank: int
+    projection: tuple[torch.Tensor, torch.Tensor]
+    project: Callable[[torch.Tensor], ImageCode | None]
+    project_jointly: Callable[..., list[ImageCode]]
+    joint_options: Callable[[torch.Tensor], dict[str, Any] | None]
 
     def __init__(self, routing: str, dropout: float, relu: bool, context: VisualContext | None, backend: str | None):
         super().__init__()
@@ -65,25 +73,6 @@ class RoutedLayer(nn.Module):
         super().__setstate__(state)
         if self.context is not None:
             self.context.add(self)
-
-    @property
-    def projection(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weights that project the image; the first is the down-projection A, as wide as the text and image."""
-        raise NotImplementedError
-
-    def project(self, v: torch.Tensor) -> ImageCode | None:
-        """What v [B, L, K] comes to in this layer before any text, made for decoding; None: nothing can be prepared."""
-        raise NotImplementedError
-
-    def joint_options(self, v: torch.Tensor) -> dict[str, Any] | None:
-        """Options of :meth:`project_jointly` for v [B, L, K]; None: this layer does not have it projected jointly."""
-        raise NotImplementedError
-
-    project_jointly: Callable[..., list[ImageCode]]  # project_lora_images or project_adapter_images
-
-    def traits(self) -> Hashable:
-        """Equal in layers whose :attr:`projection` of equal shapes and dtypes can be projected together."""
-        return self.kind, self.routing, self.relu, self.drops
 
     def takes(self, v: torch.Tensor) -> bool:
         """Whether v [B, L, K] fits the weights, under autocast in width and device."""
@@ -220,10 +209,6 @@ class RoutedLoRALinear(RoutedLayer):
         return project_lora_image(v, *self.projection, decoding=True, **self._options())
 
     project_jointly = staticmethod(project_lora_images)
-
-    def traits(self) -> Hashable:
-        """See :class:`RoutedLayer`."""
-        return *super().traits(), self.scaling, self.groups, self.placement
 
     def joint_options(self, v: torch.Tensor) -> dict[str, Any] | None:
         """See :class:`RoutedLayer`."""

@@ -1,29 +1,130 @@
-"""Errors of settings, and strict reading of dataclasses from dictionaries."""
+"""Errors of settings, and dataclasses of settings whose every value has a type and a range."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+LARGEST_INTEGER = 2**31 - 1
+WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", types.NoneType: "null"}
 
 
 class ConfigError(ValueError):
     """A setting is unknown or has a value that cannot work; the message names the key and the fix."""
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ``; did you mean 'rank'?`` for a mistyped name, or an empty string when nothing is close."""
     close = difflib.get_close_matches(str(name), list(map(str, known)), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def check_choice(key: str, value: Any, choices: Sequence[Any]) -> None:
+def check_choice(key: str, value: Any, choices: Iterable[Any]) -> None:
     """Raise :class:`ConfigError` unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise ConfigError(f"{key}={value!r} is not one of {', '.join(map(repr, choices))}{nearest(value, choices)}")
+        raise ConfigError(
+            f"{key}={shown(value)} is not one of {', '.join(map(repr, choices))}{nearest(value, choices)}"
+        )
+
+
+def shown(value: Any) -> str:
+    """``value`` as a message shows it: at most 80 characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists of lists of lists ...
+        text = f"a {type(value).__name__} too long to show"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def setting(default: Any, *, choices: Sequence[Any] = (), **limits: float) -> Any:
+    """A field of a dataclass that :func:`check_settings` checks; for a list, each of its items.
+
+    Args:
+        default: its value.
+        choices: the values it can have; empty for any.
+        **limits: ``least`` and ``most``, that a number may be, ``above`` and ``below``, that it may not.
+    """
+    return dataclasses.field(default=default, metadata={"choices": choices, "limits": limits})
+
+
+def check_settings(config: Any) -> None:
+    """Raise :class:`ConfigError` for a value that is not of its field's type or out of its range; lists become tuples.
+
+    A list that null is the default of may not be empty, and no list of any length may name a thing twice.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = check_value(field.name, getattr(config, field.name), hints[field.name], field.metadata)
+        object.__setattr__(config, field.name, value)
+
+
+def check_value(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
+    """``value`` of the field ``key``, checked, with a tuple for a list."""
+    choices, limits = metadata.get("choices", ()), metadata.get("limits", {})
+    if value is False and "no" in choices:
+        value = "no"  # as YAML reads it without quotes
+    hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, os.PathLike) and str in hints:
+        value = os.fspath(value)
+    if not any(_is_a(value, one) for one in hints):
+        raise ConfigError(f"{key}={shown(value)} must be {' or '.join(map(_described, hints))}")
+    if isinstance(value, list | tuple):
+        value, lists = tuple(value), [one for one in hints if typing.get_origin(one) is tuple]
+        if not value and types.NoneType in hints:
+            raise ConfigError(f"{key} is empty: nothing would be chosen; leave it out for the default")
+        if typing.get_args(lists[0])[-1] is ... and len(set(value)) < len(value):
+            raise ConfigError(f"{key}={shown(list(value))} names something twice")
+    for item in value if isinstance(value, tuple) else () if value is None else (value,):
+        if choices:
+            check_choice(key, item, choices)
+        if isinstance(item, str) and (not item or not item.isprintable()):
+            raise ConfigError(
+                f"{key}={shown(item)} is empty or holds what cannot be printed; give a name or leave it out"
+            )
+        if isinstance(item, int | float) and not isinstance(item, bool):
+            _check_limits(key, item, **limits)
+    return value
+
+
+def _check_limits(key, value, least=None, most=None, above=None, below=None) -> None:
+    if most is None and isinstance(value, int):
+        most = LARGEST_INTEGER
+    for limit, wrong, words in (
+        (least, lambda limit: value < limit, "at least"),
+        (above, lambda limit: value <= limit, "above"),
+        (most, lambda limit: value > limit, "at most"),
+        (below, lambda limit: value >= limit, "below"),
+    ):
+        if limit is not None and wrong(limit):
+            raise ConfigError(f"{key}={shown(value)} must be {words} {limit}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        parts = typing.get_args(hint)
+        if parts[-1] is ...:
+            parts = parts[:1] * len(value)
+        return len(parts) == len(value) and all(map(_is_a, value, parts))
+    if hint is float:
+        return type(value) in (int, float) and abs(value) <= 1e300 and not math.isnan(value)
+    return type(value) is hint if hint in (int, bool) else isinstance(value, hint)
+
+
+def _described(hint: Any) -> str:
+    if typing.get_origin(hint) is not tuple:
+        return WORDS.get(hint) or hint.__name__
+    first, last = typing.get_args(hint)
+    return f"a list of {WORDS[first].split(' ', 1)[1]}s" if last is ... else f"a list of two {WORDS[last][2:]}s"
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], source: str = "configuration") -> T:
@@ -32,10 +133,14 @@ def from_dict(cls: type[T], data: Mapping[str, Any], source: str = "configuratio
     ``source`` names where the mapping came from (a file, say) and opens every error message.
     Raises :class:`ConfigError` for an unknown key (with the nearest known one) or an impossible value.
     """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source} must hold keys such as {dataclasses.fields(cls)[0].name}, not {shown(data)}")
     known = [field.name for field in dataclasses.fields(cls)]
     for key in data:
         if key not in known:
-            raise ConfigError(f"{source}: unknown key {key!r}{nearest(key, known)} (known keys: {', '.join(known)})")
+            raise ConfigError(
+                f"{source}: unknown key {shown(key)}{nearest(key, known)} (known keys: {', '.join(known)})"
+            )
     try:
         return cls(**data)
     except (TypeError, ValueError) as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from routingvl.backbones.vision import FEATURES
-from routingvl.config.checks import ConfigError, check_choice, from_dict, nearest
+from routingvl.config.checks import ConfigError, check_settings, from_dict, nearest, setting
 from routingvl.config.routing import RoutingConfig
 from routingvl.kernels.dispatch import BACKENDS
 
@@ -29,14 +29,6 @@ MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # -> torc
 FEATURE_DTYPES = ("float32", "float16", "bfloat16")
 TRACKERS = ("tensorboard", "wandb")
 ON_BAD_IMAGE = ("fail", "skip")
-
-
-def _check_at_least(config: Any, minimum: float, *keys: str) -> None:
-    """Raise :class:`ConfigError` when one of the named settings is a number below ``minimum`` (None passes)."""
-    for key in keys:
-        value = getattr(config, key)
-        if value is not None and value < minimum:
-            raise ConfigError(f"{key}={value!r} must be at least {minimum}")
 
 
 @dataclass(frozen=True)
@@ -59,21 +51,14 @@ class ModelConfig:
     vision: str = DEFAULT_VISION
     text: str | None = None
     tokenizer: str | None = None
-    vision_features: str = "pooler"
+    vision_features: str = setting("pooler", choices=tuple(FEATURES))
     visual_prefix: bool = True
-    classifier_layers: int = 2
-    text_embedding: str = "published"
-    caption_loss: str = "sound"
+    classifier_layers: int = setting(2, choices=CLASSIFIER_LAYERS)
+    text_embedding: str = setting("published", choices=TEXT_EMBEDDINGS)
+    caption_loss: str = setting("sound", choices=CAPTION_LOSSES)
     activation_checkpointing: bool = False
-    backend: str | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("vision_features", self.vision_features, tuple(FEATURES))
-        check_choice("text_embedding", self.text_embedding, TEXT_EMBEDDINGS)
-        check_choice("caption_loss", self.caption_loss, CAPTION_LOSSES)
-        check_choice("classifier_layers", self.classifier_layers, CLASSIFIER_LAYERS)
-        if self.backend is not None:
-            check_choice("backend", self.backend, BACKENDS)
+    backend: str | None = setting(None, choices=BACKENDS)
+    __post_init__ = check_settings
 
 
 @dataclass(frozen=True)
@@ -104,25 +89,17 @@ class DataConfig:
     answers: str | None = None
     train_split: str = "train"
     val_split: str | None = "val"
-    max_text_length: int | None = None
-    padding: str = "longest"
-    on_bad_image: str = "fail"
+    max_text_length: int | None = setting(None, least=1)
+    padding: str = setting("longest", choices=PADDINGS)
+    on_bad_image: str = setting("fail", choices=ON_BAD_IMAGE)
     precompute_features: bool = False
     feature_cache: str | None = None
-    feature_dtype: str = "float32"
-    feature_batch_size: int = 64
-    workers: int = 0
-    train_limit: int | None = None
-    val_limit: int | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("padding", self.padding, PADDINGS)
-        check_choice("on_bad_image", self.on_bad_image, ON_BAD_IMAGE)
-        check_choice("feature_dtype", self.feature_dtype, FEATURE_DTYPES)
-        if self.feature_cache == "":
-            raise ConfigError("feature_cache is empty; name a folder, or null for none")
-        _check_at_least(self, 1, "max_text_length", "feature_batch_size", "train_limit", "val_limit")
-        _check_at_least(self, 0, "workers")
+    feature_dtype: str = setting("float32", choices=FEATURE_DTYPES)
+    feature_batch_size: int = setting(64, least=1)
+    workers: int = setting(0, least=0, most=256)
+    train_limit: int | None = setting(None, least=1)
+    val_limit: int | None = setting(None, least=1)
+    __post_init__ = check_settings
 
     @property
     def keeps_features(self) -> bool:
@@ -156,39 +133,28 @@ class TrainConfig:
         trackers: further logs beside metrics.jsonl: tensorboard, wandb.
     """
 
-    lr: float = 3e-4
-    epochs: float = 20
-    max_steps: int | None = None
-    batch_size: int = 64
-    accumulation: int = 1
-    warmup: int | float = 0.05
+    lr: float = setting(3e-4, above=0)
+    epochs: float = setting(20, above=0, most=1e6)
+    max_steps: int | None = setting(None, least=1)
+    batch_size: int = setting(64, least=1)
+    accumulation: int = setting(1, least=1)
+    warmup: int | float = setting(0.05, least=0)
     group_by_length: bool = True
-    schedule: str = "linear"
-    weight_decay: float = 0.0
-    eps: float = 1e-6
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float | None = None
-    mixed_precision: str = "no"
+    schedule: str = setting("linear", choices=tuple(SCHEDULES))
+    weight_decay: float = setting(0.0, least=0)
+    eps: float = setting(1e-6, least=1e-30, most=1)
+    betas: tuple[float, float] = setting((0.9, 0.999), least=0, below=1)
+    max_grad_norm: float | None = setting(None, above=0)
+    mixed_precision: str = setting("no", choices=tuple(MIXED_PRECISION))
     compile: bool = False
-    seed: int = 0
-    log_every: int = 50
-    eval_every: int | None = None
-    save_every: int | None = None
-    trackers: tuple[str, ...] = ()
+    seed: int = setting(0, least=0, most=2**32 - 1)
+    log_every: int = setting(50, least=1)
+    eval_every: int | None = setting(None, least=0)
+    save_every: int | None = setting(None, least=1)
+    trackers: tuple[str, ...] = setting((), choices=TRACKERS)
 
     def __post_init__(self) -> None:
-        check_choice("schedule", self.schedule, tuple(SCHEDULES))
-        check_choice("mixed_precision", self.mixed_precision, tuple(MIXED_PRECISION))
-        for tracker in self.trackers:
-            check_choice("trackers", tracker, TRACKERS)
-        object.__setattr__(self, "trackers", tuple(self.trackers))
-        object.__setattr__(self, "betas", tuple(self.betas))
-        _check_at_least(self, 1, "max_steps", "batch_size", "accumulation", "log_every", "save_every")
-        _check_at_least(self, 0, "warmup", "weight_decay", "eval_every", "seed")
-        for key in ("lr", "epochs", "eps", "max_grad_norm"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{key}={value!r} must be above 0")
+        check_settings(self)
         if isinstance(self.warmup, float) and self.warmup >= 1:
             if not self.warmup.is_integer() or self.warmup == 1:
                 raise ConfigError(f"warmup={self.warmup!r} must be an integer (steps) or a fraction below 1")
@@ -218,21 +184,15 @@ class EvalConfig:
         vqa_rule: official VQA accuracy as since 2021 or as before it (2016).
     """
 
-    batch_size: int = 64
-    num_beams: int = 5
-    val_num_beams: int = 1
-    max_new_tokens: int = 20
-    length_penalty: float = 1.0
+    batch_size: int = setting(64, least=1)
+    num_beams: int = setting(5, least=1, most=1000)
+    val_num_beams: int = setting(1, least=1, most=1000)
+    max_new_tokens: int = setting(20, least=1)
+    length_penalty: float = setting(1.0, least=-100, most=100)
     metrics: tuple[str, ...] | None = None
-    caption_tokenizer: str = "auto"
-    vqa_rule: str = "2021"
-
-    def __post_init__(self) -> None:
-        check_choice("caption_tokenizer", self.caption_tokenizer, ("auto", "ptb", "python"))
-        check_choice("vqa_rule", self.vqa_rule, ("2021", "2016"))
-        _check_at_least(self, 1, "batch_size", "num_beams", "val_num_beams", "max_new_tokens")
-        if self.metrics is not None:
-            object.__setattr__(self, "metrics", tuple(self.metrics))
+    caption_tokenizer: str = setting("auto", choices=("auto", "ptb", "python"))
+    vqa_rule: str = setting("2021", choices=("2021", "2016"))
+    __post_init__ = check_settings
 
 
 @dataclass(frozen=True)
@@ -253,7 +213,7 @@ class RunConfig:
 
     task: str = "vqa"
     output_dir: str = "runs/latest"
-    device: str = "auto"
+    device: str = setting("auto", choices=("auto", "cpu"))
     model: ModelConfig = field(default_factory=ModelConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -261,9 +221,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        check_choice("device", self.device, ("auto", "cpu"))
-        if not self.output_dir:
-            raise ConfigError("output_dir is empty; name a folder for the run")
+        check_settings(self)
         if self.train.compile and self.model.activation_checkpointing:
             raise ConfigError("train.compile and model.activation_checkpointing exclude each other; turn one off")
 
@@ -297,13 +255,7 @@ class RunConfig:
             raise ConfigError(f"data.feature_cache: {cache} is a file; name a folder")
 
 
-PARTS = {
-    "model": ModelConfig,
-    "routing": RoutingConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "eval": EvalConfig,
-}
+PARTS = {f.name: f.default_factory for f in dataclasses.fields(RunConfig) if f.default is dataclasses.MISSING}
 
 
 def run_config_from_dict(data: Mapping[str, Any]) -> RunConfig:
@@ -311,13 +263,12 @@ def run_config_from_dict(data: Mapping[str, Any]) -> RunConfig:
 
     Raises :class:`ConfigError`, which names the part, for an unknown key or an impossible value.
     """
-    values = dict(data)
-    for name, cls in PARTS.items():
-        if isinstance(part := values.get(name, {}), Mapping):
-            values[name] = from_dict(cls, part, source=name)
-        elif not isinstance(part, cls):
-            raise ConfigError(f"{name} must hold keys such as {dataclasses.fields(cls)[0].name}, not {part!r}")
-    return from_dict(RunConfig, values, source="run")
+    parts = {
+        name: data[name] if isinstance(data[name], cls) else from_dict(cls, data[name], source=name)
+        for name, cls in PARTS.items()
+        if name in data
+    }
+    return from_dict(RunConfig, {**data, **parts}, source="run")
 
 
 def known_keys() -> list[str]:
