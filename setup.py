@@ -52,7 +52,6 @@ setup(
         "safetensors>=0.4.3",
         "Pillow>=10",
         "numpy>=1.26",
-        "jsonargparse[signatures]>=4.38",
         "PyYAML>=6",
         "tqdm>=4.66",
         "matplotlib>=3.8",

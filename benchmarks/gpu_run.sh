@@ -118,7 +118,7 @@ phase_ncu() { # the two kernels that take most of the time, at the paper's size
 
 phase_demo() { # the demonstration on the CPU, then its runs on the GPU: compare the two metrics
     local runs=$OUT/demo/runs name
-    "$PYTHON" -c 'import jsonargparse, yaml, tokenizers, accelerate' || { skip "a package of the above is missing"; return; }
+    "$PYTHON" -c 'import yaml, tokenizers, accelerate' || { skip "a package of the above is missing"; return; }
     CUDA_VISIBLE_DEVICES='' program routingvl demo --quick --workers 8 --output "$OUT/demo" || return 1
     [[ -z $DRY ]] || { program routingvl train && program routingvl evaluate; return; }
     for config in "$runs"/*/config.yaml; do

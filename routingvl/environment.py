@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "routingvl torch triton transformers accelerate safetensors numpy Pillow jsonargparse PyYAML tqdm matplotlib "
+    "routingvl torch triton transformers accelerate safetensors numpy Pillow PyYAML tqdm matplotlib "
     "pycocoevalcap tokenizers tensorboard wandb peft"
 ).split()
 

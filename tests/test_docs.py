@@ -16,7 +16,6 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jsonargparse
 import pytest
 
 from routingvl.benchmarks.tables import Line
@@ -147,7 +146,7 @@ class Parsed(Exception):
 
 def parse_only(run: Callable[[list[str]], object], args: list[str]) -> None:
     """Call a program's entry point up to the point where its arguments are parsed; ValueError if they are not."""
-    parsers = (argparse.ArgumentParser, jsonargparse.ArgumentParser)
+    parsers = (argparse.ArgumentParser,)
 
     def stop_after(parse):
         def parse_args(self, args=None, namespace=None, **kwargs):

@@ -50,6 +50,7 @@ def save_adapter(model: Any, directory: str | Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; give a folder to save into")
     tensors = {name: whole(p).cpu().contiguous() for name, p in trained_parameters(model).items()}
+    parts = {"vision": model.vit, "text": model.language_model}
     config = {
         "peft_type": PEFT_TYPE,  # PEFT stops at a type it does not know, instead of running a routed adapter unrouted
         "format_version": FORMAT_VERSION,
@@ -57,10 +58,7 @@ def save_adapter(model: Any, directory: str | Path) -> None:
         "model_class": own_class(model).__name__,
         "routing": asdict(model.routing),
         "model": model.options(),
-        "backbones": {
-            "vision": _describe(model.vit, model.backbones["vision"], directory),
-            "text": _describe(model.language_model, model.backbones["text"], directory),
-        },
+        "backbones": {role: _describe(part, model.backbones[role], directory) for role, part in parts.items()},
     }
     if is_writer(any(map(is_sharded, model.parameters()))):
         directory.mkdir(parents=True, exist_ok=True)
@@ -96,8 +94,7 @@ def read_adapter_config(directory: str | Path, model_class: str | None = None) -
             f"{path}: format_version {config.get('format_version')!r} is not {FORMAT_VERSION}: "
             "it was written by another version of routingvl"
         )
-    absent = [key for key in ("model_class", "routing", "model", "backbones") if key not in config]
-    if absent:
+    if absent := [key for key in ("model_class", "routing", "model", "backbones") if key not in config]:
         raise CheckpointError(f"{path}: {', '.join(absent)} missing")
     if model_class is not None and config["model_class"] != model_class:
         raise CheckpointError(f"{path} holds a {config['model_class']}, not a {model_class}")
@@ -154,12 +151,8 @@ def load_adapter(model: Any, directory: str | Path, config: Mapping[str, Any]) -
 
 def copy_strictly(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor], source: str) -> None:
     """Copy every tensor into the parameter of its name; all are checked before the first is written."""
-    problems = []
-    missing, unexpected = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
-    if missing:
-        problems.append(f"missing {listed(missing)}")
-    if unexpected:
-        problems.append(f"unexpected {listed(unexpected)}")
+    differences = {"missing": parameters.keys() - tensors.keys(), "unexpected": tensors.keys() - parameters.keys()}
+    problems = [f"{what} {listed(sorted(names))}" for what, names in differences.items() if names]
     for name in sorted(parameters.keys() & tensors.keys()):
         have, want = list(tensors[name].shape), list(parameters[name].shape)
         if have != want:

@@ -165,7 +165,8 @@ class VisualContext:
 class _Thread(threading.local):
     """What is bound in each thread."""
 
-    binding: _Binding | None = None
+    def __init__(self) -> None:
+        self.binding: _Binding | None = None
 
 
 @dataclass(eq=False)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from routingvl.backbones.loading import model_type
 from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.families import ACTIVATIONS, FAMILIES, Family, Projection
 from routingvl.bottlenecks.layers import (
@@ -54,14 +55,14 @@ def inject(
             "the model has routed bottlenecks already: call routingvl.bottlenecks.inject.remove(model) first"
         )
     context = VisualContext() if context is None else context
-    family = FAMILIES.get(_model_type(model))
+    family = FAMILIES.get(model_type(model))
     _check_layers(model, family, config)
     plan = _plan_lora if config.method == "lora" else _plan_adapters
     shared = {"context": context, "backend": backend}
     shared |= {key: getattr(config, key) for key in ("rank", "routing", "dropout", "relu")}
     changes = plan(model, family, config, shared)
     # Everything was built before anything is touched, so an error leaves the model as it was.
-    freeze(model)
+    model.requires_grad_(False)
     for name, module in changes.items():
         _replace(model, name, module)
     _unfreeze(model, family, config)
@@ -83,16 +84,6 @@ def remove(model: nn.Module) -> None:
         elif isinstance(module, RoutedAdapter):
             home, _, attribute = name.rpartition(".")
             delattr(model.get_submodule(home), attribute)
-
-
-def freeze(model: nn.Module) -> None:
-    """Stop training every parameter of ``model``."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-
-
-def _model_type(model: nn.Module) -> str | None:
-    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -123,7 +114,7 @@ def _check_layers(model: nn.Module, family: Family | None, config: RoutingConfig
 
 
 def _unknown_family(model: nn.Module) -> str:
-    return f"model type {_model_type(model)!r} is not in routingvl.bottlenecks.families ({', '.join(FAMILIES)})"
+    return f"model type {model_type(model)!r} is not in routingvl.bottlenecks.families ({', '.join(FAMILIES)})"
 
 
 def _plan_lora(model, family, config, shared) -> dict[str, nn.Module]:

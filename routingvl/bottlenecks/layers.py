@@ -62,10 +62,7 @@ class RoutedLayer(nn.Module):
     def __init__(self, routing: str, dropout: float, relu: bool, context: VisualContext | None, backend: str | None):
         super().__init__()
         self.routing = find_routing(routing)
-        self.dropout = dropout
-        self.relu = relu
-        self.context = context
-        self.backend = backend
+        self.dropout, self.relu, self.context, self.backend = dropout, relu, context, backend
         if context is not None:
             context.add(self)
 
@@ -159,13 +156,13 @@ class RoutedLoRALinear(RoutedLayer):
         self.scaling = (rank if alpha is None else alpha) / rank
         self.placement = placement
         self.columns, width = _columns(slices, self.out_features)
-        groups = 1 if self.columns is None else len(self.columns)
+        self.groups = 1 if self.columns is None else len(self.columns)  # G, how many slices share the bottleneck
         self._base = (base,)  # in a tuple: kept for restore(), not registered as a sub-module
         self.weight = base.weight
         self.bias = base.bias
         like = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.lora_A = nn.Parameter(torch.empty(groups * rank, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.empty(groups * width, rank, **like))
+        self.lora_A = nn.Parameter(torch.empty(self.groups * rank, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(self.groups * width, rank, **like))
         self.train(base.training)
         self.reset_parameters()
 
@@ -173,11 +170,6 @@ class RoutedLoRALinear(RoutedLayer):
         """A ~ U(-1/sqrt(K), 1/sqrt(K)), B = 0."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
-
-    @property
-    def groups(self) -> int:
-        """G, how many slices share the bottleneck."""
-        return 1 if self.columns is None else len(self.columns)
 
     def forward(self, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] (three dimensions when an image is routed in), v [B, L, K] or the context's -> y [..., N]."""
@@ -217,14 +209,7 @@ class RoutedLoRALinear(RoutedLayer):
         return {"routing": self.routing, "scaling": self.scaling, "groups": self.groups}
 
     def _options(self) -> dict[str, Any]:
-        return {
-            "routing": self.routing,
-            "scaling": self.scaling,
-            "relu": self.relu,
-            "groups": self.groups,
-            "placement": self.placement,
-            "backend": self.backend,
-        }
+        return {key: getattr(self, key) for key in ("routing", "scaling", "relu", "groups", "placement", "backend")}
 
     def restore(self) -> nn.Module:
         """The module this one stands in for, with the current weight and bias; the low-rank update is dropped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,15 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from routingvl.atomic_files import write_json
-from routingvl.bottlenecks.checkpoint import (
-    CONFIG,
-    WEIGHTS,
-    CheckpointError,
-    copy_strictly,
-    listed,
-    trained_parameters,
-    write_tensors,
-)
+from routingvl.bottlenecks import checkpoint
+from routingvl.bottlenecks.checkpoint import CONFIG, WEIGHTS, CheckpointError, write_tensors
 from routingvl.bottlenecks.layers import RoutedLoRALinear
 
 
@@ -38,15 +32,14 @@ def export_peft(model: nn.Module, directory: str | Path, base_model: str | None 
         CheckpointError: a bottleneck routes (PEFT would silently drop the image), routes at the output, or is an
             adapter; PEFT has no place for them.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, RoutedLoRALinear)}
+    layers = _lora_layers(model)
     if not layers:
         raise CheckpointError("the model has no LoRA to export: adapters have no PEFT form")
-    routed = [name for name, layer in layers.items() if layer.routing.name != "none"]
-    if routed:
-        raise CheckpointError(
-            f"{routed[0]} routes with {layers[routed[0]].routing.name!r}: PEFT would drop the image; "
-            "only routing 'none' exports"
-        )
+    for name, layer in layers.items():
+        if layer.routing.name != "none":
+            raise CheckpointError(
+                f"{name} routes with {layer.routing.name!r}: PEFT would drop the image; only routing 'none' exports"
+            )
     tensors: dict[str, torch.Tensor] = {}
     root = _language_model_root(model)
     for name, layer in layers.items():
@@ -69,7 +62,9 @@ def export_peft(model: nn.Module, directory: str | Path, base_model: str | None 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     bottleneck = {f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")}
-    extra = {n: p.detach().cpu().contiguous() for n, p in trained_parameters(model).items() if n not in bottleneck}
+    extra = {
+        n: p.detach().cpu().contiguous() for n, p in checkpoint.trained_parameters(model).items() if n not in bottleneck
+    }
     if extra:
         write_tensors(directory / "extra_parameters.safetensors", extra)
     write_tensors(directory / WEIGHTS, tensors)
@@ -89,11 +84,10 @@ def import_peft(model: nn.Module, directory: str | Path) -> None:
     config = json.loads((directory / CONFIG).read_text())
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{directory / CONFIG}: peft_type {config.get('peft_type')!r} is not LORA")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, RoutedLoRALinear)}
     root = _language_model_root(model)
     tensors = load_file(directory / WEIGHTS)
     values: dict[str, torch.Tensor] = {}
-    for name, layer in layers.items():
+    for name, layer in _lora_layers(model).items():
         key = f"base_model.model.{name.removeprefix(root)}"
         a, b = tensors.pop(f"{key}.lora_A.weight", None), tensors.pop(f"{key}.lora_B.weight", None)
         if a is None or b is None:
@@ -102,20 +96,35 @@ def import_peft(model: nn.Module, directory: str | Path) -> None:
         values[f"{name}.lora_A"] = a
         values[f"{name}.lora_B"] = _gather(layer, b, f"{directory / WEIGHTS}: {name}") * factor
     if tensors:
-        raise CheckpointError(f"{directory / WEIGHTS} holds LoRA for other modules: {listed(sorted(tensors))}")
+        raise CheckpointError(
+            f"{directory / WEIGHTS} holds LoRA for other modules: {checkpoint.listed(sorted(tensors))}"
+        )
     parameters = {n: p for n, p in model.named_parameters() if n in values}
-    copy_strictly(parameters, values, str(directory / WEIGHTS))
+    checkpoint.copy_strictly(parameters, values, str(directory / WEIGHTS))
+
+
+def _lora_layers(model: nn.Module) -> dict[str, RoutedLoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedLoRALinear)}
+
+
+def _blocks(layer: RoutedLoRALinear) -> Iterator[tuple[slice, slice, slice]]:
+    """For each slice of a layer: its rows in the grouped B [G * n, R], its outputs, and its part of the joined rank."""
+    width, rank = layer.lora_B.shape[0] // layer.groups, layer.rank
+    for group, start in enumerate(layer.columns):
+        yield (
+            slice(group * width, (group + 1) * width),
+            slice(start, start + width),
+            slice(group * rank, (group + 1) * rank),
+        )
 
 
 def _spread(layer: RoutedLoRALinear, grouped: torch.Tensor) -> torch.Tensor:
     """The up-projection [N, G * R] over the whole output that acts like the grouped one [G * n, R] on its slices."""
     if layer.columns is None:
         return grouped
-    width = grouped.shape[0] // layer.groups
     full = grouped.new_zeros(layer.out_features, layer.groups * layer.rank)
-    for group, start in enumerate(layer.columns):
-        rows = grouped[group * width : (group + 1) * width]
-        full[start : start + width, group * layer.rank : (group + 1) * layer.rank] = rows
+    for rows, outputs, ranks in _blocks(layer):
+        full[outputs, ranks] = grouped[rows]
     return full
 
 
@@ -127,13 +136,7 @@ def _gather(layer: RoutedLoRALinear, full: torch.Tensor, source: str) -> torch.T
         raise CheckpointError(
             f"{source}: lora_B {list(full.shape)} does not fit {layer.groups} slices of rank {layer.rank}"
         )
-    width = layer.lora_B.shape[0] // layer.groups
-    grouped = torch.cat(
-        [
-            full[start : start + width, group * layer.rank : (group + 1) * layer.rank]
-            for group, start in enumerate(layer.columns)
-        ]
-    )
+    grouped = torch.cat([full[outputs, ranks] for _, outputs, ranks in _blocks(layer)])
     if not torch.equal(_spread(layer, grouped), full):
         raise CheckpointError(f"{source}: this LoRA also changes outputs outside the adapted slices")
     return grouped

@@ -24,14 +24,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class TrainableReport:
-    """What trains in a model.
-
-    Attributes:
-        trainable: number of trainable parameters.
-        total: number of all parameters of the model given (a tied weight counts once).
-        names: names of the trainable parameters.
-        layers: the routed bottlenecks, in the model's order.
-    """
+    """How many parameters of a model train, out of how many (a tied weight counts once), their names and the layers."""
 
     trainable: int
     total: int

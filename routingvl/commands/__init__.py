@@ -1,4 +1,4 @@
-"""One module per sub-command of the command line, and the argument parser they share."""
+"""One module per sub-command of the command line, and the arguments they share."""
 
 from __future__ import annotations
 
@@ -7,37 +7,12 @@ import os
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from routingvl.config import ConfigError, nearest
+from routingvl.config.files import CommandParser as CommandParser  # for the commands
 from routingvl.config.files import parse_config
 from routingvl.config.schema import changed_settings
 from routingvl.training.run_folder import RunFolder
-
-
-class CommandParser(argparse.ArgumentParser):
-    """An argument parser without abbreviations that raises :class:`ConfigError`, with the nearest flag, not exit.
-
-    ``example`` is a complete command line, shown under --help.
-    """
-
-    def __init__(self, command: str, description: str, example: str) -> None:
-        super().__init__(
-            prog=f"routingvl {command}",
-            description=description,
-            epilog=f"example: {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """Turn argparse's complaint into an exception."""
-        prefix = "unrecognized arguments: "
-        if message.startswith(prefix):
-            name = message.removeprefix(prefix).split()[0]
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            message = f"unknown {'flag' if name.startswith('-') else 'argument'} {name}{nearest(name, flags)}"
-        raise ConfigError(f"{self.prog}: {message} (--help lists the options)")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import types
@@ -55,40 +56,47 @@ def setting(default: Any, *, choices: Sequence[Any] = (), **limits: float) -> An
     return dataclasses.field(default=default, metadata={"choices": choices, "limits": limits})
 
 
-def check_settings(config: Any) -> None:
-    """Raise :class:`ConfigError` for a value that is not of its field's type or out of its range; lists become tuples.
+@functools.cache
+def types_of(cls: type) -> dict[str, tuple[Any, ...]]:
+    """The types that each field of a dataclass can have."""
+    hints = typing.get_type_hints(cls)
+    return {
+        name: typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,) for name, hint in hints.items()
+    }
 
-    A list that null is the default of may not be empty, and no list of any length may name a thing twice.
-    """
-    hints = typing.get_type_hints(type(config))
+
+def check_settings(config: Any) -> None:
+    """Raise :class:`ConfigError` for a value that is not of its field's type or out of range; lists become tuples."""
     for field in dataclasses.fields(config):
-        value = check_value(field.name, getattr(config, field.name), hints[field.name], field.metadata)
+        value = check_value(field.name, getattr(config, field.name), types_of(type(config))[field.name], field.metadata)
         object.__setattr__(config, field.name, value)
 
 
-def check_value(key: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
-    """``value`` of the field ``key``, checked, with a tuple for a list."""
+def check_value(key: str, value: Any, hints: tuple[Any, ...], metadata: Mapping[str, Any]) -> Any:
+    """``value`` of the field ``key``, checked, with a tuple for a list.
+
+    A list that can be null may not be empty, and a list of any length may not name a thing twice.
+    """
     choices, limits = metadata.get("choices", ()), metadata.get("limits", {})
     if value is False and "no" in choices:
         value = "no"  # as YAML reads it without quotes
-    hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if isinstance(value, os.PathLike) and str in hints:
         value = os.fspath(value)
-    if not any(_is_a(value, one) for one in hints):
+    if not any(_is_a(value, hint) for hint in hints):
         raise ConfigError(f"{key}={shown(value)} must be {' or '.join(map(_described, hints))}")
     if isinstance(value, list | tuple):
-        value, lists = tuple(value), [one for one in hints if typing.get_origin(one) is tuple]
+        value, listed = tuple(value), next(hint for hint in hints if typing.get_origin(hint) is tuple)
         if not value and types.NoneType in hints:
             raise ConfigError(f"{key} is empty: nothing would be chosen; leave it out for the default")
-        if typing.get_args(lists[0])[-1] is ... and len(set(value)) < len(value):
+        if typing.get_args(listed)[-1] is ... and len(set(value)) < len(value):
             raise ConfigError(f"{key}={shown(list(value))} names something twice")
     for item in value if isinstance(value, tuple) else () if value is None else (value,):
         if choices:
             check_choice(key, item, choices)
-        if isinstance(item, str) and (not item or not item.isprintable()):
-            raise ConfigError(
-                f"{key}={shown(item)} is empty or holds what cannot be printed; give a name or leave it out"
-            )
+        if isinstance(item, str) and not item:
+            raise ConfigError(f"{key} is empty; give a name or leave it out")
+        if isinstance(item, str) and not item.isprintable():
+            raise ConfigError(f"{key}={shown(item)} holds characters that cannot be printed")
         if isinstance(item, int | float) and not isinstance(item, bool):
             _check_limits(key, item, **limits)
     return value

@@ -61,8 +61,3 @@ class RoutingConfig:
         for key in {"adapter": ("position", "adapter_residual"), "lora": ("placement", "targets")}[other]:
             if (value := getattr(self, key)) != default[key]:
                 raise ConfigError(f"{key}={value!r} is defined for method={other!r} only")
-
-    @property
-    def scaling(self) -> float:
-        """The LoRA factor alpha / rank."""
-        return self.alpha / self.rank

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from routingvl.backbones.vision import FEATURES
-from routingvl.config.checks import ConfigError, check_settings, from_dict, nearest, setting
+from routingvl.config.checks import ConfigError, check_settings, check_value, from_dict, nearest, setting, types_of
 from routingvl.config.routing import RoutingConfig
 from routingvl.kernels.dispatch import BACKENDS
 
@@ -271,21 +272,10 @@ def run_config_from_dict(data: Mapping[str, Any]) -> RunConfig:
     return from_dict(RunConfig, {**data, **parts}, source="run")
 
 
-def known_keys() -> list[str]:
-    """Dotted names of every setting, such as ``train.lr``."""
-    top = [f.name for f in dataclasses.fields(RunConfig) if f.name not in PARTS]
-    return top + [f"{part}.{f.name}" for part, cls in PARTS.items() for f in dataclasses.fields(cls)]
-
-
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested plain values (lists for tuples) from which :func:`run_config_from_dict` rebuilds the same config."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, tuple) else value
-
-    return plain(dataclasses.asdict(config))
+    plain = lambda items: {key: list(value) if isinstance(value, tuple) else value for key, value in items}  # noqa: E731
+    return dataclasses.asdict(config, dict_factory=plain)
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
@@ -293,6 +283,33 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     values = config_to_dict(config)
     parts = {name: values.pop(name) for name in PARTS}
     return values | {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
+
+
+def known_keys() -> list[str]:
+    """Dotted names of every setting."""
+    return list(flatten(RunConfig()))
+
+
+def explanations() -> dict[str, str]:
+    """What the docstrings above say of each setting, by dotted name."""
+    texts = {}
+    for part, cls in {"": RunConfig, **PARTS}.items():
+        for name, text in re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", cls.__doc__ or "", re.MULTILINE):
+            texts[f"{part}.{name}".lstrip(".")] = " ".join(text.split())
+    return texts
+
+
+def type_of(key: str) -> tuple[Any, ...]:
+    """The types that the setting of this dotted name can have."""
+    part, _, name = key.rpartition(".")
+    return types_of(PARTS[part] if part else RunConfig)[name]
+
+
+def check_one(key: str, value: Any) -> None:
+    """Raise :class:`ConfigError` when the setting of this dotted name cannot have this value, whatever the others."""
+    part, _, name = key.rpartition(".")
+    field = {f.name: f for f in dataclasses.fields(PARTS[part] if part else RunConfig)}[name]
+    check_value(name, value, type_of(key), field.metadata)
 
 
 def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -28,7 +28,7 @@ def test_dry_run_of_the_demo() -> None:
 
 
 # Of the packages that routingvl or its tests use, those that a machine with torch, transformers, PEFT and pytest lacks.
-OPTIONAL = "hypothesis jsonargparse matplotlib pycocoevalcap pycocotools tensorboard wandb".split()
+OPTIONAL = "hypothesis matplotlib pycocoevalcap pycocotools tensorboard wandb".split()
 
 
 @pytest.mark.slow
