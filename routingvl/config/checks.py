@@ -6,7 +6,9 @@ import dataclasses
 import difflib
 import functools
 import math
+import operator
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +17,13 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 LARGEST_INTEGER = 2**31 - 1
+# What ``setting`` takes: (is a number outside of this limit, how a message says it).
+LIMITS = {
+    "least": (operator.lt, "at least"),
+    "above": (operator.le, "above"),
+    "most": (operator.gt, "at most"),
+    "below": (operator.ge, "below"),
+}
 WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", types.NoneType: "null"}
 
 
@@ -78,6 +87,8 @@ def check_value(key: str, value: Any, hints: tuple[Any, ...], metadata: Mapping[
     A list that can be null may not be empty, and a list of any length may not name a thing twice.
     """
     choices, limits = metadata.get("choices", ()), metadata.get("limits", {})
+    if int in hints:
+        limits = {"most": LARGEST_INTEGER, **limits}
     if value is False and "no" in choices:
         value = "no"  # as YAML reads it without quotes
     if isinstance(value, os.PathLike) and str in hints:
@@ -95,24 +106,13 @@ def check_value(key: str, value: Any, hints: tuple[Any, ...], metadata: Mapping[
             check_choice(key, item, choices)
         if isinstance(item, str) and not item:
             raise ConfigError(f"{key} is empty; give a name or leave it out")
-        if isinstance(item, str) and not item.isprintable():
-            raise ConfigError(f"{key}={shown(item)} holds characters that cannot be printed")
-        if isinstance(item, int | float) and not isinstance(item, bool):
-            _check_limits(key, item, **limits)
+        if isinstance(item, str) and re.search("[\x00-\x1f\x7f\ud800-\udfff]", item):
+            raise ConfigError(f"{key}={shown(item)} holds control characters, or is not UTF-8")
+        for name, limit in limits.items() if item is not None else ():
+            out_of_range, words = LIMITS[name]
+            if out_of_range(item, limit):
+                raise ConfigError(f"{key}={shown(item)} must be {words} {limit}")
     return value
-
-
-def _check_limits(key, value, least=None, most=None, above=None, below=None) -> None:
-    if most is None and isinstance(value, int):
-        most = LARGEST_INTEGER
-    for limit, wrong, words in (
-        (least, lambda limit: value < limit, "at least"),
-        (above, lambda limit: value <= limit, "above"),
-        (most, lambda limit: value > limit, "at most"),
-        (below, lambda limit: value >= limit, "below"),
-    ):
-        if limit is not None and wrong(limit):
-            raise ConfigError(f"{key}={shown(value)} must be {words} {limit}")
 
 
 def _is_a(value: Any, hint: Any) -> bool:
