@@ -26,7 +26,7 @@ from routingvl.kernels.activations import ACTIVATIONS
 from routingvl.kernels.routing import ROUTINGS, Routing
 from routingvl.kernels.triton_common.launch import NO_CODE
 from routingvl.kernels.triton_common.tiles import SHARED_MEMORY, Tile, padded_rank, tiles_for
-from routingvl.kernels.triton_common.visual_tokens import BLOCK_L, MAX_GRAM_WIDTH, Visual
+from routingvl.kernels.triton_common.visual_tokens import MAX_GRAM_WIDTH, Visual
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 RANKS = (16, 32, 64, 128, 256)
@@ -92,7 +92,6 @@ _DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "GROUPS": 1,
         "ACT": ACTIVATIONS["gelu"].code,
         "RANK_ONE": False,
-        "BLOCK_L": BLOCK_L,
         "DROPOUT": False,
         **dict.fromkeys(("ACCUMULATE", "RESIDUAL", "DOWN_BIAS", "UP_BIAS", "SAVE_T"), True),
         **dict.fromkeys(("WRITE_DX", "WRITE_DU", "WRITE_DP", "WRITE_DO", "WRITE_H"), True),

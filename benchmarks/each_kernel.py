@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from routingvl.kernels import ROUTINGS
+from routingvl.kernels.triton_common import launch as launch_module
 
 from .gate import failures
 from .layer_cases import DTYPES, Case, Layer, definition, make_tensors
@@ -96,18 +97,12 @@ def layer_of(call: Call, case: Case) -> Layer:
 @contextmanager
 def launches_through(replacement: Callable[..., Any]) -> Iterator[None]:
     """Kernels are launched by ``replacement(launch, kind, tiles, attempt)`` inside the block."""
-    from routingvl.kernels.adapter import ops as triton_adapter_ops
-    from routingvl.kernels.lora import ops as triton_ops
-
-    modules = (triton_ops, triton_adapter_ops)
-    originals = [module.launch for module in modules]
-    for module, launch in zip(modules, originals, strict=True):
-        module.launch = partial(replacement, launch)
+    original = launch_module.launch
+    launch_module.launch = partial(replacement, original)
     try:
         yield
     finally:
-        for module, launch in zip(modules, originals, strict=True):
-            module.launch = launch
+        launch_module.launch = original
 
 
 @contextmanager

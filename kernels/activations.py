@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -37,40 +38,12 @@ class Activation:
     backward: Callable[[Tensor, Tensor], Tensor]
 
 
-def _identity(z: Tensor) -> Tensor:
-    return z
-
-
-def _identity_backward(dh: Tensor, z: Tensor) -> Tensor:
-    return dh
-
-
-def _gelu_new(z: Tensor) -> Tensor:
-    return F.gelu(z, approximate="tanh")
-
-
-def _gelu_backward(dh: Tensor, z: Tensor) -> Tensor:
-    return aten.gelu_backward(dh, z)
-
-
-def _gelu_new_backward(dh: Tensor, z: Tensor) -> Tensor:
-    return aten.gelu_backward(dh, z, approximate="tanh")
-
-
-def _relu_backward(dh: Tensor, z: Tensor) -> Tensor:
-    return aten.threshold_backward(dh, z, 0)
-
-
-def _silu_backward(dh: Tensor, z: Tensor) -> Tensor:
-    return aten.silu_backward(dh, z)
-
-
 _ROWS = (
-    Activation("identity", 0, _identity, _identity_backward),
-    Activation("relu", 1, F.relu, _relu_backward),
-    Activation("gelu", 2, F.gelu, _gelu_backward),
-    Activation("gelu_new", 3, _gelu_new, _gelu_new_backward),
-    Activation("silu", 4, F.silu, _silu_backward),
+    Activation("identity", 0, lambda z: z, lambda dh, z: dh),
+    Activation("relu", 1, F.relu, lambda dh, z: aten.threshold_backward(dh, z, 0)),
+    Activation("gelu", 2, F.gelu, aten.gelu_backward),
+    Activation("gelu_new", 3, partial(F.gelu, approximate="tanh"), partial(aten.gelu_backward, approximate="tanh")),
+    Activation("silu", 4, F.silu, aten.silu_backward),
 )
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({row.name: row for row in _ROWS})
 

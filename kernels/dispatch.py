@@ -9,6 +9,7 @@ import torch
 from .optional_triton import interpreted, triton
 from .routing import Routing, find_routing
 from .triton_common.launch import interpreter_lock, unfit_kernels, unfit_message
+from .triton_common.products import bfloat16_dot_error
 from .triton_common.tiles import MAX_RANK
 
 BACKENDS = ("eager", "triton")
@@ -35,8 +36,6 @@ def interpreter_multiplies_bfloat16() -> bool:
 
     Up to Triton 3.9 it multiplies the bit patterns as integers.
     """
-    from .triton_common.bfloat16_check import bfloat16_dot_error  # here, because it needs triton
-
     with interpreter_lock:
         return bfloat16_dot_error() == 0
 

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import select_backend
 from .inputs import cast_for_autocast, without_autocast
+from .lora.options import LoRAOptions
 from .routing import Routing, find_routing, gram_of
 
 
@@ -58,16 +59,9 @@ def project_lora_image(
 ) -> ImageCode | None:
     """Project the image for one LoRA bottleneck, differentiable in v, a and b.
 
-    Args:
-        v: visual tokens [B, L, K].
-        a: down-projection [G*R, K].
-        b: up-projection [G*n, R].
-        routing, scaling, relu, groups, placement, backend: as in :func:`routingvl.kernels.routed_lora`.
-        decoding: prepare for many calls with few rows of text each; needs no gradients then.
-
-    Returns:
-        None where there is nothing to prepare: the routing reads no image, or placement "output" needs activations as
-        wide as the output.
+    ``decoding`` prepares for many calls with few rows of text each, and needs no gradients; the rest is as in
+    :func:`routingvl.kernels.routed_lora`. None where there is nothing to prepare: the routing reads no image, or
+    placement "output" needs activations as wide as the output.
     """
     row = find_routing(routing)
     if not row.uses_image or (placement == "output" and not row.moves_before_up(v.shape[1], relu)):
@@ -75,32 +69,23 @@ def project_lora_image(
     device = v.device.type
     v, a, b = cast_for_autocast(device, v, a, b)
     name, _ = select_backend(device, backend, dtype=v.dtype, width=a.shape[0])
-    options = {"scaling": scaling, "relu": relu, "groups": groups, "placement": placement, "decoding": decoding}
+    options = LoRAOptions(row, relu, scaling, range(groups), placement)
     with without_autocast(device):
-        return lora_image(v, a, b, row, factors=not (relu and name == "triton"), **options)
+        return lora_image(v, a, b, options, factors=not (relu and name == "triton"), decoding=decoding)
 
 
 def lora_image(
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    routing: Routing,
-    *,
-    scaling: float,
-    relu: bool,
-    groups: int,
-    placement: str,
-    factors: bool = True,
-    decoding: bool = False,
+    v: Tensor, a: Tensor, b: Tensor, options: LoRAOptions, *, factors: bool = True, decoding: bool = False
 ) -> ImageCode:
     """:func:`project_lora_image` for checked arguments; without ``factors`` none are made."""
+    routing, relu, scaling, groups = *options[:3], options.groups
     if not (factors and routing.is_rank_one(v.shape[1])):
         return _with_gram(F.linear(v, a), routing, relu, decoding)
     u = F.linear(v.squeeze(1), a)  # matrices from here on: fewer operations and autograd nodes than for [B, 1, G*R]
     o = _up(u, b, groups)
-    if placement == "output":
+    if options.placement == "output":
         # <x Aᵀ Bᵀ, p(o)> = x . (Aᵀ (Bᵀ p(o))): both projections of the text move to the image's side.
-        p = torch.mm(_up_transposed(routing.probe(o), b, groups), a)
+        p = torch.mm(_up(routing.probe(o), b, groups, transposed=True), a)
     elif relu:
         p = F.relu(routing.probe(u))
     else:
@@ -108,29 +93,36 @@ def lora_image(
     return ImageCode(u.unsqueeze(1), (p, o if scaling == 1 else o * scaling))
 
 
+def _up(u: Tensor, b: Tensor, groups: int, transposed: bool = False) -> Tensor:
+    """u [B, G*R], each group's components times its rows of b [G*n, R]: [B, G*n]; or the transpose of that."""
+    multiply = torch.mm if transposed else F.linear
+    pairs = zip(_cut(u, groups, 1), _cut(b, groups, 0), strict=True)
+    products = [multiply(of_group, rows) for of_group, rows in pairs]
+    return products[0] if groups == 1 else torch.cat(products, 1)
+
+
 def _cut(x: Tensor, groups: int, dimension: int) -> tuple[Tensor, ...]:
     return (x,) if groups == 1 else x.chunk(groups, dimension)
 
 
-def lora_factors(
-    v: Tensor, a: Tensor, b: Tensor, routing: Routing, scaling: float, groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def lora_factors(v: Tensor, a: Tensor, b: Tensor, options: LoRAOptions) -> tuple[Tensor, Tensor, Tensor]:
     """u, p and o of :class:`ImageCode` from v [B, K], without ReLU and before the up-projection; not through autograd.
 
     Their gradients are :func:`lora_factor_gradients`: recording and differentiating products as small as these one by
     one takes longer than computing them (benchmarks/NOTES.md). All tensors may lead with a dimension of layers.
     """
     u = torch.matmul(v, a.mT)
-    o = u.new_empty(*u.shape[:-1], b.shape[-2])
+    o, groups = u.new_empty(*u.shape[:-1], b.shape[-2]), options.groups
     for o_group, u_group, b_group in zip(_cut(o, groups, -1), _cut(u, groups, -1), _cut(b, groups, -2), strict=True):
-        _product_into(o_group, u_group, b_group.mT, scaling)
-    return u, torch.matmul(_probe(routing, u), a), o
+        _product_into(o_group, u_group, b_group.mT, options.scaling)
+    return u, torch.matmul(_probe(options.routing, u), a), o
 
 
 def lora_factor_gradients(
-    v: Tensor, a: Tensor, b: Tensor, u: Tensor, dp: Tensor, do: Tensor, routing: Routing, scaling: float, groups: int
+    v: Tensor, a: Tensor, b: Tensor, u: Tensor, du: None, dp: Tensor, do: Tensor, options: LoRAOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """du, dA and dB from dp and do of :func:`lora_factors`."""
+    """du, dA and dB from dp and do of :func:`lora_factors`; u itself is given no gradient."""
+    routing, scaling, groups = options.routing, options.scaling, options.groups
     du, db = torch.empty_like(u), torch.empty_like(b, memory_format=torch.contiguous_format)
     cut = [_cut(x, groups, -1) for x in (du, u, do)] + [_cut(x, groups, -2) for x in (db, b)]
     for du_group, u_group, do_group, db_group, b_group in zip(*cut, strict=True):
@@ -159,58 +151,44 @@ def _product_into(out: Tensor, left: Tensor, right: Tensor, scaling: float = 1, 
     return (out.addmm_ if out.dim() == 2 else out.baddbmm_)(left, right, beta=beta, alpha=scaling)
 
 
-class _LoRAFactors(NamedTuple):
-    """What :class:`JointImage` computes for LoRA: p and o."""
-
-    routing: Routing
-    scaling: float
-    groups: int
-
-    def forward(self, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return lora_factors(v, a, b, *self)
-
-    def backward(self, v: Tensor, a: Tensor, b: Tensor, u: Tensor, du: None, dp: Tensor, do: Tensor):
-        return lora_factor_gradients(v, a, b, u, dp, do, *self)
+def _adapter_factors(v: Tensor, a: Tensor, bias: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+    """u, w and k of several Adapters."""
+    u = torch.baddbmm(bias.unsqueeze(1), v, a.mT)
+    probe = _probe(routing, u)
+    return u, torch.matmul(probe, a), torch.matmul(probe, bias.unsqueeze(2)).squeeze(2)
 
 
-class _AdapterFactors(NamedTuple):
-    """What :class:`JointImage` computes for Adapters: u, w and k."""
-
-    routing: Routing
-
-    def forward(self, v: Tensor, a: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        u = torch.baddbmm(bias.unsqueeze(1), v, a.mT)
-        probe = _probe(self.routing, u)
-        return u, torch.matmul(probe, a), torch.matmul(probe, bias.unsqueeze(2)).squeeze(2)
-
-    def backward(self, v: Tensor, a: Tensor, bias: Tensor, u: Tensor, du: Tensor, dw: Tensor, dk: Tensor):
-        dk = dk.unsqueeze(2)
-        probe = _probe(self.routing, u)
-        through = _probe_backward(self.routing, torch.matmul(dw, a.mT) + dk * bias.unsqueeze(1), u)
-        if through is not None:
-            du = du + through
-        return du, _product_into(torch.matmul(probe.mT, dw), du.mT, v, beta=1), (dk * probe + du).sum(1)
+def _adapter_factor_gradients(
+    v: Tensor, a: Tensor, bias: Tensor, u: Tensor, du: Tensor, dw: Tensor, dk: Tensor, routing: Routing
+) -> tuple[Tensor, Tensor, Tensor]:
+    dk = dk.unsqueeze(2)
+    probe = _probe(routing, u)
+    through = _probe_backward(routing, torch.matmul(dw, a.mT) + dk * bias.unsqueeze(1), u)
+    if through is not None:
+        du = du + through
+    return du, _product_into(torch.matmul(probe.mT, dw), du.mT, v, beta=1), (dk * probe + du).sum(1)
 
 
 class JointImage(torch.autograd.Function):
     """For n layers at once, what ``factors`` make of v [B, 1, K]: n times u, then n times each of the two factors.
 
+    ``factors`` are a function, its backward pass, and their last argument: LoRAOptions, or an Adapter's routing.
     ``weights`` are the n down-projections A, then n of the other weight. Several backward passes may go through it, one
     for each loss or recomputed segment of a model. So v and the stacked copies of the weights are kept on ``ctx``, and
     not by autograd, which would free them after the first pass and show them to its hooks.
     """
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, factors: _LoRAFactors | _AdapterFactors, *weights: Tensor) -> tuple[Tensor, ...]:
-        n, device = len(weights) // 2, v.device.type
+    def forward(ctx: Any, v: Tensor, factors: tuple[Any, Any, Any], *weights: Tensor) -> tuple[Tensor, ...]:
+        (make, ctx.gradients, ctx.given), n, device = factors, len(weights) // 2, v.device.type
         narrow, *stacks = cast_for_autocast(device, v, torch.stack(weights[:n]), torch.stack(weights[n:]))
         with without_autocast(device):
-            outputs = factors.forward(narrow.squeeze(1).expand(n, -1, -1), *stacks)
-        ctx.v, ctx.version, ctx.factors, ctx.stacks = v, v._version, factors, (*stacks, outputs[0])
+            outputs = make(narrow.squeeze(1).expand(n, -1, -1), *stacks, ctx.given)
+        ctx.v, ctx.version, ctx.stacks = v, v._version, (*stacks, outputs[0])
         ctx.shapes = [output.shape[1:] for output in outputs]
         ctx.set_materialize_grads(False)
         shares = [output.unbind(0) for output in outputs]
-        if isinstance(factors, _LoRAFactors):  # u is not read where the factors are
+        if isinstance(ctx.given, LoRAOptions):  # u is not read where the factors are
             ctx.mark_non_differentiable(*shares[0])
             ctx.shapes[0] = None
         return tuple(itertools.chain(*shares))
@@ -231,7 +209,7 @@ class JointImage(torch.autograd.Function):
         v = ctx.v.to(u.dtype).squeeze(1).expand(len(reached), -1, -1)
         with without_autocast(u.device.type):
             douts = (_stacked(grads[n * k :], reached, u, shape) for k, shape in enumerate(ctx.shapes))
-            du, *dweights = ctx.factors.backward(v, a, other, u, *douts)
+            du, *dweights = ctx.gradients(v, a, other, u, *douts, ctx.given)
             if ctx.needs_input_grad[0]:
                 found[0] = torch.matmul(du, a).sum(0).unsqueeze(1)
         for first, dweight in zip((2, 2 + n), dweights, strict=True):
@@ -266,14 +244,16 @@ def project_lora_images(
 
     For what :func:`can_project_jointly` allows; gradients go through the factors, and none through u.
     """
-    return _codes(JointImage.apply(v, _LoRAFactors(routing, scaling, groups), *a, *b))
+    options = LoRAOptions(routing, False, scaling, range(groups), "bottleneck")
+    return _codes(JointImage.apply(v, (lora_factors, lora_factor_gradients, options), *a, *b))
 
 
 def project_adapter_images(
     v: Tensor, down_weight: Sequence[Tensor], down_bias: Sequence[Tensor], *, routing: Routing
 ) -> list[ImageCode]:
     """:func:`project_adapter_image` likewise."""
-    return _codes(JointImage.apply(v, _AdapterFactors(routing), *down_weight, *down_bias))
+    factors = (_adapter_factors, _adapter_factor_gradients, routing)
+    return _codes(JointImage.apply(v, factors, *down_weight, *down_bias))
 
 
 def _codes(outputs: tuple[Tensor, ...]) -> list[ImageCode]:
@@ -292,15 +272,8 @@ def project_adapter_image(
 ) -> ImageCode | None:
     """Project the image for one Adapter, differentiable in v and the weights.
 
-    Args:
-        v: visual tokens [B, L, K].
-        down_weight: A [R, K].
-        down_bias: b_down [R], or None.
-        routing, relu: as in :func:`routingvl.kernels.routed_adapter`.
-        decoding: as in :func:`project_lora_image`.
-
-    Returns:
-        None where the routing reads no image.
+    ``decoding`` as in :func:`project_lora_image`, the rest as in :func:`routingvl.kernels.routed_adapter`. None where
+    the routing reads no image.
     """
     row = find_routing(routing)
     if not row.uses_image:
@@ -326,19 +299,3 @@ def adapter_image(
 def _with_gram(u: Tensor, routing: Routing, relu: bool, decoding: bool) -> ImageCode:
     wanted = decoding and routing.inner_product and u.shape[1] > 1 and not u.requires_grad
     return ImageCode(u, None, gram_of(u, relu) if wanted else None)
-
-
-def _up(u: Tensor, b: Tensor, groups: int) -> Tensor:
-    """u [B, G*R], each group's components times its rows of b [G*n, R]: [B, G*n]."""
-    if groups == 1:
-        return F.linear(u, b)
-    pairs = zip(u.chunk(groups, 1), b.chunk(groups, 0), strict=True)
-    return torch.cat([F.linear(of_group, rows) for of_group, rows in pairs], 1)
-
-
-def _up_transposed(o: Tensor, b: Tensor, groups: int) -> Tensor:
-    """The transpose of :func:`_up`: o [B, G*n] gives [B, G*R]."""
-    if groups == 1:
-        return torch.mm(o, b)
-    pairs = zip(o.chunk(groups, 1), b.chunk(groups, 0), strict=True)
-    return torch.cat([torch.mm(of_group, rows) for of_group, rows in pairs], 1)

@@ -10,26 +10,25 @@ from torch import Tensor
 from .routing import Routing
 
 
-def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
-    """Raise ``ValueError`` unless ``tensor`` fits ``shape``, whose letters stand for any size."""
-    fits = tensor.ndim == len(shape) and all(
-        isinstance(want, str) or got == want for got, want in zip(tensor.shape, shape, strict=True)
+def check_shape(name: str, tensor: Tensor | None, shape: tuple[int | str, ...]) -> None:
+    """Raise ``ValueError`` unless ``tensor`` is None or fits ``shape``, whose letters stand for any size."""
+    fits = tensor is None or (
+        tensor.ndim == len(shape)
+        and all(isinstance(want, str) or got == want for got, want in zip(tensor.shape, shape, strict=True))
     )
     if not fits:
         wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
 
 
-def check_text_and_image(x: Tensor, v: Tensor | None, routing: Routing, relu: bool, *, beams: bool = False) -> None:
-    """Raise ``ValueError`` unless x [B, T, K] and v [B, L, K] suit each other and the routing function; with ``beams``
-    x may have a multiple of B rows.
-    """
+def check_text_and_image(x: Tensor, v: Tensor | None, routing: Routing, relu: bool) -> None:
+    """Raise ``ValueError`` unless x [B, T, K], or [B*beams, T, K], and v [B, L, K] suit each other and the routing."""
     check_shape("x", x, ("B", "T", "K"))
     if routing.uses_image and v is not None:
         check_shape("v", v, ("B", "L", x.shape[2]))
-        if x.shape[0] != v.shape[0] and not (beams and v.shape[0] and x.shape[0] % v.shape[0] == 0):
-            needed = "for each row of x" + (" or group of beams" if beams else "")
-            raise ValueError(f"v has batch {v.shape[0]}, x has batch {x.shape[0]}: one row of v {needed} is needed")
+        if x.shape[0] != v.shape[0] and not (v.shape[0] and x.shape[0] % v.shape[0] == 0):
+            needed = "one row of v for each row of x or group of beams is needed"
+            raise ValueError(f"v has batch {v.shape[0]}, x has batch {x.shape[0]}: {needed}")
     routing.check(v.shape[1] if routing.uses_image and v is not None else None, relu)
 
 

@@ -19,7 +19,7 @@ Functions of several visual tokens run in the kernels only as ``inner_product``;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -129,40 +129,6 @@ class Routing:
             )
 
 
-def _none(t: Tensor, u: Tensor | None, relu: bool) -> Tensor:
-    return t
-
-
-def _none_backward(dz: Tensor, t: Tensor, u: Tensor | None, relu: bool) -> tuple[Tensor, Tensor | None]:
-    return dz, None
-
-
-def _add(t: Tensor, u: Tensor, relu: bool) -> Tensor:
-    return t + u
-
-
-def _add_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-    return dz, dz.sum(1, keepdim=True)
-
-
-def _mul(t: Tensor, u: Tensor, relu: bool) -> Tensor:
-    return t * u
-
-
-def _mul_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-    return dz * u, (dz * t).sum(1, keepdim=True)
-
-
-def _expand(t: Tensor, u: Tensor, relu: bool) -> Tensor:
-    # t times u repeated to [R, R] is (sum of t) u: the square matrix is never needed.
-    return t.sum(-1, keepdim=True) * u
-
-
-def _expand_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-    dt = inner_products(dz, u.squeeze(1)).expand_as(t)
-    return dt, t.sum(-1, keepdim=True).mT @ dz
-
-
 def gram_is_cheaper(text_tokens: int, visual_tokens: int, rank: int) -> bool:
     """Whether t (uᵀ u) takes fewer products than (t uᵀ) u: L R^2 + T R^2 against 2 T L R."""
     return (visual_tokens + text_tokens) * rank < 2 * text_tokens * visual_tokens
@@ -213,33 +179,30 @@ def inner_product_image_gradient(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -
     return du + (dright * (u > 0) if relu else dright)
 
 
-def _identity(u: Tensor) -> Tensor:
-    return u
-
-
-def _same_gradient(dp: Tensor, u: Tensor) -> Tensor:
-    return dp
-
-
-def _no_gradient(dp: Tensor, u: Tensor) -> None:
-    return None
-
-
 _ROWS = (
-    Routing("none", 0, "z = t", 0, False, _none, _none_backward, image_factor=0.0),
-    Routing("add", 1, "z = t + u", 1, False, _add, _add_backward, image_factor=1.0),
-    Routing("mul", 2, "z = t * u", 1, False, _mul, _mul_backward),
-    Routing("expand", 3, "z = (sum_j t_j) u", 1, False, _expand, _expand_backward,
-            probe=torch.ones_like, probe_backward=_no_gradient),
+    Routing("none", 0, "z = t", 0, False,
+            route=lambda t, u, relu: t,
+            route_backward=lambda dz, t, u, relu: (dz, None), image_factor=0.0),
+    Routing("add", 1, "z = t + u", 1, False,
+            route=lambda t, u, relu: t + u,
+            route_backward=lambda dz, t, u, relu: (dz, dz.sum(1, keepdim=True)), image_factor=1.0),
+    Routing("mul", 2, "z = t * u", 1, False,
+            route=lambda t, u, relu: t * u,
+            route_backward=lambda dz, t, u, relu: (dz * u, (dz * t).sum(1, keepdim=True))),
+    # t times u repeated to [R, R] is (sum of t) u: the square matrix is never needed.
+    Routing("expand", 3, "z = (sum_j t_j) u", 1, False,
+            route=lambda t, u, relu: t.sum(-1, keepdim=True) * u,
+            route_backward=lambda dz, t, u, relu: (
+                inner_products(dz, u.squeeze(1)).expand_as(t), t.sum(-1, keepdim=True).mT @ dz),
+            probe=torch.ones_like, probe_backward=lambda dp, u: None),
     Routing("vllora", 4, "z = t uᵀ u", None, True, _vllora, _vllora_backward,
-            probe=_identity, probe_backward=_same_gradient, inner_product=True),
+            probe=lambda u: u, probe_backward=lambda dp, u: dp, inner_product=True),
 )  # fmt: skip
 
 
-def _by_name(rows: Iterable[Routing]) -> Mapping[str, Routing]:
-    rows = tuple(rows)
-    for what, given in (("name", [row.name for row in rows]), ("code", [row.code for row in rows])):
-        taken = [value for value in given if value is not None]
+def _by_name(rows: Sequence[Routing]) -> Mapping[str, Routing]:
+    for what in ("name", "code"):
+        taken = [value for row in rows if (value := getattr(row, what)) is not None]
         if len(taken) != len(set(taken)):
             raise ValueError(f"two routing functions have one {what}: {taken}")
     return MappingProxyType({row.name: row for row in rows})

@@ -57,13 +57,11 @@ def routed_adapter(
         RuntimeError: the backend asked for cannot run.
     """
     row, act = find_routing(routing), find_activation(activation)
-    check_text_and_image(x, v, row, relu, beams=True)
+    check_text_and_image(x, v, row, relu)
     check_shape("down_weight", down_weight, ("R", x.shape[2]))
     check_shape("up_weight", up_weight, (x.shape[2], down_weight.shape[0]))
-    if down_bias is not None:
-        check_shape("down_bias", down_bias, (down_weight.shape[0],))
-    if up_bias is not None:
-        check_shape("up_bias", up_bias, (x.shape[2],))
+    check_shape("down_bias", down_bias, (down_weight.shape[0],))
+    check_shape("up_bias", up_bias, (x.shape[2],))
     device = x.device.type
     tensors = cast_for_autocast(device, x, v if row.uses_image else None, down_weight, down_bias, up_weight, up_bias)
     names = ("x", "v", "down_weight", "down_bias", "up_weight", "up_bias")
@@ -84,7 +82,7 @@ def routed_adapter(
         if v is not None:
             image = adapter_image(v, *weights[:2], row, relu) if image is None else image
             image = image.to(narrow.dtype)
-        arguments = (fold_beams(narrow, v), image, *weights, options)
+        arguments = (fold_beams(narrow, v), image, weights, options)
         try:
             y = run(*arguments)
         except NoTileFitsError as error:

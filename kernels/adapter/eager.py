@@ -15,7 +15,7 @@ from ..autograd_function import backward_of, saving, with_signature
 from ..image_code import ImageCode
 from ..linear import add_product_, column_sums, fresh_linear, inner_products, linear, plus_product, product
 from ..routing import route_by_gram
-from .options import AdapterOptions
+from .options import AdapterOptions, Weights
 
 
 def _up(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
@@ -131,20 +131,12 @@ class RankOneAdapter(torch.autograd.Function):
         return dx, dw, dk, du, dup, dup_bias
 
 
-def eager_adapter(
-    x: Tensor,
-    image: ImageCode | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    options: AdapterOptions,
-) -> Tensor:
+def eager_adapter(x: Tensor, image: ImageCode | None, weights: Weights, options: AdapterOptions) -> Tensor:
     """The routed Adapter by the cheapest way there is; tensors as in :func:`routingvl.kernels.routed_adapter`.
 
     ``image`` is None where the routing takes none.
     """
     if image is not None and image.factors is not None and not options.relu:
-        return RankOneAdapter.apply(x, *image.factors, image.u.squeeze(1), up_weight, up_bias, options)[0]
+        return RankOneAdapter.apply(x, *image.factors, image.u.squeeze(1), *weights[2:], options)[0]
     u, gram = (None, None) if image is None else (image.u, image.gram)
-    return DenseAdapter.apply(x, u, down_weight, down_bias, up_weight, up_bias, gram, options)[0]
+    return DenseAdapter.apply(x, u, *weights, gram, options)[0]

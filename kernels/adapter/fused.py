@@ -14,7 +14,7 @@ from ..routing import inner_product_image_gradient
 from ..triton_common.launch import contiguous_rows
 from ..triton_common.visual_tokens import image_operand
 from . import ops
-from .options import AdapterOptions
+from .options import AdapterOptions, Weights
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -93,15 +93,7 @@ class FusedAdapter(torch.autograd.Function):
         return dx.view(x.shape) if need_x else None, ddown, ddown_bias, du, dup, dup_bias
 
 
-def fused_adapter(
-    x: Tensor,
-    image: ImageCode | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    options: AdapterOptions,
-) -> Tensor:
+def fused_adapter(x: Tensor, image: ImageCode | None, weights: Weights, options: AdapterOptions) -> Tensor:
     """The routed Adapter by kernels; tensors as in :func:`routingvl.kernels.routed_adapter`.
 
     For what :meth:`~routingvl.kernels.routing.Routing.kernel_obstacle` allows. ``image`` is None where the routing
@@ -109,7 +101,6 @@ def fused_adapter(
     """
     u, factors, gram = (None, None, None) if image is None else image
     rank_one = factors is not None and not options.relu
-    down, bias = factors if rank_one else (down_weight, down_bias)
-    inputs = (x, down, bias, u, up_weight, up_bias)
+    inputs = (x, *(factors if rank_one else weights[:2]), u, *weights[2:])
     save_t = torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in inputs)
     return FusedAdapter.apply(*inputs, gram, options, rank_one, save_t)[0]

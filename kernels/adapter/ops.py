@@ -14,18 +14,8 @@ import torch
 from torch import Tensor
 
 from ..triton_common.cached_launcher import CachedKernel
-from ..triton_common.launch import (
-    blocks_of,
-    define_op,
-    fitting_tiles,
-    image_tile,
-    launch,
-    on_device,
-    processors,
-    product_precision,
-    sum_of_blocks,
-)
-from ..triton_common.tiles import Tile, column_splits, padded_rank
+from ..triton_common.launch import define_op, launch_backward, launch_forward, product_precision
+from ..triton_common.tiles import padded_rank
 from ..triton_common.visual_tokens import Visual, image_arguments, rows_of_one_image
 from .options import AdapterOptions
 from .triton import adapter_backward_kernel, adapter_forward_kernel
@@ -50,11 +40,11 @@ def _call_arguments(
     )  # fmt: skip
 
 
-def _fake_adapter_forward(y, x, down, down_bias, image, up, up_bias, tokens, visual, rank_one, save_t, options):
+def _new_activation(y, x, down, down_bias, image, up, up_bias, tokens, visual, rank_one, save_t, options):
     return _new_t(x, x.shape[0] if save_t else 0, up.shape[1], rank_one)
 
 
-@define_op(_fake_adapter_forward, mutates=["y"])
+@define_op(_new_activation, mutates=["y"])
 def adapter_forward_(
     y: Tensor,
     x: Tensor,
@@ -70,28 +60,18 @@ def adapter_forward_(
     options: AdapterOptions,
 ) -> Tensor:
     """Writes y [M, K]; returns t [M, R], or c [M] where ``rank_one``, empty unless ``save_t``."""
-    (rows, width), one_image = x.shape, rows_of_one_image(visual)
-    t = _new_t(x, rows if save_t else 0, up.shape[1], rank_one)
-    if rows == 0:
-        return t
-    span = tokens if one_image else rows
-    arguments = dict(
-        **_call_arguments(down, image, up, tokens, visual, rank_one, options), p_y=y, p_t=t, p_x=x,
-        p_down_bias=x if down_bias is None else down_bias, p_up_bias=x if up_bias is None else up_bias, rows=rows,
-        span=span, stride_xm=x.stride(0), down_bias=down_bias is not None, up_bias=up_bias is not None, save_t=save_t,
-    )  # fmt: skip
-
-    def attempt(tile: Tile) -> None:
-        tile = image_tile(tile, tokens, one_image)
-        splits = column_splits(tile, rows, width, processors(x.device))
-        launch_adapter_forward((blocks_of(rows, span, tile.block_m), splits), {**arguments, **vars(tile)})
-
-    with on_device(x):
-        launch("adapter_forward", fitting_tiles("adapter_forward", up.shape[1], x), attempt)
+    t = _new_activation(y, x, down, down_bias, image, up, up_bias, tokens, visual, rank_one, save_t, options)
+    if len(x):
+        arguments = dict(
+            **_call_arguments(down, image, up, tokens, visual, rank_one, options), p_y=y, p_t=t,
+            p_down_bias=x if down_bias is None else down_bias, p_up_bias=x if up_bias is None else up_bias,
+            down_bias=down_bias is not None, up_bias=up_bias is not None, save_t=save_t,
+        )  # fmt: skip
+        launch_forward("adapter_forward", launch_adapter_forward, x, up.shape[1], x.shape[1], arguments)
     return t
 
 
-def _fake_adapter_backward(dy, t, down, image, up, tokens, visual, rank_one, need_x, need_u, need_h, options):
+def _new_gradients(dy, t, down, image, up, tokens, visual, rank_one, need_x, need_u, need_h, options):
     (rows, width), rank = dy.shape, up.shape[1]
     return (
         dy.new_empty(rows if need_x else 0, width),
@@ -102,7 +82,7 @@ def _fake_adapter_backward(dy, t, down, image, up, tokens, visual, rank_one, nee
     )
 
 
-@define_op(_fake_adapter_backward)
+@define_op(_new_gradients)
 def adapter_backward(
     dy: Tensor,
     t: Tensor,
@@ -120,30 +100,13 @@ def adapter_backward(
     """dx [M, K], the gradient of t, dz [M, R] of several visual tokens, du [B, R] of one, and h [M, R]; empty where not
     needed.
     """
-    (rows, width), rank, one_image = dy.shape, up.shape[1], rows_of_one_image(visual)
-    write_du, write_dz = need_u and visual == Visual.ONE_TOKEN, need_u and one_image
-    dx = dy.new_empty(rows if need_x else 0, width)
-    dt = _new_t(dy, rows, rank, rank_one)
-    dz = dy.new_empty(rows if write_dz else 0, rank)
-    h = dy.new_empty(rows if need_h else 0, rank)
-    if rows == 0:
-        return dx, dt, dz, dy.new_empty(0, rank), h
-    images = rows // tokens
-    arguments = dict(
-        **_call_arguments(down, image, up, tokens, visual, rank_one, options), p_dx=dx, p_dt=dt, p_dz=dz, p_h=h,
-        p_dy=dy, p_t=t, rows=rows, images=images, stride_dym=dy.stride(0), write_dx=need_x, write_du=write_du,
-        write_dz=write_dz, write_h=need_h,
-    )  # fmt: skip
-
-    def attempt(tile: Tile) -> Tensor:
-        tile = image_tile(tile, tokens, one_image)
-        span = tokens if one_image else max(1, tile.block_m // tokens) * tokens
-        du = dy.new_empty(images if write_du else 0, -(-span // tile.block_m), rank, dtype=torch.float32)
-        grid = (blocks_of(rows, span, tile.block_m),)
-        launch_adapter_backward(grid, {**arguments, "span": span, "p_du": du, **vars(tile)})
-        return du
-
-    with on_device(dy):
-        tiles = fitting_tiles("adapter_backward", rank, dy, relu=options.relu)
-        du = launch("adapter_backward", tiles, attempt)
-    return dx, dt, dz, sum_of_blocks(du, dy.dtype), h
+    needs = (need_x, need_u, need_h)
+    dx, dt, dz, du, h = _new_gradients(dy, t, down, image, up, max(tokens, 1), visual, rank_one, *needs, options)
+    if len(dy):
+        arguments = dict(
+            **_call_arguments(down, image, up, tokens, visual, rank_one, options), p_dx=dx, p_dt=dt, p_dz=dz, p_h=h,
+            p_t=t, write_dx=need_x, write_h=need_h,
+        )  # fmt: skip
+        kind, kernel, rank = "adapter_backward", launch_adapter_backward, up.shape[1]
+        du = launch_backward(kind, kernel, dy, rank, need_u, arguments, relu=options.relu)
+    return dx, dt, dz, du, h

@@ -14,9 +14,8 @@ import triton.language as tl
 
 from ..activations import act_bwd, act_fwd
 from ..routing import route_bwd, route_fwd
-from ..triton_common.products import dot
-from ..triton_common.rows import block_rows
-from ..triton_common.visual_tokens import NO_IMAGE, ONE_TOKEN, route_tokens, route_tokens_back
+from ..triton_common.products import dot, low_rank_rows
+from ..triton_common.visual_tokens import NO_IMAGE, ONE_TOKEN, route_tokens
 
 # Sizes that change from batch to batch: compiling anew when one becomes divisible by 16 would not pay.
 _VARYING = ["rows", "span", "tokens", "visual_tokens", "images"]
@@ -53,16 +52,10 @@ def adapter_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_L: tl.constexpr,
 ):
     """Grid: blocks of rows, splits of the columns of y (each repeats the down-projection)."""
-    block = tl.program_id(0)
-    i_m, m_m = block_rows(block, rows, span, BLOCK_M)
-    o_m = i_m.to(tl.int64)[:, None]
+    block, i_m, m_m, o_m, i_r, m_r, m_mr = low_rank_rows(rows, span, rank, BLOCK_M, BLOCK_R)
     i_b = i_m // tokens
-    i_r = tl.arange(0, BLOCK_R)
-    m_r = i_r < rank
-    m_mr = m_m[:, None] & m_r[None, :]
     saves = SAVE_T and tl.program_id(1) == 0
 
     if RANK_ONE:
@@ -99,7 +92,7 @@ def adapter_forward_kernel(
             z = tl.where(m_r[None, :], route_fwd(t, u.to(tl.float32), ROUTING, RELU), 0.0)
         else:
             z = route_tokens(
-                t, p_image, block, span, visual_tokens, rank, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M, BLOCK_L
+                t, t, p_image, block, span, visual_tokens, rank, False, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M
             )
     h = act_fwd(z, ACT).to(p_up.dtype.element_ty)
 
@@ -154,20 +147,14 @@ def adapter_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_L: tl.constexpr,
 ):
     """dh = dy B, then back through activation and routing to dt; dx = [dy +] dt A; h once more for the gradient of B.
 
     du is summed over this program's rows of each of its images: nobody else adds to those sums, so there are no atomics
     and equal calls give equal bits. Grid: blocks of rows; span is a whole number of images.
     """
-    block = tl.program_id(0)
-    i_m, m_m = block_rows(block, rows, span, BLOCK_M)
-    o_m = i_m.to(tl.int64)[:, None]
+    block, i_m, m_m, o_m, i_r, m_r, m_mr = low_rank_rows(rows, span, rank, BLOCK_M, BLOCK_R)
     i_b = i_m // tokens
-    i_r = tl.arange(0, BLOCK_R)
-    m_r = i_r < rank
-    m_mr = m_m[:, None] & m_r[None, :]
     o_mr = o_m * rank + i_r[None, :]
 
     dh = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -191,7 +178,7 @@ def adapter_backward_kernel(
             z = tl.where(m_r[None, :], route_fwd(t, u, ROUTING, RELU), 0.0)
         else:
             z = route_tokens(
-                t, p_image, block, span, visual_tokens, rank, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M, BLOCK_L
+                t, t, p_image, block, span, visual_tokens, rank, False, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M
             )
     if WRITE_H:
         tl.store(p_h + o_mr, act_fwd(z, ACT).to(p_h.dtype.element_ty), mask=m_mr)
@@ -212,8 +199,8 @@ def adapter_backward_kernel(
             u = tl.load(p_image + i_b[:, None] * rank + i_r[None, :], mask=m_mr, other=0.0).to(tl.float32)
             dt, du = route_bwd(dz, t, u, ROUTING, RELU)
         else:
-            dt = route_tokens_back(
-                dz, t, p_image, block, span, visual_tokens, rank, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M, BLOCK_L
+            dt = route_tokens(
+                t, dz, p_image, block, span, visual_tokens, rank, True, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M
             )
         dt = tl.where(m_r[None, :], dt, 0.0).to(p_down.dtype.element_ty)
         tl.store(p_dt + o_mr, dt, mask=m_mr)

@@ -14,7 +14,7 @@ from ..inputs import cast_for_autocast, check_dtypes, check_shape, check_text_an
 from ..routing import Routing, find_routing
 from ..triton_common.launch import NoTileFitsError, eager_instead
 from .eager import eager_lora
-from .options import PLACEMENTS, WEIGHT_LAYOUTS, LoRAOptions
+from .options import PLACEMENTS, WEIGHT_LAYOUTS, LoRAOptions, Weights
 
 
 def routed_lora(
@@ -62,8 +62,7 @@ def routed_lora(
     """
     row = find_routing(routing)
     _check(x, v, a, b, row, relu, groups, placement)
-    if base is not None:
-        check_shape("base", base, (*x.shape[:2], "N" if columns else b.shape[0]))
+    check_shape("base", base, (*x.shape[:2], "N" if columns else b.shape[0]))
     starts = _start_columns(columns, groups, b.shape[0] // groups, None if base is None else base.shape[2])
     options = LoRAOptions(row, relu, scaling, starts, placement)
     device = x.device.type
@@ -74,8 +73,8 @@ def routed_lora(
         # A wider base keeps its precision, as it would in the plain sum.
         with without_autocast(device):
             zeros = torch.zeros_like(base, dtype=x.dtype)
-            return base + _run(backend, x, v, a, b, None, None, zeros, None, options)
-    return _run(backend, x, v, a, b, None, None, base, None, options)
+            return base + _run(backend, x, v, None, (a, b, None, None, zeros), options)
+    return _run(backend, x, v, None, (a, b, None, None, base), options)
 
 
 def routed_lora_linear(
@@ -125,8 +124,7 @@ def routed_lora_linear(
         raise ValueError(f"weight_layout={weight_layout!r} is not one of 'nk' (nn.Linear) and 'kn' (Conv1D)")
     check_shape("weight", weight, ("N", x.shape[2]) if weight_layout == "nk" else (x.shape[2], "N"))
     outputs = weight.shape[0 if weight_layout == "nk" else 1]
-    if bias is not None:
-        check_shape("bias", bias, (outputs,))
+    check_shape("bias", bias, (outputs,))
     if columns is None and outputs != b.shape[0]:
         raise ValueError(
             f"b has {b.shape[0]} rows and the projection {outputs} outputs: give columns to say where they belong"
@@ -138,22 +136,14 @@ def routed_lora_linear(
     check_dtypes(x=x, v=v, weight=weight, bias=bias, a=a, b=b)
     if image is not None and dropout > 0:
         raise ValueError(f"dropout={dropout} draws a mask for v: image= holds a v that was projected without one")
-    return _run(backend, x, v, a, b, weight, bias, None, image, options)
+    return _run(backend, x, v, image, (a, b, weight, bias, None), options)
 
 
 def _run(
-    backend: str | None,
-    x: Tensor,
-    v: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    base: Tensor | None,
-    image: ImageCode | None,
-    options: LoRAOptions,
+    backend: str | None, x: Tensor, v: Tensor | None, image: ImageCode | None, weights: Weights, options: LoRAOptions
 ) -> Tensor:
     """Hand checked arguments, and what the image comes to, to the backend."""
+    a, b, *frozen, base = weights
     routing, relu, dropout, placement = options.routing, options.relu, options.dropout, options.placement
     visual_tokens = 0 if v is None else v.shape[1]
     name, _ = select_backend(
@@ -161,7 +151,7 @@ def _run(
         relu=relu, placement=placement, products=relu or not routing.is_rank_one(visual_tokens),
     )  # fmt: skip
     fused = name == "triton" and options.equally_spaced
-    shape, x, base = x.shape, fold_beams(x, v), fold_beams(base, v)
+    shape, x, weights = x.shape, fold_beams(x, v), (a, b, *frozen, fold_beams(base, v))
     with without_autocast(x.device.type):
         # The image's mask is torch's own on any backend: v is B*L rows against M of text.
         dropped = F.dropout(x, dropout) if dropout > 0 and not fused else x
@@ -171,17 +161,15 @@ def _run(
             from .fused import fused_lora  # here, because it needs triton
 
             try:
-                y = fused_lora(x, v, image, a, b, weight, bias, base, options)
+                y = fused_lora(x, v, image, weights, options)
             except NoTileFitsError as error:
                 eager_instead(error)
                 fused, dropped = False, F.dropout(x, dropout) if dropout > 0 else x
         if not fused:
             before_up = placement == "bottleneck" or routing.moves_before_up(visual_tokens, relu)
             if v is not None and image is None and before_up:
-                image = lora_image(
-                    v, a, b, routing, scaling=options.scaling, relu=relu, groups=options.groups, placement=placement
-                )
-            y = eager_lora(x, dropped, v, image, a, b, weight, bias, base, options)
+                image = lora_image(v, a, b, options)
+            y = eager_lora(x, dropped, v, image, weights, options)
     return y if y.shape[0] == shape[0] else y.reshape(*shape[:2], y.shape[2])
 
 
@@ -190,7 +178,7 @@ def _check(
 ) -> None:
     if placement not in PLACEMENTS:
         raise ValueError(f"placement={placement!r} is not one of {', '.join(map(repr, PLACEMENTS))}")
-    check_text_and_image(x, v, routing, relu, beams=True)
+    check_text_and_image(x, v, routing, relu)
     check_shape("b", b, ("G*n", "R"))
     if groups < 1 or b.shape[0] % groups:
         raise ValueError(f"groups={groups} must be at least 1 and divide the {b.shape[0]} rows of b")

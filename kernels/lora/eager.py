@@ -1,14 +1,9 @@
 """Eager backend of the routed LoRA: torch operations ordered so that nothing is computed or stored twice.
 
 Two autograd functions share the frozen product y = x Wᵀ + bias, into which they accumulate in place (they made y, so
-nobody else holds it):
-
-- :class:`DenseLoRA` for any routing function: y += s route(t, u) Bᵀ, by ``addmm_`` with alpha = s. Where z = t + c u
-  and there are rows enough, it multiplies x by W + s B A instead.
-- :class:`RankOneLoRA` for what is rank one in each image: y_b += (x_b . p_b) o_b, with p_b = Aᵀ p(u_b) [K] and
-  o_b = s B u_b [N]. A row of text no longer costs a factor R.
-
-Both receive the image through small tensors (u, or p and o) that autograd differentiates outside.
+nobody else holds it): :class:`DenseLoRA` for any routing function, and :class:`RankOneLoRA` for what is rank one in
+each image, where a row of text no longer costs a factor R. Both receive the image through small tensors (u, or p and o)
+that autograd differentiates outside.
 """
 
 from __future__ import annotations
@@ -32,7 +27,7 @@ from ..linear import (
 )
 from ..reference import reference_lora
 from ..routing import route_by_gram
-from .options import LoRAOptions
+from .options import LoRAOptions, Weights
 
 
 def _projection_needs(ctx: Any) -> list[bool]:
@@ -222,16 +217,7 @@ class RankOneLoRA(torch.autograd.Function):
 
 
 def eager_lora(
-    x: Tensor,
-    dropped: Tensor,
-    v: Tensor | None,
-    image: ImageCode | None,
-    a: Tensor,
-    b: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    base: Tensor | None,
-    options: LoRAOptions,
+    x: Tensor, dropped: Tensor, v: Tensor | None, image: ImageCode | None, weights: Weights, options: LoRAOptions
 ) -> Tensor:
     """The routed LoRA by the cheapest way there is; tensors as in :func:`routingvl.kernels.routed_lora_linear`.
 
@@ -239,6 +225,7 @@ def eager_lora(
     where it has to be routed after the up-projection: that runs as the definition does, from v.
     """
     routing, relu = options.routing, options.relu
+    a, b, weight, bias, base = weights
     if options.placement == "output" and not routing.moves_before_up(0 if v is None else v.shape[1], relu):
         if weight is not None:
             base = F.linear(x, weight if options.weight_layout == "nk" else weight.t(), bias)
@@ -248,7 +235,7 @@ def eager_lora(
         )  # fmt: skip
     dropped = None if dropped is x else dropped
     if image is not None and image.factors is not None:
-        return RankOneLoRA.apply(x, dropped, a if relu else None, *image.factors, weight, bias, base, options)[0]
+        return RankOneLoRA.apply(x, dropped, a if relu else None, *image.factors, *weights[2:], options)[0]
     u, gram = (None, None) if image is None else (image.u, image.gram)
     merge = (
         routing.image_factor is not None
@@ -256,4 +243,4 @@ def eager_lora(
         and dropped is None
         and merging_pays(x, b.shape[0] // options.groups)
     )
-    return DenseLoRA.apply(x, dropped, u, a, b, weight, bias, base, gram, options, merge)[0]
+    return DenseLoRA.apply(x, dropped, u, *weights, gram, options, merge)[0]

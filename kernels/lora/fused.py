@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..autograd_function import backward_of, saving, with_signature
-from ..image_code import ImageCode, lora_factor_gradients, lora_factors, lora_image
+from ..image_code import ImageCode, can_project_jointly, lora_factor_gradients, lora_factors, lora_image
 from ..linear import accumulates, frozen_projection, frozen_projection_gradients
 from ..routing import inner_product_image_gradient
 from ..triton_common.launch import contiguous_rows
 from ..triton_common.visual_tokens import image_operand
 from . import ops
-from .options import LoRAOptions
+from .options import LoRAOptions, Weights
 
 
 class FusedDenseLoRA(torch.autograd.Function):
@@ -123,7 +123,7 @@ class FusedRankOneLoRA(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         made = (None, None, None)
         if v is not None:
-            _, p, o = made = lora_factors(v.squeeze(1), a, b, options.routing, options.scaling, options.groups)
+            _, p, o = made = lora_factors(v.squeeze(1), a, b, options)
         y = frozen_projection(x, weight, bias, base, options.weight_layout, o.shape[1])
         c = ops.rank_one_forward_(
             y.view(-1, y.shape[2]), contiguous_rows(x), p.contiguous(), o.contiguous(), seed, x.shape[1],
@@ -145,9 +145,8 @@ class FusedRankOneLoRA(torch.autograd.Function):
         need_x, need_v, need_a, need_b, need_p, need_o, *needs = ctx.needs_input_grad[:9]
         if u is not None:
             need_p = need_o = need_v or need_a or need_b
-        dx, dweight, dbias, dbase = frozen_projection_gradients(
-            dy, x, weight, ctx.options.weight_layout, (need_x, *needs)
-        )
+        layout = ctx.options.weight_layout
+        dx, dweight, dbias, dbase = frozen_projection_gradients(dy, x, weight, layout, (need_x, *needs))
         if not (need_x or need_p or need_o):
             return *(None,) * 6, dweight, dbias, dbase
         accumulate = dx is not None
@@ -159,47 +158,27 @@ class FusedRankOneLoRA(torch.autograd.Function):
         )  # fmt: skip
         dp, do, dv, da, db = dp if need_p else None, do if need_o else None, None, None, None
         if u is not None and need_p:
-            du, da, db = lora_factor_gradients(
-                v.squeeze(1), a, b, u, dp, do, ctx.options.routing, ctx.options.scaling, ctx.options.groups
-            )
+            du, da, db = lora_factor_gradients(v.squeeze(1), a, b, u, None, dp, do, ctx.options)
             dv = torch.mm(du, a).unsqueeze(1) if need_v else None
             dp = do = None
         return dx, dv, da, db, dp, do, dweight, dbias, dbase
 
 
-def fused_lora(
-    x: Tensor,
-    v: Tensor | None,
-    image: ImageCode | None,
-    a: Tensor,
-    b: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    base: Tensor | None,
-    options: LoRAOptions,
-) -> Tensor:
+def fused_lora(x: Tensor, v: Tensor | None, image: ImageCode | None, weights: Weights, options: LoRAOptions) -> Tensor:
     """The routed LoRA in one kernel each way; tensors as in :func:`routingvl.kernels.routed_lora_linear`.
 
     For what :meth:`~routingvl.kernels.routing.Routing.kernel_obstacle` allows, and equally spaced columns. ``v`` is
     None where the routing takes no image, ``image`` where v has not been projected yet. The text's mask is drawn in the
     kernel from a seed of torch's generator, so recomputing under a restored generator repeats it.
     """
-    routing, relu = options.routing, options.relu
+    routing, relu, (a, b, *start) = options.routing, options.relu, weights
     seed = torch.randint(2**62, (1,), device=x.device) if options.dropout > 0 else None
     if v is not None and image is None:
-        if (
-            not relu
-            and options.placement == "bottleneck"
-            and routing.is_rank_one(v.shape[1])
-            and routing.probe_backward
-        ):
-            return FusedRankOneLoRA.apply(x, v, a, b, None, None, weight, bias, base, seed, options)[0]
-        image = lora_image(
-            v, a, b, routing, scaling=options.scaling, relu=relu, groups=options.groups, placement=options.placement,
-            factors=not relu,
-        )  # fmt: skip
+        if can_project_jointly(routing, v.shape[1], relu, options.placement):
+            return FusedRankOneLoRA.apply(x, v, a, b, None, None, *start, seed, options)[0]
+        image = lora_image(v, a, b, options, factors=not relu)
     if image is not None and image.factors is not None and not relu:
-        return FusedRankOneLoRA.apply(x, None, None, None, *image.factors, weight, bias, base, seed, options)[0]
+        return FusedRankOneLoRA.apply(x, None, None, None, *image.factors, *start, seed, options)[0]
     u, gram = (None, None) if image is None else (image.u, image.gram)
     save_t = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, u, a, b))
-    return FusedDenseLoRA.apply(x, u, a, b, weight, bias, base, seed, gram, options, save_t)[0]
+    return FusedDenseLoRA.apply(x, u, *weights, seed, gram, options, save_t)[0]

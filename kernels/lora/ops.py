@@ -16,12 +16,10 @@ from torch import Tensor
 from ..triton_common.cached_launcher import CachedKernel
 from ..triton_common.dropout import dropout_arguments
 from ..triton_common.launch import (
-    blocks_of,
     define_op,
-    fitting_tiles,
-    image_tile,
-    launch,
-    on_device,
+    launch_backward,
+    launch_fitting,
+    launch_forward,
     processors,
     product_precision,
     sum_of_blocks,
@@ -59,11 +57,11 @@ def _dense_arguments(a: Tensor, image: Tensor | None, visual: int, b: Tensor, gr
     )  # fmt: skip
 
 
-def _fake_lora_forward(y, x, a, image, b, seed, tokens, visual, accumulate, save_t, options):
+def _new_activation(y, x, a, image, b, seed, tokens, visual, accumulate, save_t, options):
     return x.new_empty(x.shape[0] if save_t else 0, a.shape[0])
 
 
-@define_op(_fake_lora_forward, mutates=["y"])
+@define_op(_new_activation, mutates=["y"])
 def lora_forward_(
     y: Tensor,
     x: Tensor,
@@ -78,36 +76,27 @@ def lora_forward_(
     options: LoRAOptions,
 ) -> Tensor:
     """y[:, columns of each group] (+)= scaling z Bᵀ; returns t [M, G*R], empty unless ``save_t``."""
-    rows, one_image = x.shape[0], rows_of_one_image(visual)
-    t = x.new_empty(rows if save_t else 0, a.shape[0])
-    if rows == 0:
-        return t
-    span = tokens if one_image else rows
-    arguments = dict(
-        **_call_arguments(seed, tokens, accumulate, options), **_dense_arguments(a, image, visual, b, options.groups),
-        p_y=y, p_x=x, p_t=t, p_seed=x if seed is None else seed, rows=rows, span=span, stride_ym=y.stride(0),
-        stride_xm=x.stride(0), save_t=save_t,
-    )  # fmt: skip
-
-    def attempt(tile: Tile) -> None:
-        tile = image_tile(tile, tokens, one_image)
-        splits = column_splits(tile, rows, arguments["width_out"], processors(x.device))
-        launch_lora_forward((blocks_of(rows, span, tile.block_m), splits), {**arguments, **vars(tile)})
-
-    with on_device(x):
-        tiles = fitting_tiles("lora_forward", a.shape[0], x, dropout=seed is not None)
-        launch("lora_forward", tiles, attempt)
+    width, dropout = a.shape[0], seed is not None
+    t = _new_activation(y, x, a, image, b, seed, tokens, visual, accumulate, save_t, options)
+    if len(x):
+        arguments = dict(
+            **_call_arguments(seed, tokens, accumulate, options),
+            **_dense_arguments(a, image, visual, b, options.groups),
+            p_y=y, p_t=t, p_seed=seed if dropout else x, stride_ym=y.stride(0), save_t=save_t,
+        )  # fmt: skip
+        columns = b.shape[0] // options.groups
+        launch_forward("lora_forward", launch_lora_forward, x, width, columns, arguments, dropout=dropout)
     return t
 
 
-def _fake_lora_backward(dx, dy, t, a, image, b, seed, tokens, visual, accumulate, need_u, options):
+def _new_gradients(dx, dy, t, a, image, b, seed, tokens, visual, accumulate, need_u, options):
     one_image = rows_of_one_image(visual)
     dz = torch.empty_like(t) if need_u and one_image else t.new_empty(0, t.shape[1])
     images = image.shape[0] if need_u and visual == Visual.ONE_TOKEN else 0
     return torch.empty_like(t), dz, t.new_empty(images, t.shape[1])
 
 
-@define_op(_fake_lora_backward, mutates=["dx"])
+@define_op(_new_gradients, mutates=["dx"])
 def lora_backward_(
     dx: Tensor | None,
     dy: Tensor,
@@ -125,33 +114,18 @@ def lora_backward_(
     """dx (+)= dt A where given; returns dt [M, G*R], and where ``need_u``: dz [M, G*R] of several visual tokens, or
     du [B, G*R] of one; empty otherwise.
     """
-    (rows, width), one_image = t.shape, rows_of_one_image(visual)
-    write_du, write_dz = need_u and visual == Visual.ONE_TOKEN, need_u and one_image
-    images = 0 if image is None else image.shape[0]
-    dt = torch.empty_like(t)
-    dz = torch.empty_like(t) if write_dz else t.new_empty(0, width)
-    if rows == 0:
-        return dt, dz, t.new_zeros(images if write_du else 0, width)
+    call = dict(dropout=seed is not None, relu=options.relu)
+    dt, dz, du = _new_gradients(dx, dy, t, a, image, b, seed, tokens, visual, accumulate, need_u, options)
+    if len(t) == 0:
+        return dt, dz, du.zero_()
     target = t if dx is None else dx
     arguments = dict(
         **_call_arguments(seed, tokens, accumulate, options), **_dense_arguments(a, image, visual, b, options.groups),
-        p_dx=target, p_dt=dt, p_dz=dz, p_dy=dy, p_t=t, p_seed=t if seed is None else seed, rows=rows, images=images,
-        stride_dxm=target.stride(0), stride_dym=dy.stride(0), write_dx=dx is not None, write_du=write_du,
-        write_dz=write_dz,
+        p_dx=target, p_dt=dt, p_dz=dz, p_t=t, p_seed=t if seed is None else seed, stride_dxm=target.stride(0),
+        write_dx=dx is not None,
     )  # fmt: skip
-
-    def attempt(tile: Tile) -> Tensor:
-        tile = image_tile(tile, tokens, one_image)
-        span = tokens if one_image else max(1, tile.block_m // tokens) * tokens
-        du = dy.new_empty(images if write_du else 0, -(-span // tile.block_m), width, dtype=torch.float32)
-        grid = (blocks_of(rows, span, tile.block_m),)
-        launch_lora_backward(grid, {**arguments, "span": span, "p_du": du, **vars(tile)})
-        return du
-
-    with on_device(dy):
-        tiles = fitting_tiles("lora_backward", width, dy, dropout=seed is not None, relu=options.relu)
-        du = launch("lora_backward", tiles, attempt)
-    return dt, dz, sum_of_blocks(du, t.dtype)
+    du = launch_backward("lora_backward", launch_lora_backward, dy, t.shape[1], need_u, arguments, **call)
+    return dt, dz, du
 
 
 @define_op(lambda dt, x, seed, options: dt.new_empty(dt.shape[1], x.shape[1]))
@@ -173,16 +147,15 @@ def dropped_gradient(dt: Tensor, x: Tensor, seed: Tensor, options: LoRAOptions) 
     def attempt(tile: Tile) -> None:
         launch_dropped_gradient((-(-width_in // tile.block_k), splits), {**arguments, **vars(tile)})
 
-    with on_device(x):
-        launch("dropped_gradient", fitting_tiles("lora_backward", width, x), attempt)
+    launch_fitting("dropped_gradient", width, x, attempt, tiles_of="lora_backward")
     return da.sum(0).to(dt.dtype)
 
 
-def _fake_rank_one_forward(y, x, p, o, seed, tokens, accumulate, options):
+def _new_inner_products(y, x, p, o, seed, tokens, accumulate, options):
     return x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@define_op(_fake_rank_one_forward, mutates=["y"])
+@define_op(_new_inner_products, mutates=["y"])
 def rank_one_forward_(
     y: Tensor,
     x: Tensor,
@@ -194,32 +167,31 @@ def rank_one_forward_(
     options: LoRAOptions,
 ) -> Tensor:
     """y_b[:, columns of each group] (+)= c_b o_b; returns c [M] = x . p in float32."""
-    (rows, width_in), groups = x.shape, options.groups
-    c = x.new_empty(rows, dtype=torch.float32)
+    (rows, width_in), width_out = x.shape, o.shape[1] // options.groups
+    c = _new_inner_products(y, x, p, o, seed, tokens, accumulate, options)
     if rows == 0:
         return c
     arguments = dict(
         **_call_arguments(seed, tokens, accumulate, options), p_y=y, p_x=x, p_p=p, p_o=o, p_c=c,
-        p_seed=x if seed is None else seed, width_in=width_in, width_out=o.shape[1] // groups, stride_ym=y.stride(0),
+        p_seed=x if seed is None else seed, width_in=width_in, width_out=width_out, stride_ym=y.stride(0),
         stride_xm=x.stride(0),
     )  # fmt: skip
 
     def attempt(tile: Tile) -> None:
-        splits = column_splits(tile, rows, o.shape[1] // groups, processors(x.device))
+        splits = column_splits(tile, rows, width_out, processors(x.device))
         grid = (rows // tokens, -(-tokens // tile.block_m), splits)
         launch_rank_one_forward(grid, {**arguments, **vars(tile)})
 
-    with on_device(x):
-        launch("rank_one_forward", fitting_tiles("rank_one_forward", 1, x), attempt)
+    launch_fitting("rank_one_forward", 1, x, attempt)
     return c
 
 
-def _fake_rank_one_backward(dx, dy, x, p, o, c, seed, tokens, accumulate, need_p, need_o, options):
+def _new_factor_gradients(dx, dy, x, p, o, c, seed, tokens, accumulate, need_p, need_o, options):
     images = p.shape[0]
     return p.new_empty(images if need_p else 0, p.shape[1]), o.new_empty(images if need_o else 0, o.shape[1])
 
 
-@define_op(_fake_rank_one_backward, mutates=["dx"])
+@define_op(_new_factor_gradients, mutates=["dx"])
 def rank_one_backward_(
     dx: Tensor | None,
     dy: Tensor,
@@ -237,7 +209,8 @@ def rank_one_backward_(
     """dx (+)= dc p where given; returns dp [B, K] and do [B, G*n], empty unless needed."""
     (rows, width_in), images = x.shape, p.shape[0]
     if rows == 0:
-        return torch.zeros_like(p[: images if need_p else 0]), torch.zeros_like(o[: images if need_o else 0])
+        empty = _new_factor_gradients(dx, dy, x, p, o, c, seed, tokens, accumulate, need_p, need_o, options)
+        return empty[0].zero_(), empty[1].zero_()
     target = x if dx is None else dx
     arguments = dict(
         **_call_arguments(seed, tokens, accumulate, options), p_dx=target, p_dy=dy, p_x=x, p_p=p, p_o=o, p_c=c,
@@ -253,8 +226,6 @@ def rank_one_backward_(
         launch_rank_one_backward((images, blocks), {**arguments, "p_dp": dp, "p_do": do, **vars(tile)})
         return dp, do
 
-    with on_device(x):
-        few, two_parts = images * -(-tokens // 32) <= 2 * processors(x.device), 16 < tokens <= 32
-        tiles = fitting_tiles("rank_one_backward", 1, x, few=few, two_parts=two_parts)
-        dp, do = launch("rank_one_backward", tiles, attempt)
+    few = images * -(-tokens // 32) <= 2 * processors(x.device)
+    dp, do = launch_fitting("rank_one_backward", 1, x, attempt, few=few, two_parts=16 < tokens <= 32)
     return sum_of_blocks(dp, p.dtype), sum_of_blocks(do, o.dtype)

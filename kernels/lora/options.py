@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from torch import Tensor
+
 from ..routing import Routing
 
 PLACEMENTS = ("bottleneck", "output")
 WEIGHT_LAYOUTS = ("nk", "kn")
+Weights = Sequence[Tensor | None]  # a, b, and what the bottleneck is added to: weight and bias, or base, or nothing
 
 
 class LoRAOptions(NamedTuple):
@@ -17,12 +20,8 @@ class LoRAOptions(NamedTuple):
 
     Attributes:
         routing: row of the table.
-        relu: as in :func:`routingvl.kernels.routed_lora`, and so scaling and placement.
-        scaling: factor of the bottleneck's output.
+        relu, scaling, placement, weight_layout, dropout: as in :func:`routingvl.kernels.routed_lora_linear`.
         columns: for each group the column of y at which its outputs start.
-        placement: "bottleneck" or "output".
-        weight_layout: of the frozen projection, "nk" or "kn".
-        dropout: of the bottleneck's inputs.
     """
 
     routing: Routing

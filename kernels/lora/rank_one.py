@@ -11,9 +11,15 @@ import triton
 import triton.language as tl
 
 from ..triton_common.dropout import keep_mask
-from ..triton_common.rows import image_rows
 
 _VARYING = ["tokens", "threshold"]
+
+
+@triton.jit
+def image_rows(tokens, BLOCK_M: tl.constexpr):
+    """Rows [BLOCK_M] of this program in x and y, and whether they exist."""
+    i_t = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return tl.program_id(0) * tokens + i_t, i_t < tokens
 
 
 @triton.jit(do_not_specialize=_VARYING)

@@ -13,9 +13,8 @@ import triton.language as tl
 
 from ..routing import route_bwd, route_fwd
 from ..triton_common.dropout import keep_mask
-from ..triton_common.products import dot
-from ..triton_common.rows import block_rows
-from ..triton_common.visual_tokens import NO_IMAGE, ONE_TOKEN, route_tokens, route_tokens_back
+from ..triton_common.products import dot, low_rank_rows
+from ..triton_common.visual_tokens import NO_IMAGE, ONE_TOKEN, route_tokens
 
 # Sizes that change from batch to batch: compiling anew when one becomes divisible by 16 would not pay.
 _VARYING = ["rows", "span", "tokens", "visual_tokens", "images", "split_rows", "threshold"]
@@ -56,16 +55,10 @@ def lora_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_L: tl.constexpr,
 ):
     """y[:, columns of g] (+)= scaling z_g B_gᵀ. Grid: blocks of rows, splits of the columns of y."""
-    block = tl.program_id(0)
-    i_m, m_m = block_rows(block, rows, span, BLOCK_M)
-    o_m = i_m.to(tl.int64)[:, None]
-    i_c = tl.arange(0, BLOCK_R)
     width = GROUPS * rank
-    m_c = i_c < width
-    m_mc = m_m[:, None] & m_c[None, :]
+    block, i_m, m_m, o_m, i_c, m_c, m_mc = low_rank_rows(rows, span, width, BLOCK_M, BLOCK_R)
 
     t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, width_in, BLOCK_K):
@@ -88,7 +81,7 @@ def lora_forward_kernel(
         z = tl.where(m_c[None, :], route_fwd(t, u.to(tl.float32), ROUTING, RELU), 0.0)
     else:
         z = route_tokens(
-            t, p_image, block, span, visual_tokens, width, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M, BLOCK_L
+            t, t, p_image, block, span, visual_tokens, width, False, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M
         )
     z = (z * scaling).to(p_b.dtype.element_ty)
 
@@ -152,20 +145,14 @@ def lora_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_L: tl.constexpr,
 ):
     """dz = scaling dy B, dt, dx (+)= dt A, and du summed over this program's rows of each of its images.
 
     Nobody else adds to those sums, so there are no atomics and equal calls give equal bits. Grid: blocks of rows; span
     is a whole number of images.
     """
-    block = tl.program_id(0)
-    i_m, m_m = block_rows(block, rows, span, BLOCK_M)
-    o_m = i_m.to(tl.int64)[:, None]
-    i_c = tl.arange(0, BLOCK_R)
     width = GROUPS * rank
-    m_c = i_c < width
-    m_mc = m_m[:, None] & m_c[None, :]
+    block, i_m, m_m, o_m, i_c, m_c, m_mc = low_rank_rows(rows, span, width, BLOCK_M, BLOCK_R)
 
     dz = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for group in tl.static_range(GROUPS):
@@ -199,8 +186,8 @@ def lora_backward_kernel(
                 tl.store(p_total + i_c, total, mask=m_c)
                 p_total += blocks * width
     else:
-        dt = route_tokens_back(
-            dz, t, p_image, block, span, visual_tokens, width, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M, BLOCK_L
+        dt = route_tokens(
+            t, dz, p_image, block, span, visual_tokens, width, True, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M
         )
     dt = tl.where(m_c[None, :], dt, 0.0).to(p_a.dtype.element_ty)
     tl.store(p_dt + o_m * width + i_c[None, :], dt, mask=m_mc)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
@@ -24,7 +24,9 @@ from torch import Tensor
 from ..activations import Activation
 from ..optional_triton import interpreted, triton
 from ..routing import Routing
-from .tiles import DECODE_ROWS, Tile, arch_of, precision_of, tiles_for_call
+from .cached_launcher import CachedKernel
+from .tiles import DECODE_ROWS, Tile, arch_of, column_splits, precision_of, tiles_for_call
+from .visual_tokens import Visual, rows_of_one_image
 
 DEVICE_KEYS = ("CPU", "CUDA", "XPU")
 NO_CODE = -1  # of a function without a branch in the kernels, which compile none then
@@ -139,15 +141,6 @@ def eager_instead(error: NoTileFitsError) -> None:
         _logger.warning("%s; computed eagerly until then", error)
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Context in which kernels are launched on the tensor's own GPU, whichever is the current one."""
-    if tensor.device.type == "cuda":
-        return torch.cuda.device(tensor.device)
-    if tensor.device.type == "xpu":
-        return torch.xpu.device(tensor.device)
-    return nullcontext()
-
-
 def contiguous_rows(x: Tensor) -> Tensor:
     """x [..., K] as rows [M, K] with K contiguous: a view wherever strides allow, else one copy."""
     rows = x.reshape(-1, x.shape[-1])
@@ -181,6 +174,56 @@ def product_precision(x: Tensor) -> str:
     """How tl.dot multiplies float32."""
     precision = precision_of(x.dtype, arch_of(x.device))
     return "tf32" if precision == "half" else precision
+
+
+def launch_fitting(
+    kind: str, width: int, x: Tensor, attempt: Callable[[Tile], Result], tiles_of: str = "", **call: bool
+) -> Result:
+    """:func:`launch` on the GPU of x with the :func:`fitting_tiles` of this kind of kernel, or of ``tiles_of``."""
+    gpu = getattr(torch, x.device.type).device(x.device) if x.device.type in ("cuda", "xpu") else nullcontext()
+    with gpu:  # whichever is the current one
+        return launch(kind, fitting_tiles(tiles_of or kind, width, x, **call), attempt)
+
+
+def launch_forward(
+    kind: str, kernel: CachedKernel, x: Tensor, width: int, columns: int, arguments: Mapping[str, Any], **call: bool
+) -> None:
+    """Launch a forward kernel with a low-rank activation of ``width`` components on rows x [M, K], M > 0; ``columns``
+    of the output are split among programs.
+    """
+    rows, tokens, one_image = x.shape[0], arguments["tokens"], rows_of_one_image(arguments["visual"])
+    span = tokens if one_image else rows
+    arguments = {**arguments, "p_x": x, "rows": rows, "span": span, "stride_xm": x.stride(0)}
+
+    def attempt(tile: Tile) -> None:
+        tile = image_tile(tile, tokens, one_image)
+        splits = column_splits(tile, rows, columns, processors(x.device))
+        kernel((blocks_of(rows, span, tile.block_m), splits), {**arguments, **vars(tile)})
+
+    launch_fitting(kind, width, x, attempt, **call)
+
+
+def launch_backward(
+    kind: str, kernel: CachedKernel, dy: Tensor, width: int, need_u: bool, arguments: Mapping[str, Any], **call: bool
+) -> Tensor:
+    """Launch its backward kernel on rows dy [M, N], M > 0; returns du [B, width] of one visual token where ``need_u``,
+    empty otherwise.
+    """
+    rows, tokens, one_image = dy.shape[0], arguments["tokens"], rows_of_one_image(arguments["visual"])
+    images, write_du = rows // tokens, need_u and arguments["visual"] == Visual.ONE_TOKEN
+    arguments = {
+        **arguments, "p_dy": dy, "rows": rows, "images": images, "stride_dym": dy.stride(0), "write_du": write_du,
+        "write_dz": need_u and one_image,
+    }  # fmt: skip
+
+    def attempt(tile: Tile) -> Tensor:
+        tile = image_tile(tile, tokens, one_image)
+        span = tokens if one_image else max(1, tile.block_m // tokens) * tokens
+        du = dy.new_empty(images if write_du else 0, -(-span // tile.block_m), width, dtype=torch.float32)
+        kernel((blocks_of(rows, span, tile.block_m),), {**arguments, "span": span, "p_du": du, **vars(tile)})
+        return du
+
+    return sum_of_blocks(launch_fitting(kind, width, dy, attempt, **call), dy.dtype)
 
 
 def blocks_of(rows: int, span: int, block_m: int) -> int:

@@ -61,11 +61,10 @@ def _key_fault(key: str, kinds: tuple[str, ...]) -> str | None:
     if len(parts) != 5:
         return "a key is architecture/kernel/padded rank/precision/rows, such as sm_90/lora_forward/128/half/many"
     ranks = ("16", "32", "64", "128", "256")
-    for name, value, known in zip(
-        ("kernel", "padded rank", "precision", "rows"), parts[1:], (kinds, ranks, PRECISIONS, ROWS), strict=True
-    ):
-        if value not in known:
-            return f"{name} {value!r} is not one of {', '.join(known)}"
+    known = {"kernel": kinds, "padded rank": ranks, "precision": PRECISIONS, "rows": ROWS}
+    for (name, values), value in zip(known.items(), parts[1:], strict=True):
+        if value not in values:
+            return f"{name} {value!r} is not one of {', '.join(values)}"
     return None
 
 

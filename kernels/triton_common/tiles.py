@@ -22,22 +22,15 @@ MIN_RANK, MAX_RANK = 16, 256  # tl.dot takes no smaller side; above, a low-rank 
 _KIB = 1024
 
 # Shared memory one program may have, in bytes, by architecture; the vendors' documents give these figures.
+_SHARED_KIB = {
+    64: "sm_75 gfx90a gfx942",
+    99: "sm_86 sm_89 sm_120 sm_121",
+    160: "gfx950",
+    163: "sm_80 sm_87",
+    227: "sm_90 sm_100 sm_103",
+}
 SHARED_MEMORY: Mapping[str, int] = MappingProxyType(
-    {
-        "sm_75": 64 * _KIB,
-        "sm_80": 163 * _KIB,
-        "sm_86": 99 * _KIB,
-        "sm_87": 163 * _KIB,
-        "sm_89": 99 * _KIB,
-        "sm_90": 227 * _KIB,
-        "sm_100": 227 * _KIB,
-        "sm_103": 227 * _KIB,
-        "sm_120": 99 * _KIB,
-        "sm_121": 99 * _KIB,
-        "gfx90a": 64 * _KIB,
-        "gfx942": 64 * _KIB,
-        "gfx950": 160 * _KIB,
-    }
+    {arch: kib * _KIB for kib, archs in _SHARED_KIB.items() for arch in archs.split()}
 )
 UNKNOWN_SHARED_MEMORY = 48 * _KIB  # what every GPU has had for a decade
 
@@ -101,19 +94,14 @@ _KINDS: Mapping[str, Mapping[str, _Rows]] = {
 KINDS = tuple(_KINDS)
 # What a family of architectures needs otherwise: (family, kind, precision) -> rows. On CDNA a thread has twice as many
 # registers with at most four waves as with eight, and half of the shared memory is there for them.
-_CDNA_FORWARD: _Rows = {64: Tile(64, 64, 64, 4, 2), 128: Tile(32, 64, 64, 4, 2), 256: Tile(32, 32, 32, 4, 2)}
-_CDNA_BACKWARD: _Rows = {64: Tile(64, 64, 64, 4, 2), 128: Tile(32, 64, 64, 4, 2), 256: Tile(32, 32, 32, 4, 2)}
+_CDNA_HALF: _Rows = {64: Tile(64, 64, 64, 4, 2), 128: Tile(32, 64, 64, 4, 2), 256: Tile(32, 32, 32, 4, 2)}
 _CDNA_IEEE: _Rows = {128: Tile(32, 32, 32, 4, 2), 256: Tile(16, 16, 16, 4, 2)}
 _OVERRIDES: Mapping[tuple[str, str, str], _Rows] = {
     ("sm_90", "adapter_backward", "tf32"): {128: Tile(16, 32, 32, 8, 2), 256: Tile(16, 32, 32, 4, 2)},
     # One warp, because then no sum over the rows of a program crosses warps: a quarter of the time on an H100.
     ("sm_90", "rank_one_backward", "half"): {256: Tile(16, 128, 128, 1, 2)},
-    ("gfx942", "lora_forward", "half"): _CDNA_FORWARD,
-    ("gfx942", "adapter_forward", "half"): _CDNA_FORWARD,
-    ("gfx942", "lora_backward", "half"): _CDNA_BACKWARD,
-    ("gfx942", "adapter_backward", "half"): _CDNA_BACKWARD,
-    ("gfx942", "lora_backward", "ieee"): _CDNA_IEEE,
-    ("gfx942", "adapter_backward", "ieee"): _CDNA_IEEE,
+    **{("gfx942", kind, "half"): _CDNA_HALF for kind in KINDS if not kind.startswith("rank_one")},
+    **{("gfx942", kind, "ieee"): _CDNA_IEEE for kind in ("lora_backward", "adapter_backward")},
 }
 
 
@@ -140,15 +128,12 @@ def arch_of(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def _has_tf32(arch: str) -> bool:
-    return arch.startswith("sm_") and arch != "sm_75"
-
-
 def precision_of(dtype: torch.dtype, arch: str) -> str:
     """Precision of the products: "half", "tf32" or "ieee"; the middle one where torch.backends allows it."""
     if dtype != torch.float32:
         return "half"
-    return "tf32" if _has_tf32(arch) and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    has_tf32 = arch.startswith("sm_") and arch != "sm_75"
+    return "tf32" if has_tf32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def padded_rank(rank: int) -> int:
@@ -169,9 +154,7 @@ def shared_memory(kind: str, tile: Tile, rank: int, element_size: int, arch: str
     spare = 1 if family_of(arch) == "gfx942" else 0  # one step of the pipeline stays in registers there
     down = (down_stages - spare) * tile.block_k * (tile.block_m + width)
     up = (up_stages - spare) * tile.block_n * (tile.block_m + width)
-    return (
-        max(down, up) + tile.block_m * width
-    ) * element_size + 4 * _KIB  # the low-rank activation, and room for sums
+    return (max(down, up) + tile.block_m * width) * element_size + 4 * _KIB  # with t, and room for sums
 
 
 def shrunken(tile: Tile) -> Iterator[Tile]:
@@ -193,51 +176,39 @@ def has_decode_tile(kind: str) -> bool:
     return kind.endswith("_forward") and not kind.startswith("rank_one")
 
 
-def _table(kind: str, precision: str, rows: int, family: str) -> _Rows:
-    if rows <= DECODE_ROWS and has_decode_tile(kind):
-        kind = "decode"
-    override = _OVERRIDES.get((family, kind, precision))
-    if override is not None:
-        return override
-    return (_DECODE if kind == "decode" else _KINDS[kind])[precision]
+def _measured(kind: str, rank: int, precision: str, decode: bool, arch: str) -> Mapping[str, int] | None:
+    return measured_tile(tile_key(arch, kind, padded_rank(rank), precision, decode and has_decode_tile(kind)), KINDS)
 
 
 @cache
 def tiles_for(kind: str, rank: int, precision: str, decode: bool, arch: str) -> tuple[Tile, ...]:
-    """Every tile that fits the device, best first; see :func:`tile_for`.
+    """Every tile of a kernel that fits the device, best first.
 
     The first is the one of the file that ``ROUTINGVL_TILES`` names, where it has an entry, else the table's.
-
-    Raises:
-        TilesFileError: that file cannot be used.
-    """
-    table = _table(kind, precision, 1 if decode else DECODE_ROWS + 1, family_of(arch))
-    width = padded_rank(rank)
-    first = next(tile for limit, tile in sorted(table.items()) if width <= limit)
-    measured = measured_tile(tile_key(arch, kind, width, precision, decode and has_decode_tile(kind)), KINDS)
-    first = first if measured is None else Tile(**measured)
-    element_size = 2 if precision == "half" else 4
-    limit = SHARED_MEMORY.get(arch, UNKNOWN_SHARED_MEMORY)
-    every = (first, *shrunken(first))
-    fitting = tuple(tile for tile in every if shared_memory(kind, tile, rank, element_size, arch) <= limit)
-    return fitting or every[-1:]  # the estimate errs on the high side, so the smallest is worth a try
-
-
-def tile_for(kind: str, rank: int, dtype: torch.dtype, rows: int, arch: str) -> Tile:
-    """The tile of a kernel.
 
     Args:
         kind: which kernel, one of ``KINDS``.
         rank: width of the low-rank activation, groups times rank, 1 to 256.
-        dtype: of the operands.
-        rows: M, rows of text; few rows take the decode tile.
+        precision: as :func:`precision_of` gives it.
+        decode: there are at most DECODE_ROWS rows of text.
         arch: as :func:`arch_of` gives it; unknown ones get a small, safe tile.
 
     Raises:
         KeyError: no such kind.
         ValueError: the rank is out of range.
+        TilesFileError: that file cannot be used.
     """
-    return tiles_for(kind, rank, precision_of(dtype, arch), rows <= DECODE_ROWS, arch)[0]
+    served = "decode" if decode and has_decode_tile(kind) else kind
+    kinds = {**_KINDS, "decode": _DECODE}
+    table = _OVERRIDES.get((family_of(arch), served, precision)) or kinds[served][precision]
+    width = padded_rank(rank)
+    measured = _measured(kind, rank, precision, decode, arch)
+    first = next(tile for limit, tile in sorted(table.items()) if width <= limit) if not measured else Tile(**measured)
+    element_size = 2 if precision == "half" else 4
+    limit = SHARED_MEMORY.get(arch, UNKNOWN_SHARED_MEMORY)
+    every = (first, *shrunken(first))
+    fitting = tuple(tile for tile in every if shared_memory(kind, tile, rank, element_size, arch) <= limit)
+    return fitting or every[-1:]  # the estimate errs on the high side, so the smallest is worth a try
 
 
 @cache
@@ -263,14 +234,10 @@ def tiles_for_call(
         two_parts: of a rank-one kernel whose tile has half as many rows as an image or little more.
     """
     tiles = tiles_for(kind, rank, precision, decode, arch)
-    measured = measured_tile(
-        tile_key(arch, kind, padded_rank(rank), precision, decode and has_decode_tile(kind)), KINDS
-    )
-    if family_of(arch) != "sm_90" or precision != "half" or decode or measured is not None:
+    if family_of(arch) != "sm_90" or precision != "half" or decode or _measured(kind, rank, precision, decode, arch):
         return tiles
-    return tuple(
-        dict.fromkeys(_on_hopper(kind, tile, padded_rank(rank), few, dropout, relu, two_parts) for tile in tiles)
-    )
+    width = padded_rank(rank)
+    return tuple(dict.fromkeys(_on_hopper(kind, tile, width, few, dropout, relu, two_parts) for tile in tiles))
 
 
 def _on_hopper(kind: str, tile: Tile, rank: int, few: bool, dropout: bool, relu: bool, two_parts: bool) -> Tile:

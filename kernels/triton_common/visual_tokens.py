@@ -31,7 +31,7 @@ class Visual(IntEnum):
 NO_IMAGE, ONE_TOKEN, GRAM = (constexpr(int(way)) for way in (Visual.NO_IMAGE, Visual.ONE_TOKEN, Visual.GRAM))
 # A wider uᵀ u would need more than half of the shared memory of some GPUs.
 MAX_GRAM_WIDTH = 64
-BLOCK_L = 32  # visual tokens taken in one step
+BLOCK_L = constexpr(32)  # visual tokens taken in one step
 
 
 def image_operand(u: Tensor | None, tokens: int, relu: bool, gram: Tensor | None = None) -> tuple[int, Tensor | None]:
@@ -60,90 +60,45 @@ def image_arguments(image: Tensor | None, visual: int, unused: Tensor) -> dict[s
         "p_image": unused if image is None else image,
         "visual": visual,
         "visual_tokens": 1 if image is None else image.shape[1],
-        "block_l": BLOCK_L,
     }
 
 
 @jit
 def route_tokens(
     t,  # [BLOCK_M, BLOCK_R] float32, rows of one image
+    dz,  # likewise, read where BACK only
     p_image,
     block,
     span,
     visual_tokens,
     width,
+    BACK: tl.constexpr,
     RELU: tl.constexpr,
     VISUAL: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_L: tl.constexpr,
 ):
-    """z = relu(t) relu(u)ᵀ u [BLOCK_M, BLOCK_R], the ReLU where RELU."""
-    image = block // tl.cdiv(span, BLOCK_M)
+    """z = relu(t) relu(u)ᵀ u [BLOCK_M, BLOCK_R], the ReLU where RELU; with BACK dt from dz."""
+    image = (block // tl.cdiv(span, BLOCK_M)).to(tl.int64)
     i_c = tl.arange(0, BLOCK_R)
     m_c = i_c < width
-    if RELU:
-        t = tl.maximum(t, 0.0)
+    rows = dz if BACK else tl.maximum(t, 0.0) if RELU else t
     if VISUAL == GRAM:
-        p_gram = p_image + image.to(tl.int64) * width * width
-        m_cc = m_c[:, None] & m_c[None, :]
-        gram = tl.load(p_gram + i_c[:, None] * width + i_c[None, :], mask=m_cc, other=0.0)
-        z = dot(t, gram, None, PRECISION)
+        o_g = i_c[None, :] * width + i_c[:, None] if BACK else i_c[:, None] * width + i_c[None, :]  # transposed in BACK
+        gram = tl.load(p_image + image * width * width + o_g, mask=m_c[:, None] & m_c[None, :], other=0.0)
+        routed = dot(rows, gram, None, PRECISION)
     else:
-        z = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        left = t.to(p_image.dtype.element_ty)
-        p_u = p_image + image.to(tl.int64) * visual_tokens * width
+        routed = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        narrow = rows.to(p_image.dtype.element_ty)
+        p_u = p_image + image * visual_tokens * width
         for o_l in range(0, visual_tokens, BLOCK_L):
             i_l = o_l + tl.arange(0, BLOCK_L)
             m_l = (i_l < visual_tokens)[:, None] & m_c[None, :]
             u = tl.load(p_u + i_l[:, None] * width + i_c[None, :], mask=m_l, other=0.0)
-            right = u
-            if RELU:
-                right = tl.maximum(u.to(tl.float32), 0.0).to(u.dtype)
-            scores = dot(left, tl.trans(right), None, PRECISION).to(u.dtype)
-            z = dot(scores, u, z, PRECISION)
-    return z
-
-
-@jit
-def route_tokens_back(
-    dz,  # [BLOCK_M, BLOCK_R] float32, rows of one image
-    t,  # likewise
-    p_image,
-    block,
-    span,
-    visual_tokens,
-    width,
-    RELU: tl.constexpr,
-    VISUAL: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
-    """dt [BLOCK_M, BLOCK_R] of :func:`route_tokens`."""
-    image = block // tl.cdiv(span, BLOCK_M)
-    i_c = tl.arange(0, BLOCK_R)
-    m_c = i_c < width
-    if VISUAL == GRAM:
-        p_gram = p_image + image.to(tl.int64) * width * width
-        m_cc = m_c[:, None] & m_c[None, :]
-        transposed = tl.load(p_gram + i_c[None, :] * width + i_c[:, None], mask=m_cc, other=0.0)
-        dt = dot(dz, transposed, None, PRECISION)
-    else:
-        dt = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        narrow = dz.to(p_image.dtype.element_ty)
-        p_u = p_image + image.to(tl.int64) * visual_tokens * width
-        for o_l in range(0, visual_tokens, BLOCK_L):
-            i_l = o_l + tl.arange(0, BLOCK_L)
-            m_l = (i_l < visual_tokens)[:, None] & m_c[None, :]
-            u = tl.load(p_u + i_l[:, None] * width + i_c[None, :], mask=m_l, other=0.0)
-            right = u
-            if RELU:
-                right = tl.maximum(u.to(tl.float32), 0.0).to(u.dtype)
-            dscores = dot(narrow, tl.trans(u), None, PRECISION).to(u.dtype)
-            dt = dot(dscores, right, dt, PRECISION)
-    if RELU:
-        dt = tl.where(t > 0, dt, 0.0)
-    return dt
+            right = tl.maximum(u.to(tl.float32), 0.0).to(u.dtype) if RELU else u
+            scores = dot(narrow, tl.trans(u if BACK else right), None, PRECISION).to(u.dtype)
+            routed = dot(scores, right if BACK else u, routed, PRECISION)
+    if BACK and RELU:
+        routed = tl.where(t > 0, routed, 0.0)
+    return routed

@@ -148,10 +148,7 @@ def test_when_no_tile_fits_the_error_names_the_way_out(gpu_kernels: None, monkey
 def test_a_forward_pass_that_fits_nowhere_is_eager_and_says_so_once(
     routing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from routingvl.kernels.adapter import ops as triton_adapter_ops
-    from routingvl.kernels.lora import ops as triton_ops
-
-    attempts = []
+    attempts, launch_one = [], launch.launch
 
     def too_big(tile):
         attempts.append(tile)
@@ -160,14 +157,13 @@ def test_a_forward_pass_that_fits_nowhere_is_eager_and_says_so_once(
     def refuse(kind, tiles, attempt):
         monkeypatch.setattr(launch, "interpreted", lambda: False)
         try:
-            return launch.launch(kind, tiles, too_big)
+            return launch_one(kind, tiles, too_big)
         finally:
             monkeypatch.setattr(launch, "interpreted", interpreted)
 
     monkeypatch.setattr(launch, "_first_fit", {})
     monkeypatch.setattr(launch, "_said", set())
-    for module in (triton_ops, triton_adapter_ops):
-        monkeypatch.setattr(module, "launch", refuse)
+    monkeypatch.setattr(launch, "launch", refuse)
     x, v = torch.randn(2, 3, 8), torch.randn(2, 1, 8)
     a, b = torch.randn(4, 8), torch.randn(8, 4).requires_grad_()
     for op, tensors in ((routed_lora, (x, v, a, b)), (routed_adapter, (x, v, a, None, b, None))):

@@ -18,6 +18,7 @@ tl = pytest.importorskip("triton.language")
 from routingvl.kernels.activations import act_bwd, act_fwd  # noqa: E402
 from routingvl.kernels.adapter import ops as triton_adapter_ops  # noqa: E402
 from routingvl.kernels.adapter.options import AdapterOptions  # noqa: E402
+from routingvl.kernels.triton_common import launch  # noqa: E402
 from routingvl.kernels.triton_common.visual_tokens import Visual  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,8 +61,8 @@ def pair(name: str, relu: bool, **more):
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Kinds of kernels launched during a test, so that no test passes through the eager backend."""
-    kinds, launch = [], triton_adapter_ops.launch
-    monkeypatch.setattr(triton_adapter_ops, "launch", lambda kind, *rest: (kinds.append(kind), launch(kind, *rest))[1])
+    kinds, original = [], launch.launch
+    monkeypatch.setattr(launch, "launch", lambda kind, *rest: (kinds.append(kind), original(kind, *rest))[1])
     return kinds
 
 
@@ -132,7 +133,7 @@ def test_float64_and_wide_codes_run_eagerly(launches) -> None:
 @pytest.mark.parametrize(("name", "relu", "tokens"), FEW)
 def test_shared_columns(monkeypatch, poisoned_memory, name: str, relu: bool, tokens: int, splits: int) -> None:
     """What fills a GPU when rows are few: several programs share the columns of y."""
-    monkeypatch.setattr(triton_adapter_ops, "column_splits", lambda *_: splits)
+    monkeypatch.setattr(launch, "column_splits", lambda *_: splits)
     assert_as_good_as(*pair(name, relu), tensors(tokens, (2, 5, 150, 6)), torch.float32)
 
 

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="n
 
 from routingvl.kernels.lora import ops  # noqa: E402
 from routingvl.kernels.lora.options import LoRAOptions  # noqa: E402
+from routingvl.kernels.triton_common import launch  # noqa: E402
 from routingvl.kernels.triton_common.visual_tokens import Visual, image_operand  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -146,7 +147,8 @@ def test_programs_that_share_columns(name: str, monkeypatch: pytest.MonkeyPatch)
     drawn = rounded(tensors(1, "c_attn", (2, 3, 50, 300, 5)))
     kwargs = options(name, False, "c_attn", n=300)
     y = fused_linear(**drawn, **kwargs)
-    monkeypatch.setattr(ops, "processors", lambda device: 7)
+    for module in (ops, launch):
+        monkeypatch.setattr(module, "processors", lambda device: 7)
     assert torch.equal(fused_linear(**drawn, **kwargs), y)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from routingvl.kernels.triton_common import launch
 from routingvl.kernels.triton_common.tiles import (
     DECODE_ROWS,
     KINDS,
@@ -19,7 +20,6 @@ from routingvl.kernels.triton_common.tiles import (
     precision_of,
     shared_memory,
     shrunken,
-    tile_for,
     tiles_for,
     tiles_for_call,
 )
@@ -61,21 +61,23 @@ def test_shrunken_ends_with_the_smallest_tile() -> None:
 
 def test_less_shared_memory_gives_smaller_tiles() -> None:
     def need(arch: str) -> int:
-        return shared_memory(
-            "adapter_forward", tile_for("adapter_forward", 256, torch.bfloat16, 4096, arch), 256, 2, arch
-        )
+        tile = tiles_for("adapter_forward", 256, "half", False, arch)[0]
+        return shared_memory("adapter_forward", tile, 256, 2, arch)
 
     assert need("sm_90") > SHARED_MEMORY["sm_75"]
     assert all(need(arch) < need("sm_90") for arch in ("sm_75", "sm_86", "sm_120", "gfx942"))
 
 
-def test_few_rows_take_the_decode_tile_and_no_other_count_matters() -> None:
+def test_few_rows_take_the_decode_tile_and_no_other_count_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "arch_of", lambda device: "sm_90")
+
+    def tile(kind: str, rows: int) -> Tile:
+        return launch.fitting_tiles(kind, 128, torch.empty(rows, 1, dtype=torch.bfloat16))[0]
+
     for kind in ("lora_forward", "adapter_forward"):
-        assert tile_for(kind, 128, torch.bfloat16, 40, "sm_90").block_m == 16
-        assert tile_for(kind, 128, torch.bfloat16, DECODE_ROWS + 1, "sm_90").block_m == 64
-        assert (
-            len({tile_for(kind, 128, torch.bfloat16, rows, "sm_90") for rows in range(DECODE_ROWS + 1, 5000, 7)}) == 1
-        )
+        assert tile(kind, 40).block_m == 16
+        assert tile(kind, DECODE_ROWS + 1).block_m == 64
+        assert len({tile(kind, rows) for rows in range(DECODE_ROWS + 1, 5000, 7)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_padded_rank() -> None:
 
 def test_an_unknown_kind_is_an_error() -> None:
     with pytest.raises(KeyError, match="lora_sideways"):
-        tile_for("lora_sideways", 16, torch.float32, 1000, "sm_90")
+        tiles_for("lora_sideways", 16, "half", False, "sm_90")
 
 
 def test_tiles_of_a_call_on_hopper() -> None:
