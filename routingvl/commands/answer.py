@@ -5,31 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from routingvl.commands import SETTINGS_NOTE, CommandParser, add_run_arguments, read_overrides, split_settings
+from routingvl.commands import RunParser
 
 EXAMPLE = 'routingvl answer runs/vqa-lora photo.jpg "what color is the cat?" --top 3'
 
 
 def run(args: Sequence[str]) -> int:
     """Print one line per answer: its probability, a tab, the answer."""
-    parser = CommandParser(
+    parser = RunParser(
         "answer",
         "Answer a question about an image. Each probability stands for itself (they do not sum to 1):\n"
-        f"the model is trained with one yes-or-no decision per answer.\n{SETTINGS_NOTE}",
+        "the model is trained with one yes-or-no decision per answer.",
         EXAMPLE,
     )
-    add_run_arguments(parser)
     parser.add_argument("image", metavar="IMAGE", help="image file")
     parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="number of answers (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
-    own, settings = split_settings(args)
-    options = parser.parse_args(own)
-    overrides = read_overrides(options.run, settings)
-
-    from routingvl.predict import Predictor
-
-    predictor = Predictor(options.run, checkpoint=options.checkpoint, **overrides)
+    options, predictor = parser.predictor(args)
     for answer, probability in predictor.answer(options.image, options.question, top=options.top):
         row = {"answer": answer, "probability": round(probability, 6)}
         print(json.dumps(row, ensure_ascii=False) if options.json else f"{probability:.4f}\t{answer}")

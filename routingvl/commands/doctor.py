@@ -132,11 +132,8 @@ def check_caption_metrics() -> dict[str, str]:
     """Which caption metrics can run here, and why the others cannot."""
     java = find_java()
     if java is None:
-        return {
-            "java": "not on PATH",
-            "METEOR, SPICE": "cannot run without Java",
-            "tokenizer": "Python's, in place of Stanford's, which needs Java",
-        }
+        tokenizer = "Python's, in place of Stanford's, which needs Java"
+        return {"java": "not on PATH", "METEOR, SPICE": "cannot run without Java", "tokenizer": tokenizer}
     done = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60, check=False)
     lines = (done.stderr or done.stdout).strip().splitlines()
     spice = any((cocoevalcap_folder() / "spice" / "lib").glob("stanford-corenlp-*-models.jar"))

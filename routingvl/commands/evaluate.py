@@ -5,26 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from routingvl.commands import SETTINGS_NOTE, CommandParser, add_run_arguments, read_overrides, say, split_settings
+from routingvl.commands import RunParser, say
 
 EXAMPLE = "routingvl evaluate runs/caption-lora --split test --eval.num_beams 3"
 
 
 def run(args: Sequence[str]) -> int:
     """Evaluate and print the metrics as JSON."""
-    parser = CommandParser(
-        "evaluate",
-        "Score a run on a split. Predictions and metrics.json go into RUN/eval-SPLIT.\n" + SETTINGS_NOTE,
-        EXAMPLE,
+    parser = RunParser(
+        "evaluate", "Score a run on a split. Predictions and metrics.json go into RUN/eval-SPLIT.", EXAMPLE
     )
-    add_run_arguments(parser)
     parser.add_argument("--split", default="test", help="split to score (default: test)")
     parser.add_argument("--output", metavar="FOLDER", help="folder for the results (default: RUN/eval-SPLIT)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
-    own, settings = split_settings(args)
-    options = parser.parse_args(own)
-    overrides = read_overrides(options.run, settings)
+    options, overrides = parser.parse_run(args)
 
     from routingvl.evaluate import evaluate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from routingvl.commands import CommandParser, add_run_arguments
+from routingvl.commands import RunParser
 from routingvl.config import ConfigError
 
 EXAMPLE = "routingvl export runs/caption-none adapters/caption --format peft"
@@ -13,13 +13,13 @@ EXAMPLE = "routingvl export runs/caption-none adapters/caption --format peft"
 
 def run(args: Sequence[str]) -> int:
     """Load the adapter with its backbones, and write it anew."""
-    parser = CommandParser(
+    parser = RunParser(
         "export",
         "Write a run's adapter into a folder: for routingvl (load_pretrained), or for PEFT, which has no routing\n"
         "and so takes plain LoRA (routing none) only.",
         EXAMPLE,
+        fixed=True,
     )
-    add_run_arguments(parser)
     parser.add_argument("output", metavar="FOLDER", help="folder to write; must be empty or new")
     parser.add_argument("--format", choices=("routingvl", "peft"), default="routingvl", help="default: routingvl")
     options = parser.parse_args(args)

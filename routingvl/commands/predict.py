@@ -5,30 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from routingvl.commands import SETTINGS_NOTE, CommandParser, add_run_arguments, read_overrides, split_settings
+from routingvl.commands import RunParser
 
 EXAMPLE = 'routingvl predict runs/classify-lora photo.jpg --text "Two people ride a bike."'
 
 
 def run(args: Sequence[str]) -> int:
     """Print one JSON object per image: its path, and the label, answer or caption, with probabilities."""
-    parser = CommandParser(
+    parser = RunParser(
         "predict",
-        "Predict for image files with a run of any task: a label, an answer, or a caption; a JSON object per image.\n"
-        + SETTINGS_NOTE,
+        "Predict for image files with a run of any task: a label, an answer, or a caption; a JSON object per image.",
         EXAMPLE,
     )
-    add_run_arguments(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--text", nargs="+", metavar="TEXT", help="the text about each image, or two sentences")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="choices to list (default: 5)")
-    own, settings = split_settings(args)
-    options = parser.parse_args(own)
-    overrides = read_overrides(options.run, settings)
-
-    from routingvl.predict import Predictor
-
-    predictor = Predictor(options.run, checkpoint=options.checkpoint, **overrides)
+    options, predictor = parser.predictor(args)
     text = options.text[0] if options.text and len(options.text) == 1 else options.text
     rows = predictor.predict(options.images, text, top=options.top)
     for path, row in zip(options.images, rows, strict=True):

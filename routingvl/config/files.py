@@ -180,17 +180,22 @@ class _Setting(argparse.Action):
 def command_parser(command: str, description: str, example: str) -> CommandParser:
     """The parser of a command that takes --config, a dotted flag for each setting, and what such commands share."""
     parser = CommandParser(command, description, example)
-    parser.set_defaults(settings={})
     parser.add_argument("--config", metavar="FILE", action=_Config, help="YAML file of settings; later flags win")
     parser.add_argument("--print_config", action="store_true", help="print the settings as YAML and stop")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors and the result")
+    add_settings(parser)
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, show: bool = True) -> None:
+    """A dotted flag for each setting, explained under --help if ``show``; what is given goes into ``settings``."""
+    parser.set_defaults(settings={})
     names = {"data.feature_cache": ["--feature-cache"]}
     texts = explanations()
     for key, default in flatten(RunConfig()).items():
-        text = f"{texts.get(key, '')} (default: {default})".replace("%", "%%")
+        text = f"{texts.get(key, '')} (default: {default})".replace("%", "%%") if show else argparse.SUPPRESS
         flags = [f"--{key}", *names.get(key, [])]
         parser.add_argument(*flags, dest=key, metavar="VALUE", action=_Setting, default=argparse.SUPPRESS, help=text)
-    return parser
 
 
 def config_from_namespace(namespace: argparse.Namespace) -> RunConfig:

@@ -14,20 +14,8 @@ import re
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
-DIGIT_WORDS = {
-    "none": "0",
-    "zero": "0",
-    "one": "1",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
-}
+_DIGITS = "zero one two three four five six seven eight nine ten".split()
+DIGIT_WORDS = {"none": "0"} | {word: str(number) for number, word in enumerate(_DIGITS)}
 
 ARTICLES = frozenset({"a", "an", "the"})
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from routingvl.atomic_files import write_text
 
@@ -44,14 +43,7 @@ def _check_complete(ids: Iterable[int], expected: Iterable[int] | None, kind: st
         )
 
 
-def _write_rows(path: str | Path, rows: list[dict[str, Any]]) -> Path:
-    """Write ``rows`` in one step: a reader finds the old file or the whole new one, never a part."""
-    path = Path(path)
-    write_text(path, json.dumps(rows, ensure_ascii=False))
-    return path
-
-
-def _read_rows(path: str | Path) -> list[dict[str, Any]]:
+def _read_results(path: str | Path, id_key: str, text_key: str) -> dict[int, str]:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -60,12 +52,8 @@ def _read_rows(path: str | Path) -> list[dict[str, Any]]:
         data = data["pred_sent"]  # the form that the published code writes
     if not isinstance(data, list):
         raise ResultFileError(f"{path} must hold a JSON list with one object per item")
-    return data
-
-
-def _read_results(path: str | Path, id_key: str, text_key: str) -> dict[int, str]:
     results: dict[int, str] = {}
-    for i, row in enumerate(_read_rows(path)):
+    for i, row in enumerate(data):
         if not isinstance(row, dict) or id_key not in row or not isinstance(row.get(text_key), str):
             raise ResultFileError(f"{path}, entry {i}: needs {id_key!r} and a string {text_key!r}, got {row!r}")
         try:
@@ -78,8 +66,17 @@ def _read_results(path: str | Path, id_key: str, text_key: str) -> dict[int, str
     return results
 
 
+def _write_results(
+    path: str | Path, results: Mapping[int, str], expected: Iterable[int] | None, id_key: str, text_key: str
+) -> Path:
+    _check_complete(results, expected, id_key)
+    path = Path(path)
+    write_text(path, json.dumps([{id_key: i, text_key: results[i]} for i in sorted(results)], ensure_ascii=False))
+    return path
+
+
 def write_coco_results(path: str | Path, captions: Mapping[int, str], expected: Iterable[int] | None = None) -> Path:
-    """Write captions in COCO's form, ordered by image id.
+    """Write captions in COCO's form, ordered by image id; a reader finds the old file or the whole new one.
 
     Args:
         path: where to; :func:`coco_results_name` gives the name that servers expect.
@@ -89,25 +86,15 @@ def write_coco_results(path: str | Path, captions: Mapping[int, str], expected: 
     Raises:
         ResultFileError: an id is not an integer or the ids are not the expected ones; nothing is written.
     """
-    _check_complete(captions, expected, "image_id")
-    return _write_rows(path, [{"image_id": image_id, "caption": captions[image_id]} for image_id in sorted(captions)])
+    return _write_results(path, captions, expected, "image_id", "caption")
 
 
 def write_vqa_results(path: str | Path, answers: Mapping[int, str], expected: Iterable[int] | None = None) -> Path:
-    """Write answers in EvalAI's form, ordered by question id.
+    """As :func:`write_coco_results`, answers {question_id: answer} in EvalAI's form.
 
     EvalAI wants an answer to every question of test2015, for its test-dev phase too.
-
-    Args:
-        path: where to; :func:`vqa_results_name` gives the name that servers expect.
-        answers: {question_id: answer}.
-        expected: ids of all questions of the split, to check that none is missing and none foreign.
-
-    Raises:
-        ResultFileError: an id is not an integer or the ids are not the expected ones; nothing is written.
     """
-    _check_complete(answers, expected, "question_id")
-    return _write_rows(path, [{"question_id": item, "answer": answers[item]} for item in sorted(answers)])
+    return _write_results(path, answers, expected, "question_id", "answer")
 
 
 def read_coco_results(path: str | Path) -> dict[int, str]:
@@ -121,10 +108,5 @@ def read_coco_results(path: str | Path) -> dict[int, str]:
 
 
 def read_vqa_results(path: str | Path) -> dict[int, str]:
-    """Answers {question_id: answer} of an EvalAI result file.
-
-    Raises:
-        ResultFileError: not such a file, or a question comes twice; the message names the file and the entry.
-        FileNotFoundError: there is no such file.
-    """
+    """Answers {question_id: answer} of an EvalAI result file; raises as :func:`read_coco_results` does."""
     return _read_results(path, "question_id", "answer")

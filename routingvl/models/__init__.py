@@ -1,6 +1,10 @@
 """Vision-language models with routed bottlenecks: a frozen ViT beside a RoBERTa (labels) or a GPT-2 (captions)."""
 
-from routingvl.models.base import ModelOutput, RoutedVLModel, load_pretrained
+from pathlib import Path
+from typing import Any
+
+from routingvl.bottlenecks.checkpoint import CheckpointError, read_adapter_config
+from routingvl.models.base import ModelOutput, RoutedVLModel
 from routingvl.models.captioning import ViTGPT2ForCaptioning
 from routingvl.models.classification import ViTRobertaForClassification, ViTRobertaForVQA
 
@@ -12,3 +16,12 @@ __all__ = [
     "ViTRobertaForVQA",
     "load_pretrained",
 ]
+MODELS = {cls.__name__: cls for cls in (ViTGPT2ForCaptioning, ViTRobertaForClassification, ViTRobertaForVQA)}
+
+
+def load_pretrained(directory: str | Path, **kwargs: Any) -> RoutedVLModel:
+    """Load a saved model of any class; see :meth:`RoutedVLModel.from_pretrained`."""
+    name = read_adapter_config(directory)["model_class"]
+    if name not in MODELS:
+        raise CheckpointError(f"{directory}: model_class {name!r} is not a model of this library")
+    return MODELS[name].from_pretrained(directory, **kwargs)

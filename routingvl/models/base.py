@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from functools import partial
 from pathlib import Path
@@ -33,8 +32,14 @@ class ModelOutput(NamedTuple):
 class RoutedVLModel(nn.Module):
     """A frozen ViT whose features reach a language model as a visual prefix and through routed bottlenecks.
 
-    Use a subclass. ``options`` holds the keyword arguments that :meth:`save_pretrained` writes and
-    :meth:`from_pretrained` passes on.
+    Use a subclass, and build it with :meth:`from_backbones`.
+
+    Args:
+        vision, text, routing: backbones (modules) and bottlenecks.
+        vision_features: "pooler", "cls", "mean" or "tokens", see :func:`routingvl.backbones.vision.image_features`.
+        visual_prefix: put the visual tokens in front of the text.
+        vision_width: d of ``vision_features=`` inputs when vision is None.
+        backend: see :func:`routingvl.kernels.lora.api`.
     """
 
     language_model_name: ClassVar[str]
@@ -71,10 +76,8 @@ class RoutedVLModel(nn.Module):
         if vision is not None:
             vision.requires_grad_(False)
         self.visual_projection: nn.Linear | None = None
-        if self.vision_width != text.config.hidden_size:
-            self.visual_projection = nn.Linear(
-                self.vision_width, text.config.hidden_size, device=self.device, dtype=self.dtype
-            )
+        if self.vision_width != (width := text.config.hidden_size):
+            self.visual_projection = nn.Linear(self.vision_width, width, device=self.device, dtype=self.dtype)
         # How many positions (prefix and text together) the text model has embeddings for.
         self.max_positions = position_limit(text)
         self.backbones: dict[str, str | None] = {"vision": None, "text": None}
@@ -91,13 +94,13 @@ class RoutedVLModel(nn.Module):
                 ``vision_width`` gives their width, by default the text model's).
             text: hub name, local folder or model object.
             config: the routed bottlenecks.
-            **options: see the class.
+            **options: keyword arguments of the class and of :class:`RoutedVLModel`.
 
         Raises:
             ConfigError: an option is unknown, or the parts do not fit each other.
             OSError: a name or folder holds no model (transformers' message names it).
         """
-        known = [p.name for p in inspect.signature(cls.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        known = cls.option_names()
         for name in options:
             if name not in known:
                 raise ConfigError(
@@ -168,25 +171,40 @@ class RoutedVLModel(nn.Module):
         features = vision_features.to(self.dtype)
         return features if self.visual_projection is None else self.visual_projection(features)
 
-    def prefix_mask(self, features: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The text's mask [B, T] with the prefix's columns of ones in front: [B, L + T]."""
-        ones = attention_mask.new_ones(features.shape[:2])
-        return torch.cat([ones, attention_mask], dim=1)
+    def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids [B, T] -> what stands behind a visual prefix: [B, T, d]."""
+        return self.language_model.get_input_embeddings()(input_ids)
 
-    def check_text(self, features: torch.Tensor, input_ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
-        """Raise ValueError unless text and image belong together and fit the position embeddings."""
+    def text_inputs(
+        self, features: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """The language model's arguments for texts [B, T] and their images' features [B, L, d], the prefix in front.
+
+        A mask of None reads every token. Raises ValueError unless text and image belong together and fit the position
+        embeddings.
+        """
         if input_ids is None or input_ids.dim() != 2:
             raise ValueError("input_ids must be [batch, tokens]")
-        if mask is not None and mask.shape != input_ids.shape:
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            have, want = list(attention_mask.shape), list(input_ids.shape)
             raise ValueError(
-                f"attention_mask {list(mask.shape)} must have the shape of input_ids {list(input_ids.shape)}; "
-                "the model adds the visual prefix's columns itself"
+                f"attention_mask {have} must have the shape of input_ids {want}; the model adds the visual prefix's "
+                "columns itself"
             )
         if features.shape[0] != input_ids.shape[0]:
             raise ValueError(f"features have batch {features.shape[0]}, text has batch {input_ids.shape[0]}")
         length = input_ids.shape[1] + (features.shape[1] if self.visual_prefix else 0)
         if length > self.max_positions:
             raise ValueError(f"{length} positions (prefix and text) exceed the text model's {self.max_positions}")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if not self.visual_prefix:
+            return {"input_ids": input_ids, "attention_mask": attention_mask}
+        embedded = self.embed_text(input_ids)
+        return {
+            "inputs_embeds": torch.cat([features.to(embedded.dtype), embedded], dim=1),
+            "attention_mask": torch.cat([attention_mask.new_ones(features.shape[:2]), attention_mask], dim=1),
+        }
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute each transformer layer in backward instead of keeping its activations (non-reentrant)."""
@@ -200,13 +218,20 @@ class RoutedVLModel(nn.Module):
         disable = getattr(self.language_model, "activation_checkpointing_disable", None)
         (disable or self.language_model.gradient_checkpointing_disable)()
 
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """The keyword arguments of the class and of those it derives from."""
+        constructors = [
+            vars(base)["__init__"]
+            for base in cls.__mro__
+            if issubclass(base, RoutedVLModel) and "__init__" in vars(base)
+        ]
+        parameters = [p for make in constructors for p in inspect.signature(make).parameters.values()]
+        return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
     def options(self) -> dict[str, Any]:
         """The keyword arguments, beside backbones and routing, that make this model again."""
-        return {
-            "vision_features": self.vision_features,
-            "visual_prefix": self.visual_prefix,
-            "vision_width": self.vision_width,
-        }
+        return {name: getattr(self, name) for name in self.option_names() if name != "backend"}
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the trained parameters (safetensors) and the configuration (JSON); backbones by reference only."""
@@ -238,15 +263,6 @@ class RoutedVLModel(nn.Module):
         model = cls.from_backbones(backbones["vision"], backbones["text"], routing, backend=backend, **saved["model"])
         checkpoint.load_adapter(model, directory, saved)
         return model.eval()
-
-
-def load_pretrained(directory: str | Path, **kwargs: Any) -> RoutedVLModel:
-    """Load a saved model of either class; see :meth:`RoutedVLModel.from_pretrained`."""
-    name = checkpoint.read_adapter_config(directory)["model_class"]
-    models = importlib.import_module("routingvl.models")
-    if name not in models.__all__:
-        raise checkpoint.CheckpointError(f"{directory}: model_class {name!r} is not a model of this library")
-    return getattr(models, name).from_pretrained(directory, **kwargs)
 
 
 def _check_tokens(routing: RoutingConfig, visual_tokens: int) -> None:

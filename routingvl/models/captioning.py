@@ -17,18 +17,13 @@ from routingvl.models.losses import caption_loss, caption_loss_without_logits, c
 class ViTGPT2ForCaptioning(RoutedVLModel):
     """ViT + GPT-2 language model (arXiv 2403.09377, the COCO captioning experiments).
 
-    Build it with :meth:`from_backbones`. Text is the caption and one end-of-text token; without a visual prefix a
-    begin-of-text token stands in front.
+    Text is the caption and one end-of-text token; without a visual prefix a begin-of-text token stands in front.
 
     Args:
-        vision, text, routing: backbones (modules) and bottlenecks.
-        vision_features: "pooler", "cls", "mean" or "tokens", see :func:`routingvl.backbones.vision.image_features`.
-        visual_prefix: put the visual tokens in front of the text.
         caption_loss: "sound" (default): every token is predicted from what stands before it, the first one from the
             last visual token; labels of -100 do not count. "reference": the published loss, which never supervises
             the first token, ignores token id 0 and counts end-of-text padding.
-        vision_width: d of ``vision_features=`` inputs when vision is None.
-        backend: see :func:`routingvl.kernels.lora.api`.
+        vision, text, routing, **shared: see :class:`RoutedVLModel`.
     """
 
     language_model_name = "gpt"
@@ -40,28 +35,13 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         text: nn.Module,
         routing: RoutingConfig,
         *,
-        vision_features: str = "pooler",
-        visual_prefix: bool = True,
         caption_loss: str = "sound",
-        vision_width: int | None = None,
-        backend: str | None = None,
+        **shared: Any,
     ) -> None:
         check_choice("caption_loss", caption_loss, CAPTION_LOSSES)
-        super().__init__(
-            vision,
-            text,
-            routing,
-            vision_features=vision_features,
-            visual_prefix=visual_prefix,
-            vision_width=vision_width,
-            backend=backend,
-        )
+        super().__init__(vision, text, routing, **shared)
         self.caption_loss = caption_loss
         fuse_gelu(text)
-
-    def options(self) -> dict[str, Any]:
-        """See :meth:`RoutedVLModel.options`."""
-        return super().options() | {"caption_loss": self.caption_loss}
 
     def forward(
         self,
@@ -94,23 +74,12 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         if labels is None and not return_logits:
             raise ValueError("return_logits=False leaves only the loss: pass labels=")
         features = self.visual_features(pixel_values, vision_features)
-        self.check_text(features, input_ids, attention_mask)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        text = {"attention_mask": attention_mask, "use_cache": False}
+        inputs = self.text_inputs(features, input_ids, attention_mask)
         with self.context.bind(features):
-            if self.visual_prefix:
-                embedded = self.gpt.get_input_embeddings()(input_ids)
-                text["inputs_embeds"] = torch.cat([features.to(embedded.dtype), embedded], dim=1)
-                text["attention_mask"] = self.prefix_mask(features, attention_mask)
-            else:
-                text["input_ids"] = input_ids
             if not return_logits:
-                hidden = self.gpt.transformer(**text).last_hidden_state
-            else:
-                logits = self.gpt(**text).logits
-        if not return_logits:
-            return ModelOutput(self._loss_without_logits(hidden, labels), None)
+                hidden = self.gpt.transformer(**inputs, use_cache=False).last_hidden_state
+                return ModelOutput(self._loss_without_logits(hidden, labels), None)
+            logits = self.gpt(**inputs, use_cache=False).logits
         return ModelOutput(None if labels is None else caption_loss(logits, self.next_tokens(labels)), logits)
 
     @torch.compiler.disable  # how many positions count differs from batch to batch
@@ -158,15 +127,12 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         return tokens if "inputs_embeds" in start else tokens[:, start["input_ids"].shape[1] :]
 
     def _start(self, features: torch.Tensor, input_ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        batch = features.shape[0]
-        if input_ids is not None:
-            self.check_text(features, input_ids, None)
-        if self.visual_prefix:
-            embeds = features
-            if input_ids is not None:
-                embedded = self.gpt.get_input_embeddings()(input_ids)
-                embeds = torch.cat([features.to(embedded.dtype), embedded], dim=1)
-            return {"inputs_embeds": embeds, "attention_mask": embeds.new_ones(embeds.shape[:2], dtype=torch.long)}
-        start = torch.full((batch, 1), self.gpt.config.bos_token_id, dtype=torch.long, device=features.device)
-        ids = start if input_ids is None else torch.cat([start, input_ids], dim=1)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if not self.visual_prefix:
+            start = torch.full((len(features), 1), self.gpt.config.bos_token_id, device=features.device)
+            input_ids = start if input_ids is None else torch.cat([start, input_ids], dim=1)
+        elif input_ids is None:
+            return {
+                "inputs_embeds": features,
+                "attention_mask": features.new_ones(features.shape[:2], dtype=torch.long),
+            }
+        return self.text_inputs(features, input_ids, None)

@@ -16,21 +16,16 @@ from routingvl.models.losses import label_loss, soft_label_loss
 class ViTRobertaForClassification(RoutedVLModel):
     """ViT + RoBERTa, a classifier over labels of which exactly one is right (softmax).
 
-    Build it with :meth:`from_backbones`. The frozen pooler of RoBERTa reads the first position, which is the image's
-    own when there is a visual prefix.
+    The frozen pooler of RoBERTa reads the first position, which is the image's own when there is a visual prefix.
 
     Args:
-        vision, text, routing: backbones (modules) and bottlenecks.
         num_labels: number of labels.
         classifier_layers: 1 (Linear) or 2 (Linear to 2 d, LayerNorm, GELU, Linear: the published recipe).
-        vision_features: "pooler", "cls", "mean" or "tokens", see :func:`routingvl.backbones.vision.image_features`.
-        visual_prefix: put the visual tokens in front of the text.
         text_embedding: how text and prefix are embedded. "published" (default) sends the text through RoBERTa's
             embedding block twice, once alone and once behind the prefix, as the published code does, so that its
             recipes and checkpoints carry over; "single" joins plain word embeddings to the prefix and embeds once.
             Without a prefix the two are the same.
-        vision_width: d of ``vision_features=`` inputs when vision is None.
-        backend: see :func:`routingvl.kernels.lora.api`.
+        vision, text, routing, **shared: see :class:`RoutedVLModel`.
     """
 
     language_model_name = "roberta"
@@ -46,39 +41,20 @@ class ViTRobertaForClassification(RoutedVLModel):
         *,
         num_labels: int | None = None,
         classifier_layers: int = 2,
-        vision_features: str = "pooler",
-        visual_prefix: bool = True,
         text_embedding: str = "published",
-        vision_width: int | None = None,
-        backend: str | None = None,
+        **shared: Any,
     ) -> None:
         check_choice("text_embedding", text_embedding, TEXT_EMBEDDINGS)
         check_choice("classifier_layers", classifier_layers, CLASSIFIER_LAYERS)
         num_labels = type(self).num_labels if num_labels is None else num_labels
         if num_labels < 1:
             raise ConfigError(f"num_labels={num_labels!r} must be at least 1")
-        super().__init__(
-            vision,
-            text,
-            routing,
-            vision_features=vision_features,
-            visual_prefix=visual_prefix,
-            vision_width=vision_width,
-            backend=backend,
-        )
+        super().__init__(vision, text, routing, **shared)
         self.num_labels = num_labels
         self.classifier_layers = classifier_layers
         self.text_embedding = text_embedding
         self.classifier = _classifier(self.roberta.config.hidden_size, num_labels, classifier_layers)
         self.classifier.to(device=self.device, dtype=self.dtype)
-
-    def options(self) -> dict[str, Any]:
-        """See :meth:`RoutedVLModel.options`."""
-        return super().options() | {
-            "num_labels": self.num_labels,
-            "classifier_layers": self.classifier_layers,
-            "text_embedding": self.text_embedding,
-        }
 
     def forward(
         self,
@@ -102,18 +78,9 @@ class ViTRobertaForClassification(RoutedVLModel):
             mean over batch and answers) and logits [B, num_labels].
         """
         features = self.visual_features(pixel_values, vision_features)
-        self.check_text(features, input_ids, attention_mask)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        inputs = self.text_inputs(features, input_ids, attention_mask)
         with self.context.bind(features):
-            if self.visual_prefix:
-                embedded = self._embed(input_ids)
-                pooled = self.roberta(
-                    inputs_embeds=torch.cat([features.to(embedded.dtype), embedded], dim=1),
-                    attention_mask=self.prefix_mask(features, attention_mask),
-                ).pooler_output
-            else:
-                pooled = self.roberta(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+            pooled = self.roberta(**inputs).pooler_output
         logits = self.classifier(pooled)
         return ModelOutput(None if labels is None else self.loss(logits, labels), logits)
 
@@ -122,11 +89,13 @@ class ViTRobertaForClassification(RoutedVLModel):
         """logits [B, num_labels] -> float32 probabilities that sum to 1."""
         return logits.float().softmax(dim=-1)
 
-    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        embeddings = self.roberta.embeddings
-        if self.text_embedding == "published":
-            return embeddings(input_ids=input_ids)
-        return embeddings.word_embeddings(input_ids)
+    def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """See :meth:`RoutedVLModel.embed_text`, and ``text_embedding`` above."""
+        return (
+            self.roberta.embeddings(input_ids=input_ids)
+            if self.text_embedding == "published"
+            else super().embed_text(input_ids)
+        )
 
 
 class ViTRobertaForVQA(ViTRobertaForClassification):
@@ -147,12 +116,10 @@ class ViTRobertaForVQA(ViTRobertaForClassification):
 
 def _classifier(width: int, num_labels: int, layers: int) -> nn.Module:
     """The head over the labels; weights N(0, 0.02), biases 0."""
-    if layers == 1:
-        head: nn.Module = nn.Linear(width, num_labels)
-    else:
-        head = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, num_labels)
-        )
+    head: nn.Module = nn.Linear(width, num_labels)
+    if layers == 2:
+        inner = 2 * width
+        head = nn.Sequential(nn.Linear(width, inner), nn.LayerNorm(inner), nn.GELU(), nn.Linear(inner, num_labels))
     for module in head.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)

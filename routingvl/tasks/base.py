@@ -116,10 +116,6 @@ class Task(ABC):
         """The full report of predictions on ``split``; a metric that cannot be had is in "missing" with its reason."""
 
     @abstractmethod
-    def validation_scores(self, predictions: Predictions) -> dict[str, float]:
-        """Numbers on the validation set, :attr:`metric` among them."""
-
-    @abstractmethod
     def write_predictions(self, folder: Path, split: str, method: str, predictions: Predictions) -> Path:
         """Write the result file into ``folder``, which is there; ``method`` names the run. Returns its path."""
 
@@ -149,6 +145,11 @@ class Task(ABC):
         data = self.config.data
         train = self.load_split(data.train_split, data.train_limit, training=True)
         return train, None if data.val_split is None else self.load_split(data.val_split, data.val_limit)
+
+    def validation_scores(self, predictions: Predictions) -> dict[str, float]:
+        """Numbers on the validation set, :attr:`metric` among them: by default those of :meth:`scores`."""
+        scores = self.scores(self.val_set.split, predictions)
+        return {name: value for name, value in scores.items() if isinstance(value, float)}
 
     def training_inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
         """The arguments of the model's call in a training step; only its loss is read."""
@@ -180,9 +181,7 @@ class Task(ABC):
         )
 
     def load_training_data(self, train: Split, val: Split | None) -> None:
-        """Make the data sets of two splits, tokenise their texts, and encode their images when features are
-        precomputed.
-        """
+        """Make the data sets of two splits: texts tokenised, and images encoded when features are precomputed."""
         self.precompute([*train.images, *(val.images if val else [])])
         self.train_set = self.dataset(train, training=True)
         if val is not None:
@@ -218,12 +217,9 @@ class Task(ABC):
     @property
     def picture_arguments(self) -> dict[str, Any]:
         """How data sets get at an image: stored features, or its file."""
-        features = self.features if self.config.data.keeps_features else None
-        return {
-            "preprocessor": self.preprocessor,
-            "features": features,
-            "on_bad_image": self.config.data.on_bad_image,
-        }
+        data = self.config.data
+        features = self.features if data.keeps_features else None
+        return {"preprocessor": self.preprocessor, "features": features, "on_bad_image": data.on_bad_image}
 
     @property
     def skipped_images(self) -> int:

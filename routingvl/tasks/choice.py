@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,11 +12,10 @@ import torch
 from routingvl.atomic_files import write_json
 from routingvl.config import ConfigError
 from routingvl.config.schema import RunConfig
-from routingvl.data.collate import TextCollator
 from routingvl.data.files import DataError
 from routingvl.data.labelled import read_labels
 from routingvl.models import ViTRobertaForClassification
-from routingvl.tasks.base import Batch, Predictions, Task
+from routingvl.tasks.base import Batch, Predictions, Split, Task
 
 
 class ChoiceTask(Task):
@@ -37,10 +36,6 @@ class ChoiceTask(Task):
     kind: ClassVar[str]
 
     choices: Sequence[str] = ()
-
-    @abstractmethod
-    def collator(self) -> TextCollator:
-        """See :meth:`Task.collator`."""
 
     def model_options(self) -> dict[str, Any]:
         """The size of the head."""
@@ -95,3 +90,12 @@ class ChoiceTask(Task):
         task = super().from_folder(folder, config)
         task.choices = read_labels(folder / cls.choices_file)
         return task
+
+
+def first_examples(split: Split, part: str, limit: int | None) -> Split:
+    """``split`` with the first ``limit`` examples of its attribute ``part``, and their images; None for all."""
+    if limit is None:
+        return split
+    kept = getattr(split, part)[:limit]
+    wanted = {example.image_id for example in kept}
+    return replace(split, **{part: kept}, images=[image for image in split.images if image.image_id in wanted])

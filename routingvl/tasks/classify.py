@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from routingvl.data.collate import LabelCollator
 from routingvl.data.files import DataError
 from routingvl.data.labelled import LABELS_FILE, LabelledDataset, LabelledSplit, load_labelled, read_labels
 from routingvl.tasks.base import Predictions, register
-from routingvl.tasks.choice import ChoiceTask
+from routingvl.tasks.choice import ChoiceTask, first_examples
 
 
 @register
@@ -35,11 +34,7 @@ class ClassifyTask(ChoiceTask):
         loaded = load_labelled(self.config.data.annotations, split, self.config.data.images)
         if self.choices:
             loaded.check_labels(self.choices, self.labels_from)
-        if limit is None:
-            return loaded
-        examples = loaded.examples[:limit]
-        wanted = {example.image_id for example in examples}
-        return replace(loaded, examples=examples, images=[i for i in loaded.images if i.image_id in wanted])
+        return first_examples(loaded, "examples", limit)
 
     def read_training_splits(self) -> tuple[LabelledSplit, LabelledSplit | None]:
         """Also find the labels; DataError when the training split has none, or another split others."""
@@ -92,10 +87,6 @@ class ClassifyTask(ChoiceTask):
             "confusion": confusion,
             "missing": {},
         }
-
-    def validation_scores(self, predictions: Predictions) -> dict[str, float]:
-        """The accuracy."""
-        return {"accuracy": self.scores(self.val_set.split, predictions)["accuracy"]}
 
     def write_predictions(self, folder: Path, split: str, method: str, predictions: Predictions) -> Path:
         """JSON Lines with ``id`` and ``label``, ordered as the ids."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from routingvl.data.vqa_dataset import VQADataset
 from routingvl.metrics import soft_score_report, vqa_report, vqa_results_name, write_vqa_results
 from routingvl.models import ViTRobertaForVQA
 from routingvl.tasks.base import register
-from routingvl.tasks.choice import ChoiceTask
+from routingvl.tasks.choice import ChoiceTask, first_examples
 
 
 @register
@@ -42,11 +41,7 @@ class VQATask(ChoiceTask):
     def load_split(self, split: str, limit: int | None = None, training: bool = False) -> VQASplit:
         """Read questions and answers; ``limit`` counts questions."""
         loaded = load_vqa(self.config.data.annotations, split, self.config.data.images)
-        if limit is None:
-            return loaded
-        questions = loaded.questions[:limit]
-        wanted = {question.image_id for question in questions}
-        return replace(loaded, questions=questions, images=[i for i in loaded.images if i.image_id in wanted])
+        return first_examples(loaded, "questions", limit)
 
     def dataset(self, split: VQASplit, training: bool) -> VQADataset:
         """One item per question."""
@@ -81,11 +76,6 @@ class VQATask(ChoiceTask):
             scores |= {"soft_score": soft_score_report({i: predictions[i] for i in labels}, labels)["soft_score"]}
         unknown = [name for name, known in (("accuracy", annotations), ("soft_score", labels)) if not known]
         return scores | {"missing": dict.fromkeys(unknown, f"split {split.name!r} has no answers")}
-
-    def validation_scores(self, predictions: Mapping[int, str]) -> dict[str, float]:
-        """Accuracy and soft score, as far as they are known."""
-        scores = self.scores(self.val_set.split, predictions)
-        return {name: scores[name] for name in ("accuracy", "soft_score") if name in scores}
 
     def write_predictions(self, folder: Path, split: str, method: str, predictions: Mapping[int, str]) -> Path:
         """Answers in EvalAI's form, under its name."""
