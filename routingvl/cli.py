@@ -33,24 +33,20 @@ INTERRUPTED = 130
 def help_text() -> str:
     """What ``routingvl --help`` prints."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: routingvl COMMAND [options]",
-            "",
-            "Fine-tune ViT + RoBERTa and ViT + GPT-2 through routed low-rank bottlenecks (arXiv 2403.09377).",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "options:",
-            "  -h, --help  this text; routingvl COMMAND --help explains a command",
-            "  --version   the version",
-            "  --debug     show the traceback of an error (with any command)",
-            "",
-            "example: routingvl train --config vqa-lora --train.lr 1e-4",
-        ]
-    )
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return f"""usage: routingvl COMMAND [options]
+
+Fine-tune ViT + RoBERTa and ViT + GPT-2 through routed low-rank bottlenecks (arXiv 2403.09377).
+
+commands:
+{commands}
+
+options:
+  -h, --help  this text; routingvl COMMAND --help explains a command
+  --version   the version
+  --debug     show the traceback of an error (with any command)
+
+example: routingvl train --config vqa-lora --train.lr 1e-4"""
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from routingvl.metrics import java_metrics
+from routingvl.metrics.coverage import difference
 from routingvl.metrics.ptb import tokenize_captions
 
 PYTHON_METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE_L", "CIDEr")
@@ -23,12 +24,8 @@ METRICS = (*PYTHON_METRICS, *JAVA_METRICS)
 def _check(predictions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> None:
     if not references:
         raise ValueError("no image to score: references is empty")
-    missing, extra = references.keys() - predictions.keys(), predictions.keys() - references.keys()
-    if missing or extra:
-        raise ValueError(
-            f"predictions and references cover different images: {len(missing)} without a caption"
-            f" {sorted(missing, key=str)[:5]}, {len(extra)} without references {sorted(extra, key=str)[:5]}"
-        )
+    if odd := difference(predictions, references, "without a caption", "without references"):
+        raise ValueError(f"predictions and references cover different images: {odd}")
     for image_id, texts in references.items():
         if isinstance(texts, str):
             raise TypeError(f"image {image_id}: references must be a list of strings, not the string {texts!r}")
@@ -40,12 +37,11 @@ def _tokenize(
     predictions: Mapping[int, str], references: Mapping[int, Sequence[str]], tokenizer: str
 ) -> tuple[dict[int, str], dict[int, list[str]], str]:
     """Both sides tokenised in one go (Java takes half a second to start), keyed alike, and the tokenizer's name."""
-    texts = [predictions[image_id] for image_id in references]
-    texts += [text for group in references.values() for text in group]
+    texts = [text for image_id, group in references.items() for text in (predictions[image_id], *group)]
     tokens, name = tokenize_captions(texts, tokenizer)
-    captions = dict(zip(references, tokens, strict=False))
-    rest = iter(tokens[len(references) :])
-    grouped = {image_id: [next(rest) for _ in group] for image_id, group in references.items()}
+    rest = iter(tokens)
+    both = {image_id: (next(rest), [next(rest) for _ in group]) for image_id, group in references.items()}
+    captions, grouped = ({image_id: pair[side] for image_id, pair in both.items()} for side in (0, 1))
     for image_id, group in grouped.items():
         for i, text in enumerate(group):
             if not text:
@@ -102,7 +98,7 @@ def caption_scores(
     Raises:
         ValueError: images differ between the two sides, an image has no reference or one without words, or a metric or
             tokenizer is unknown.
-        RuntimeError: tokenizer "ptb" cannot run.
+        MetricUnavailable: tokenizer "ptb" cannot run.
     """
     wanted = METRICS if metrics is None else tuple(metrics)
     unknown = [name for name in wanted if name not in METRICS]

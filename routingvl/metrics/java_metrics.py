@@ -16,24 +16,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from routingvl.metrics.ptb import cocoevalcap_folder, find_java
+from routingvl.metrics.ptb import MetricUnavailable, cocoevalcap_folder, java_for, run_java
 
 METEOR_TIMEOUT = 1800  # seconds; it starts in about 8 s and scores some hundred captions a second
 SPICE_TIMEOUT = 7200  # seconds; it parses every sentence, about an hour for 5,000 images
 
 Captions = Mapping[int, str]
 References = Mapping[int, Sequence[str]]
-
-
-class MetricUnavailable(RuntimeError):
-    """A metric cannot run here; the message says why and what to do."""
-
-
-def _java(metric: str) -> str:
-    java = find_java()
-    if java is None:
-        raise MetricUnavailable(f"{metric} needs Java and no 'java' is on PATH; install a Java runtime (8 or newer)")
-    return java
 
 
 def meteor(captions: Captions, references: References, timeout: float = METEOR_TIMEOUT) -> tuple[float, list[float]]:
@@ -48,12 +37,12 @@ def meteor(captions: Captions, references: References, timeout: float = METEOR_T
         MetricUnavailable: no Java, or the program fails or runs out of time.
     """
     folder = cocoevalcap_folder() / "meteor"
-    command = [_java("METEOR"), "-jar", "-Xmx2G", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
+    command = [java_for("METEOR"), "-jar", "-Xmx2G", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
     # Errors go to a file, not a pipe: nobody reads while the program runs, and a full pipe would stop it.
     with tempfile.TemporaryFile() as errors:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "encoding": "utf-8"}
         try:
-            pipe = subprocess.PIPE
-            program = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=errors)
+            program = subprocess.Popen(command, cwd=folder, **pipes)
         except OSError as error:
             raise MetricUnavailable(f"METEOR did not start: {error}") from error
         timer, end = threading.Timer(timeout, program.kill), time.monotonic() + timeout
@@ -75,31 +64,27 @@ def meteor(captions: Captions, references: References, timeout: float = METEOR_T
 
 
 def _ask_meteor(program: subprocess.Popen, captions: Captions, references: References) -> tuple[float, list[float]]:
-    def send(*fields: str) -> None:
+    def answer_to(*fields: str) -> str:
         # three strokes separate the fields of a request, so the text may not have any
-        program.stdin.write(" ||| ".join(field.replace("|||", " ") for field in fields).encode() + b"\n")
+        program.stdin.write(" ||| ".join(field.replace("|||", " ") for field in fields) + "\n")
         program.stdin.flush()
+        return next_answer()
 
-    def receive() -> str:
-        answer = program.stdout.readline().decode()
-        if not answer:
+    def next_answer() -> str:
+        if not (answer := program.stdout.readline()):
             raise EOFError
         return answer.strip()
 
-    def score() -> float:
-        answer = receive()
-        try:
-            return float(answer)
-        except ValueError:
-            raise MetricUnavailable(f"METEOR answered {answer[:200]!r} in place of a score") from None
-
-    statistics = []
-    for image_id, caption in captions.items():
-        send("SCORE", *references[image_id], caption)
-        statistics.append(receive())
-    send("EVAL", *statistics)
-    scores = [score() for _ in statistics]
-    return score(), scores
+    statistics = [answer_to("SCORE", *references[image_id], caption) for image_id, caption in captions.items()]
+    answer = answer_to("EVAL", *statistics)
+    scores = []
+    try:
+        for _ in statistics:
+            scores.append(float(answer))
+            answer = next_answer()
+        return float(answer), scores
+    except ValueError:
+        raise MetricUnavailable(f"METEOR answered {answer[:200]!r} in place of a score") from None
 
 
 def _stopped(metric: str, code: int, errors: bytes) -> MetricUnavailable:
@@ -115,7 +100,7 @@ def spice(captions: Captions, references: References, timeout: float = SPICE_TIM
     Raises:
         MetricUnavailable: no Java, no download, or the program fails or runs out of time.
     """
-    java = _java("SPICE")
+    java_for("SPICE")
     folder = cocoevalcap_folder() / "spice"
     parts = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
     absent = [part for part in parts if not (folder / "lib" / part).is_file()]
@@ -128,11 +113,8 @@ def spice(captions: Captions, references: References, timeout: float = SPICE_TIM
     with tempfile.TemporaryDirectory(prefix="spice-") as scratch:
         request, answer = Path(scratch, "captions.json"), Path(scratch, "scores.json")
         request.write_text(json.dumps(items), encoding="utf-8")
-        command = [java, "-jar", "-Xmx8G", "spice-1.0.jar", str(request), "-out", str(answer), "-subset", "-silent"]
-        try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, timeout=timeout, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise MetricUnavailable(f"SPICE did not run: {error}") from error
+        command = ["-jar", "-Xmx8G", "spice-1.0.jar", str(request), "-out", str(answer), "-subset", "-silent"]
+        done = run_java("SPICE", command, timeout, cwd=folder)
         if done.returncode != 0 or not answer.is_file():
             raise _stopped("SPICE", done.returncode, done.stderr)
         rows = json.loads(answer.read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 TOKENIZERS = ("auto", "ptb", "python")
 JAVA_TIMEOUT = 600  # seconds; the jar needs about 0.5 s to start and 1 s for 100,000 captions
@@ -71,9 +72,32 @@ _TOKEN = re.compile(
 )
 
 
+class MetricUnavailable(RuntimeError):
+    """A metric or tokenizer cannot run here; the message says why and what to do."""
+
+
 def find_java() -> str | None:
     """Path of the ``java`` program, or None."""
     return shutil.which("java")
+
+
+def java_for(name: str) -> str:
+    """The same; raises MetricUnavailable, saying that ``name`` needs it, for None."""
+    if (java := find_java()) is None:
+        raise MetricUnavailable(f"{name} needs Java and no 'java' is on PATH; install a Java runtime (8 or newer)")
+    return java
+
+
+def run_java(name: str, arguments: Sequence[str], timeout: float, **options: Any) -> subprocess.CompletedProcess:
+    """Run a Java program, called ``name`` in messages, to its end; its output is captured.
+
+    Raises MetricUnavailable when there is no Java, or when it does not start or end in ``timeout`` seconds.
+    """
+    command = [java_for(name), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=timeout, check=False, **options)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MetricUnavailable(f"{name} did not run: {error}") from error
 
 
 def cocoevalcap_folder() -> Path:
@@ -107,25 +131,17 @@ def tokenize_java(captions: Sequence[str]) -> list[str]:
     The jar reads from a pipe, so nothing is written anywhere; pycocoevalcap's wrapper writes into its own folder.
 
     Raises:
-        RuntimeError: Java is missing, fails, or does not answer in :data:`JAVA_TIMEOUT` seconds.
+        MetricUnavailable: Java is missing, fails, or does not answer in :data:`JAVA_TIMEOUT` seconds.
     """
-    java = find_java()
-    if java is None:
-        raise RuntimeError("the PTB tokenizer needs Java and no 'java' is on PATH")
     jar = cocoevalcap_folder() / "tokenizer" / "stanford-corenlp-3.4.1.jar"
-    command = [java, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    command = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
     text = "".join(_LINE_BREAKS.sub(" ", caption) + "\n" for caption in captions)
-    try:
-        done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=JAVA_TIMEOUT, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise RuntimeError(f"the PTB tokenizer did not run: {error}") from error
+    done = run_java("the PTB tokenizer", command, JAVA_TIMEOUT, input=text.encode())
     lines = done.stdout.decode(errors="replace").split("\n")[:-1]
     if done.returncode != 0 or len(lines) != len(captions):
-        message = done.stderr.decode(errors="replace").strip()
-        raise RuntimeError(
-            f"the PTB tokenizer gave {len(lines)} lines for {len(captions)} captions (exit code {done.returncode})."
-            f" {message[-500:]}"
-        )
+        reason = done.stderr.decode(errors="replace").strip()[-500:]
+        counts = f"{len(lines)} lines for {len(captions)} captions (exit code {done.returncode})"
+        raise MetricUnavailable(f"the PTB tokenizer gave {counts}. {reason}")
     return [" ".join(token for token in line.split(" ") if token and token not in DROPPED) for line in lines]
 
 
@@ -142,7 +158,7 @@ def tokenize_captions(captions: Sequence[str], tokenizer: str = "auto") -> tuple
 
     Raises:
         ValueError: ``tokenizer`` is unknown.
-        RuntimeError: "ptb" was asked for and cannot run.
+        MetricUnavailable: "ptb" was asked for and cannot run.
     """
     if tokenizer not in TOKENIZERS:
         raise ValueError(f"tokenizer={tokenizer!r} is not one of {', '.join(map(repr, TOKENIZERS))}")
@@ -150,7 +166,7 @@ def tokenize_captions(captions: Sequence[str], tokenizer: str = "auto") -> tuple
         return tokenize_python(captions), "python"
     try:
         return tokenize_java(captions), "ptb"
-    except RuntimeError as error:
+    except MetricUnavailable as error:
         if tokenizer == "ptb":
             raise
         return tokenize_python(captions), f"python ({error})"

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from routingvl.atomic_files import write_text
+from routingvl.metrics.coverage import difference
 
 
 class ResultFileError(ValueError):
@@ -35,12 +36,8 @@ def _check_complete(ids: Iterable[int], expected: Iterable[int] | None, kind: st
         raise ResultFileError(f"{kind} must be an integer, not {wrong[0]!r}")
     if expected is None:
         return
-    missing, extra = sorted(set(expected) - ids), sorted(ids - set(expected))
-    if missing or extra:
-        raise ResultFileError(
-            f"the results do not cover the split: {len(missing)} {kind}s have no result {missing[:5]},"
-            f" {len(extra)} do not belong to it {extra[:5]}"
-        )
+    if odd := difference(ids, expected, f"{kind}s have no result", "do not belong to it"):
+        raise ResultFileError(f"the results do not cover the split: {odd}")
 
 
 def _read_results(path: str | Path, id_key: str, text_key: str) -> dict[int, str]:

@@ -8,10 +8,11 @@ the question's score is the mean over i. For n matches among N answers this is
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from routingvl.metrics.answers import normalize_answer, process_punctuation
+from routingvl.metrics.coverage import difference
 
 RULES = ("2021", "2016")
 
@@ -69,17 +70,12 @@ def _percent(scores: Sequence[float]) -> float:
     return round(100 * sum(scores) / len(scores), 2)
 
 
-def _check_questions(predictions: Iterable[int], known: Iterable[int]) -> None:
+def _check_questions(predictions: Mapping[int, Any], known: Mapping[int, Any]) -> None:
     """Raise ValueError unless exactly the questions of the annotations have a prediction."""
-    predicted, annotated = set(predictions), set(known)
-    if not annotated:
+    if not known:
         raise ValueError("no question to score: the list of annotations is empty")
-    if predicted != annotated:
-        missing, extra = sorted(annotated - predicted), sorted(predicted - annotated, key=str)
-        raise ValueError(
-            f"predictions and annotations cover different questions: {len(missing)} without a prediction"
-            f" {missing[:5]}, {len(extra)} without an annotation {extra[:5]} (question ids are integers)"
-        )
+    if odd := difference(predictions, known, "without a prediction", "without an annotation"):
+        raise ValueError(f"predictions and annotations cover different questions: {odd} (question ids are integers)")
 
 
 def vqa_report(
@@ -104,21 +100,17 @@ def vqa_report(
     if len(by_id) != len(annotations):
         raise ValueError(f"{len(annotations) - len(by_id)} question ids come more than once in the annotations")
     _check_questions(predictions, by_id)
-    by_answer_type, by_question_type = defaultdict(list), defaultdict(list)
-    scores = []
-    for question_id, entry in by_id.items():
-        answers = [answer["answer"] for answer in entry["answers"]]
-        score = vqa_accuracy(predictions[question_id], answers, rule)
-        scores.append(score)
-        by_answer_type[entry["answer_type"]].append(score)
-        by_question_type[entry["question_type"]].append(score)
-    return {
-        "overall": _percent(scores),
-        "per_answer_type": {name: _percent(by_answer_type[name]) for name in sorted(by_answer_type)},
-        "per_question_type": {name: _percent(by_question_type[name]) for name in sorted(by_question_type)},
-        "rule": rule,
-        "n": len(scores),
+    scores = {
+        question_id: vqa_accuracy(predictions[question_id], [answer["answer"] for answer in entry["answers"]], rule)
+        for question_id, entry in by_id.items()
     }
+    by_type: dict[str, dict[str, float]] = {}
+    for kind in ("answer_type", "question_type"):
+        groups = defaultdict(list)
+        for question_id, entry in by_id.items():
+            groups[entry[kind]].append(scores[question_id])
+        by_type[f"per_{kind}"] = {name: _percent(groups[name]) for name in sorted(groups)}
+    return {"overall": _percent(list(scores.values())), **by_type, "rule": rule, "n": len(scores)}
 
 
 def soft_score(prediction: str, labels: Mapping[str, float]) -> float:

@@ -101,12 +101,9 @@ class RoutedVLModel(nn.Module):
             OSError: a name or folder holds no model (transformers' message names it).
         """
         known = cls.option_names()
-        for name in options:
-            if name not in known:
-                raise ConfigError(
-                    f"{cls.__name__}.from_backbones: unknown key {name!r}{nearest(name, known)} "
-                    f"(known: {', '.join(known)})"
-                )
+        for name in options.keys() - known:
+            hint = f"{nearest(name, known)} (known: {', '.join(known)})"
+            raise ConfigError(f"{cls.__name__}.from_backbones: unknown key {name!r}{hint}")
         try:
             vision_model, vision_name = _resolve(vision, load_tower)
             text_model, text_name = _resolve(text, partial(load_text, cls.model_type))
@@ -155,6 +152,8 @@ class RoutedVLModel(nn.Module):
     def visual_features(self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None) -> torch.Tensor:
         """Features [B, L, d] in the language model's width and type, from exactly one of the two inputs.
 
+        pixel_values are images [B, 3, H, W], vision_features [B, L, d_vision] what :meth:`encode_images` made of them.
+
         Raises:
             ValueError: both or neither are given, or the shape does not fit.
         """
@@ -163,10 +162,8 @@ class RoutedVLModel(nn.Module):
         if vision_features is None:
             vision_features = self.encode_images(pixel_values)
         if vision_features.dim() != 3 or vision_features.shape[-1] != self.vision_width:
-            raise ValueError(
-                f"vision_features must be [batch, visual tokens, {self.vision_width}], "
-                f"not {list(vision_features.shape)}"
-            )
+            have = list(vision_features.shape)
+            raise ValueError(f"vision_features must be [batch, visual tokens, {self.vision_width}], not {have}")
         _check_tokens(self.routing, vision_features.shape[1])
         features = vision_features.to(self.dtype)
         return features if self.visual_projection is None else self.visual_projection(features)
@@ -220,12 +217,8 @@ class RoutedVLModel(nn.Module):
 
     @classmethod
     def option_names(cls) -> list[str]:
-        """The keyword arguments of the class and of those it derives from."""
-        constructors = [
-            vars(base)["__init__"]
-            for base in cls.__mro__
-            if issubclass(base, RoutedVLModel) and "__init__" in vars(base)
-        ]
+        """The keyword arguments of the class and of :class:`RoutedVLModel`."""
+        constructors = (cls.__init__, RoutedVLModel.__init__)
         parameters = [p for make in constructors for p in inspect.signature(make).parameters.values()]
         return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 

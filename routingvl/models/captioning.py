@@ -55,8 +55,7 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         """Score captions.
 
         Args:
-            pixel_values: [B, 3, H, W] images, or
-            vision_features: [B, L, d_vision] from :meth:`encode_images`.
+            pixel_values, vision_features: one of them, see :meth:`visual_features`.
             input_ids: [B, T] captions.
             attention_mask: [B, T] of the text, 1 for tokens to read; None for all.
             labels: [B, T], input_ids with -100 where nothing is to be learned. They may stay on the CPU, which spares
@@ -103,8 +102,7 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         """Write captions with a key-value cache, by beam search or whatever ``kwargs`` ask of ``GPT2.generate``.
 
         Args:
-            pixel_values: [B, 3, H, W] images, or
-            vision_features: [B, L, d_vision] from :meth:`encode_images`.
+            pixel_values, vision_features: one of them, see :meth:`visual_features`.
             input_ids: [B, T] the beginning of each caption, without padding; None to start from the image.
             num_beams: width of the beam.
             max_new_tokens: length limit.

@@ -67,8 +67,7 @@ class ViTRobertaForClassification(RoutedVLModel):
         """Classify images with their texts.
 
         Args:
-            pixel_values: [B, 3, H, W] images, or
-            vision_features: [B, L, d_vision] from :meth:`encode_images`.
+            pixel_values, vision_features: one of them, see :meth:`visual_features`.
             input_ids: [B, T] texts.
             attention_mask: [B, T] of the text, 1 for tokens to read; None for all.
             labels: int64 [B]; for :class:`ViTRobertaForVQA` float [B, num_labels], soft scores in [0, 1].

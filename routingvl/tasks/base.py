@@ -1,16 +1,10 @@
 """What a task is, and the registry of tasks.
 
-A task is a class in a file of this folder, derived from :class:`Task` and registered::
-
-    @register
-    class CaptionTask(Task):
-        name = "caption"
-        ...
-
-It says everything that differs between tasks: the files that are read, data set and batches, the model, what is
-predicted, how that is scored and written, what a run folder holds beside the adapter. Nothing outside of its file asks
-which task runs: :func:`find_task` looks the name up, :func:`build_task` makes the task of a new run, :func:`load_task`
-that of a finished one.
+A task is a class in a file of this folder, derived from :class:`Task` and decorated with :func:`register`. It says
+everything that differs between tasks: the files that are read, data set and batches, the model, what is predicted, how
+that is scored and written, what a run folder holds beside the adapter. Nothing outside of its file asks which task
+runs: :func:`find_task` looks the name up, :func:`build_task` makes the task of a new run, :func:`load_task` that of a
+finished one.
 """
 
 from __future__ import annotations
