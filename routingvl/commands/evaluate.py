@@ -19,7 +19,7 @@ def run(args: Sequence[str]) -> int:
     parser.add_argument("--output", metavar="FOLDER", help="folder for the results (default: RUN/eval-SPLIT)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
-    options, overrides = parser.parse_run(args)
+    options = parser.parse_args(args)
 
     from routingvl.evaluate import evaluate
 
@@ -30,7 +30,7 @@ def run(args: Sequence[str]) -> int:
         output=options.output,
         limit=options.limit,
         log="quiet" if options.quiet else None,
-        **overrides,
+        **options.settings,
     )
     say(json.dumps(metrics, indent=2, ensure_ascii=False))
     return 0
