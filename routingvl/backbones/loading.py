@@ -1,34 +1,153 @@
-"""Backbones from hub names and folders, through transformers, which is imported only when something is loaded."""
+"""Backbones from hub names and folders, through transformers, which is imported only when something is loaded.
+
+No code of a model's repository is ever run, and nothing is left to chance in silence: a weight that the checkpoint
+lacks, has in excess, or has in another shape or type than the model is an error, but for those that text.py, vision.py
+and UNUSED name.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from routingvl.json_files import read_json
+from routingvl.tensor_files import check_kinds, is_finite, listed, tensor_kinds
+
+# Weights of checkpoints that no backbone here uses: other heads, and buffers that older versions of transformers saved.
+UNUSED = re.compile(
+    r"(?:lm_head|classifier|qa_outputs|score|cls|multiple_choice_head|decoder)\..*|embeddings\.mask_token"
+    r"|(?:.*\.)?(?:position_ids|token_type_ids|masked_bias|attn\.bias)"
+)
+
 
 class BackboneError(ValueError):
-    """A backbone is of a kind that has no row, or lacks what is asked of it; the message names both."""
+    """A backbone cannot be loaded, is of a kind that has no row, or lacks what is asked of it; the message names it."""
+
+
+def find_source(name: str | Path) -> tuple[str, bool]:
+    """Where to load a backbone or tokenizer from, for transformers: (folder or hub name, whether it is a folder).
+
+    What exists, begins with ``.``, ``/`` or ``~``, or has several separators is a path, which never contacts the
+    network; all else is a hub name.
+
+    Raises:
+        BackboneError: the path is no folder.
+    """
+    path = Path(name).expanduser()
+    text = str(name)
+    if not (path.exists() or text.startswith((".", "/", "~")) or text.replace(os.sep, "/").count("/") > 1):
+        return text, False
+    if not path.is_dir():
+        raise BackboneError(
+            f"{text} {'is not a folder' if path.exists() else 'does not exist'}: give a hub name or a folder"
+        )
+    return str(path), True
+
+
+@contextlib.contextmanager
+def loading(name: str, local: bool) -> Iterator[dict[str, Any]]:
+    """Options for transformers' ``from_pretrained``; an error inside becomes a BackboneError that names ``name``."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of missing keys: we say what of that matters
+    try:
+        yield {"trust_remote_code": False, "local_files_only": local}
+    except (BackboneError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # of any class, from damaged configs and weights
+        if not local and isinstance(error, OSError):
+            raise BackboneError(
+                f"{name} is neither a folder here nor a model of the hub that can be reached"
+            ) from error
+        reason = " ".join(str(error).split())
+        raise BackboneError(f"{name} cannot be loaded ({type(error).__name__}: {reason[:300]})") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def model_type(backbone: nn.Module | str) -> str | None:
     """``model_type`` in the config of a module of transformers, or of a hub name or folder; None for other modules.
 
-    Raises OSError when the name or folder holds no model (transformers' message names it).
+    Raises BackboneError when the name or folder holds no model.
     """
     if isinstance(backbone, nn.Module):
         return getattr(getattr(backbone, "config", None), "model_type", None)
     from transformers import PretrainedConfig
 
-    return PretrainedConfig.get_config_dict(backbone)[0].get("model_type")
+    source, local = find_source(backbone)
+    if local:
+        read_json(Path(source) / "config.json", BackboneError, dict, fix="give the folder of a model of transformers")
+        if (Path(source) / "adapter_config.json").exists():  # transformers would load it on top, without a word
+            raise BackboneError(f"{backbone} holds an adapter_config.json: give the folder of a model without adapters")
+    with loading(source, local) as options:
+        return PretrainedConfig.get_config_dict(source, **options)[0].get("model_type")
 
 
-def load_float32(class_name: str, name: str) -> nn.Module:
-    """The model of a hub name or folder as the named class of transformers, in float32 and evaluation mode."""
+def load_float32(class_name: str, name: str, optional: str = "") -> tuple[nn.Module, list[str]]:
+    """The model of a hub name or folder as the named class of transformers, in float32 and evaluation mode.
+
+    Args:
+        class_name: of transformers.
+        name: hub name or folder.
+        optional: prefix of the weights that the checkpoint may lack; transformers has drawn those at random.
+
+    Returns:
+        The model, and the names of the ``optional`` weights that the checkpoint lacks.
+
+    Raises:
+        BackboneError: the checkpoint cannot be read, a weight is missing, in excess or of another shape, is no
+            floating-point number, NaN or infinite, or a special token is not in the vocabulary.
+    """
     import transformers
 
-    return getattr(transformers, class_name).from_pretrained(name, dtype=torch.float32)
+    source, local = find_source(name)
+    with loading(source, local) as options:
+        model, found = getattr(transformers, class_name).from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        missing = sorted(found["missing_keys"])
+        lacking = [key for key in missing if optional and key.startswith(optional)]
+        problems = {
+            "missing": [key for key in missing if key not in lacking],
+            "unexpected": sorted(key for key in found["unexpected_keys"] if not UNUSED.fullmatch(key)),
+            "of another shape": sorted(
+                f"{key} {list(saved)} (the config says {list(wanted)})"
+                for key, saved, wanted in found["mismatched_keys"]
+            ),
+        }
+        if said := [f"{what}: {listed(keys)}" for what, keys in problems.items() if keys]:
+            raise BackboneError(f"{name}: the weights are not those of its config.json; {'; '.join(said)}")
+        _check_types(name, Path(source) if local else _snapshot(source))
+        if bad := [key for key, weight in model.named_parameters() if not is_finite(weight)]:
+            raise BackboneError(f"{name}: {listed(bad)} holds NaN or infinity")
+    return model, lacking
+
+
+def _snapshot(name: str) -> Path:
+    """The folder of the hub's cache that ``name`` was just loaded from."""
+    from transformers.utils import cached_file
+
+    return Path(cached_file(name, "config.json", local_files_only=True)).parent
+
+
+def _check_types(name: str, folder: Path) -> None:
+    """Refuse weights that are not floating-point numbers, which transformers converts without a word."""
+    files = sorted(folder.glob("model*.safetensors"))
+    for path in files or sorted(folder.glob("pytorch_model*.bin")):
+        if files:
+            kinds = tensor_kinds(path)
+        else:
+            kinds = {k: v.dtype for k, v in torch.load(path, map_location="meta", weights_only=True).items()}
+        check_kinds({k: kind for k, kind in kinds.items() if not UNUSED.fullmatch(k)}, str(path), BackboneError)
 
 
 def hide_loading_bars(quiet: bool) -> None:

@@ -63,10 +63,30 @@ def load_tower(name: str) -> nn.Module:
     """The vision tower of a hub name or folder, in evaluation mode and float32.
 
     Raises:
-        BackboneError: its model type has no row.
-        OSError: the name or folder holds no model.
+        BackboneError: its model type has no row, or it cannot be loaded whole; the message names file and weights.
     """
-    return load_float32(tower_of(name).model_class, name)
+    tower, drawn = load_float32(tower_of(name).model_class, name, optional="pooler.")
+    if drawn:
+        tower.pooler = None  # a random one would be frozen; the other features need none
+    return tower
+
+
+def tower_features(vision: nn.Module) -> list[str]:
+    """What can be taken of a loaded tower's output, by the names of ``model.vision_features``."""
+    features = list(tower_of(vision).features)
+    return features if getattr(vision, "pooler", None) is not None else [name for name in features if name != "pooler"]
+
+
+def check_image_size(vision: nn.Module, size: tuple[int, int]) -> None:
+    """Raise :class:`BackboneError` unless a loaded tower takes images of ``size`` (height and width in pixels)."""
+    side = getattr(vision.config, "image_size", None)
+    wanted = tuple(side) if isinstance(side, list | tuple) else (side, side)
+    if side is not None and wanted != tuple(size):
+        raise BackboneError(
+            f"images are resized to {size[0]} x {size[1]} pixels, but the vision tower "
+            f"{getattr(vision.config, '_name_or_path', '')} takes {wanted[0]} x {wanted[1]}: take the "
+            "preprocessor_config.json that belongs to it"
+        )
 
 
 def tower_width(vision: nn.Module) -> int:

@@ -12,8 +12,8 @@ from torch import nn
 
 from routingvl.backbones.dropout import lighten_dropout
 from routingvl.backbones.loading import BackboneError
-from routingvl.backbones.text import load_text, position_limit, text_body
-from routingvl.backbones.vision import FEATURES, image_features, load_tower, tower_of, tower_width
+from routingvl.backbones.text import drawn_weights, load_text, position_limit, text_body
+from routingvl.backbones.vision import FEATURES, image_features, load_tower, tower_features, tower_width
 from routingvl.bottlenecks import checkpoint
 from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.inject import inject
@@ -58,8 +58,7 @@ class RoutedVLModel(nn.Module):
     ) -> None:
         super().__init__()
         text = text_body(self.model_type, text)
-        features = FEATURES if vision is None else tower_of(vision).features
-        check_choice("vision_features", vision_features, tuple(features))
+        check_choice("vision_features", vision_features, FEATURES if vision is None else tower_features(vision))
         if vision is None and vision_width is None:
             vision_width = text.config.hidden_size
         # Checked here for the kind of feature, and again for the tensor of each call.
@@ -73,6 +72,8 @@ class RoutedVLModel(nn.Module):
         setattr(self, self.language_model_name, text)
         inject(text, routing, self.context, backend)
         lighten_dropout(text)
+        for weight in drawn_weights(text):
+            weight.requires_grad_(True)
         if vision is not None:
             vision.requires_grad_(False)
         self.visual_projection: nn.Linear | None = None

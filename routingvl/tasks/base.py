@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from routingvl.atomic_files import write_json
+from routingvl.backbones.vision import check_image_size
 from routingvl.config import ConfigError, check_choice
 from routingvl.config.schema import RunConfig
 from routingvl.data.examples import ExampleDataset
@@ -128,6 +129,8 @@ class Task(ABC):
         if next((cls for cls in type(model).__mro__ if cls in classes), None) is not self.model_class:
             wanted, found = self.model_class.__name__, type(model).__name__
             raise ConfigError(f"task {self.name!r} trains a {wanted}, not a {found}")
+        if model.vit is not None:
+            check_image_size(model.vit, self.preprocessor.size)
         self.model = model
 
     def single_item(self, *sentences: str) -> dict[str, Any]:
