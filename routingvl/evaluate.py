@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ from accelerate.utils import broadcast_object_list
 from routingvl.atomic_files import write_json
 from routingvl.backbones.loading import hide_loading_bars
 from routingvl.config import ConfigError
-from routingvl.config.schema import RunConfig, changed_settings, override
+from routingvl.config.schema import DataConfig, RunConfig, changed_settings, override
+from routingvl.data.files import DataError
 from routingvl.environment import environment
 from routingvl.tasks.base import load_task
 from routingvl.tasks.predictions import predict_dataset
@@ -64,8 +66,11 @@ def evaluate(
     accelerator = make_accelerator(config)
     task = load_task(folder.path, folder.adapter(checkpoint), config, accelerator.device)
     loaded = task.load_split(split, limit)
+    if not getattr(loaded, "split_in_file", True):
+        check_other_file(config.data, folder.load_config().data, split)
     task.precompute(loaded.images)
     dataset = task.dataset(loaded, training=False)
+    dataset.check_images()
     begin = time.perf_counter()
     progress = log != "quiet" and sys.stderr.isatty()
     predictions = predict_dataset(task, dataset, accelerator, num_beams=config.eval.num_beams, progress=progress)
@@ -85,6 +90,16 @@ def evaluate(
         }
         write_json(target / "metrics.json", metrics | {"environment": environment()})
     return broadcast_object_list([metrics])[0]
+
+
+def check_other_file(data: DataConfig, learned: DataConfig, split: str) -> None:
+    """Raise :class:`DataError` when a file that names no split is to serve as another one than it was trained as."""
+    known = split == learned.train_split or data.allow_shared_splits
+    if not known and os.path.realpath(data.annotations) == os.path.realpath(learned.annotations):
+        raise DataError(
+            f"the run was trained on {data.annotations}, which names no splits, so it cannot serve as {split!r} too: "
+            f"give data.annotations another file, --split {learned.train_split}, or data.allow_shared_splits=true"
+        )
 
 
 def evaluation_config(folder: RunFolder, **overrides: Any) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class Predictor:
         self.accelerator = make_accelerator(self.config)
         self.task = load_task(folder.path, folder.adapter(checkpoint), self.config, self.accelerator.device)
         self.task.model.eval()
+        # Of own photos the right way up is seen, whatever the images of the training were.
+        self.task.preprocessor = replace(self.task.preprocessor, exif=True)
 
     def predict(
         self, images: Sequence[str | Path], text: str | Sequence[str] | None = None, top: int = 5

@@ -83,6 +83,9 @@ class DataConfig:
         workers: processes that load batches; 0 loads in the training process.
         train_limit: use only the first so many captions or questions for training.
         val_limit: use only the first so many images (caption) or questions (vqa) for validation.
+        allow_shared_splits: let validation and evaluation use examples of the training split.
+        allow_symlinks: let symbolic links below images lead out of that folder.
+        exif_orientation: turn images as their EXIF data say; the published recipes do not.
     """
 
     annotations: str | None = None
@@ -100,6 +103,9 @@ class DataConfig:
     workers: int = setting(0, least=0, most=256)
     train_limit: int | None = setting(None, least=1)
     val_limit: int | None = setting(None, least=1)
+    allow_shared_splits: bool = False
+    allow_symlinks: bool = False
+    exif_orientation: bool = False
     __post_init__ = check_settings
 
     @property

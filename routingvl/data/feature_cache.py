@@ -218,6 +218,33 @@ class FeatureCache:
             raise
 
 
+class StoredFeatures(Mapping[Path, Tensor]):
+    """Features [L, d] by the path of their image, on the CPU; those of a folder are read when they are asked for.
+
+    Raises :class:`FeatureCacheError` for features whose file was cut, deleted or damaged since they were found.
+    """
+
+    def __init__(self, cache: FeatureCache | MemoryCache, digests: dict[Path, bytes]) -> None:
+        self.cache, self.digests = cache, digests
+
+    def __getitem__(self, path: Path) -> Tensor:
+        if (row := self.cache.find(self.digests[path])) is None:
+            raise FeatureCacheError(
+                f"features of image {path} were damaged or deleted while they were used; start again to have them "
+                "computed again"
+            )
+        return row
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self.digests)
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def __or__(self, other: StoredFeatures) -> StoredFeatures:
+        return StoredFeatures(self.cache, self.digests | other.digests)
+
+
 @contextmanager
 def _named(root: str | os.PathLike[str]) -> Iterator[None]:
     """Say whose folder it is that cannot be written, and what to do; a full disk stays the OSError that it is."""
@@ -247,8 +274,8 @@ class FileDigests:
     back an old time does not hide) stay the same. One changed in the last two seconds is not remembered.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.directory = Path(root) / "files"
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
         self._known: dict[str, tuple[Stat, bytes]] = {}
         for path in sorted(self.directory.glob("*.jsonl")):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

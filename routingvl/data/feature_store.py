@@ -7,7 +7,8 @@ the work; they need a common file system for the folder.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ from tqdm import tqdm
 from routingvl.backbones.vision import image_features
 from routingvl.config import ConfigError
 from routingvl.config.schema import DataConfig
-from routingvl.data.feature_cache import DTYPES, FeatureCache, FeatureCacheError, FileDigests, MemoryCache, Stat
+from routingvl.data.feature_cache import (
+    DTYPES,
+    FeatureCache,
+    FeatureCacheError,
+    FileDigests,
+    MemoryCache,
+    Stat,
+    StoredFeatures,
+)
+from routingvl.data.files import DataError
 from routingvl.data.images import ImageDataset, ImagePreprocessor, ImageRecord
 
 # Entries of a ViT's config that say where it came from and how it is run, not what it computes.
@@ -70,6 +80,7 @@ class FeatureStore:
         self.vision, self.kind, self.preprocessor, self.settings = vision.eval(), kind, preprocessor, settings
         self.device = next(vision.parameters()).device
         self.found = self.computed = 0
+        self._lock = threading.Lock()
         self.files: FileDigests | None = None
         dtype = DTYPES[settings.feature_dtype]
         self.cache: FeatureCache | MemoryCache = MemoryCache(dtype)
@@ -77,7 +88,8 @@ class FeatureStore:
             shape = self.encode(torch.zeros(1, 3, *preprocessor.size)).shape[1:]
             key = vision_key(vision, kind, preprocessor)
             self.cache = FeatureCache(settings.feature_cache, key, tuple(shape), dtype)
-            self.files = FileDigests(settings.feature_cache)
+            # Digests of the two ways to read a file differ, and so they are remembered apart.
+            self.files = FileDigests(Path(settings.feature_cache) / ("files-exif" if preprocessor.exif else "files"))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixel values [B, 3, H, W] -> features [B, L, d], on the tower's device and without gradients."""
@@ -89,21 +101,27 @@ class FeatureStore:
         """Features of each image; missing ones are computed and added to the cache first.
 
         Every row of the cache is checked against its checksum here; damaged ones are computed again. Skipped images are
-        left out.
+        left out. Any thread may call it: one works at a time.
 
         Raises:
             ImageError: an image is unreadable and the policy is "fail"; what was computed before is kept.
             FeatureCacheError: features are not finite in the cache's dtype, or another process's are not to be seen.
             OSError: the disk is full or cannot be written.
         """
-        unique = list({image.image_id: image for image in images}.values())
+        with self._lock:
+            return self._load(images, on_bad_image or self.settings.on_bad_image, progress)
+
+    def _load(self, images: Iterable[ImageRecord], on_bad_image: str, progress: bool) -> StoredFeatures:
+        unique = list({image.path: image for image in images}.values())
+        if None in (image.path for image in unique):
+            raise DataError("features need image files, but a split was loaded without an image folder")
         process = PartialState()
         before = self.computed
         mine = unique[process.process_index :: process.num_processes]
-        own = self._fill_cache(mine, on_bad_image or self.settings.on_bad_image, progress)
+        own = self._fill_cache(mine, on_bad_image, progress)
         alone = process.num_processes == 1 or isinstance(self.cache, FeatureCache)
         rows = {} if alone else {digest: self.cache.rows[digest] for digest in own.values()}
-        digests: dict[int | str, bytes] = {}
+        digests: dict[Path, bytes] = {}
         total = 0
         for theirs, count, new in gather_object([(own, self.computed - before, rows)]):
             digests |= theirs
@@ -114,30 +132,30 @@ class FeatureStore:
         self.computed = before + total
         self.found += len(digests) - total
         listed = self.cache.digests()
-        if missing := [image_id for image_id, digest in digests.items() if digest not in listed]:
+        if missing := [path for path, digest in digests.items() if digest not in listed]:
             raise FeatureCacheError(
                 f"{self.settings.feature_cache}: features of image {missing[0]} were written but cannot be read; put "
                 "the folder on a file system that all processes share, and start again to compute what is missing"
             )
         return StoredFeatures(self.cache, digests)
 
-    def _fill_cache(self, images: Sequence[ImageRecord], on_bad_image: str, progress: bool) -> dict[int | str, bytes]:
-        """Add to the cache what it lacks of ``images``; the digest of each that is in it then, by id."""
-        digests: dict[int | str, bytes] = {}
+    def _fill_cache(self, images: Sequence[ImageRecord], on_bad_image: str, progress: bool) -> dict[Path, bytes]:
+        """Add to the cache what it lacks of ``images``; the digest of each that is in it then, by path."""
+        digests: dict[Path, bytes] = {}
         for image in images if self.files is not None else ():
-            digest = None if image.path is None else self.files.known(image.path)
+            digest = self.files.known(image.path)
             if digest is not None and self.cache.find(digest) is not None:
-                digests[image.image_id] = digest
-        pending = [image for image in images if image.image_id not in digests]
+                digests[image.path] = digest
+        pending = [image for image in images if image.path not in digests]
         for _ in range(2):  # the second time for what the index lists, so that it was not decoded, but is damaged
             if pending:
                 digests |= self._encode(pending, on_bad_image, progress)
                 self.cache.refresh()
-                read = [image for image in pending if image.image_id in digests]
-                pending = [image for image in read if self.cache.find(digests[image.image_id]) is None]
+                read = [image for image in pending if image.path in digests]
+                pending = [image for image in read if self.cache.find(digests[image.path]) is None]
         return digests
 
-    def _encode(self, images: Sequence[ImageRecord], on_bad_image: str, progress: bool) -> dict[int | str, bytes]:
+    def _encode(self, images: Sequence[ImageRecord], on_bad_image: str, progress: bool) -> dict[Path, bytes]:
         """Read ``images``, compute features of contents that the cache lacks, and return the digest of each image."""
         loader = DataLoader(
             ImageDataset(images, self.preprocessor, on_bad_image=on_bad_image, known=self.cache.digests()),
@@ -147,8 +165,7 @@ class FeatureStore:
             # Its own generator: making an iterator would otherwise draw from the one dropout uses.
             generator=torch.Generator().manual_seed(0),
         )
-        paths = {image.image_id: image.path for image in images}
-        digests: dict[int | str, bytes] = {}
+        digests: dict[Path, bytes] = {}
         stats: dict[Path, tuple[Stat, bytes]] = {}
         try:
             for batch in tqdm(loader, desc="features", disable=not progress, leave=False, dynamic_ncols=True):
@@ -157,36 +174,9 @@ class FeatureStore:
                 if new:
                     self.cache.add(list(new), self.encode(torch.stack(list(new.values()))))
                     self.computed += len(new)
-                digests |= {item["image_id"]: item["digest"] for item in items}
-                stats |= {paths[i["image_id"]]: (i["stat"], i["digest"]) for i in items if i["stat"] is not None}
+                digests |= {item["path"]: item["digest"] for item in items}
+                stats |= {i["path"]: (i["stat"], i["digest"]) for i in items if i["stat"] is not None}
         finally:
             if self.files is not None:
                 self.files.remember(stats)
         return digests
-
-
-class StoredFeatures(Mapping[int | str, Tensor]):
-    """Features [L, d] of images by id, on the CPU; those of a folder are read when they are asked for.
-
-    Raises :class:`FeatureCacheError` for features whose file was cut, deleted or damaged since they were found.
-    """
-
-    def __init__(self, cache: FeatureCache | MemoryCache, digests: dict[int | str, bytes]) -> None:
-        self.cache, self.digests = cache, digests
-
-    def __getitem__(self, image_id: int | str) -> Tensor:
-        if (row := self.cache.find(self.digests[image_id])) is None:
-            raise FeatureCacheError(
-                f"features of image {image_id} were damaged while the run used them; start it again, and they are "
-                "computed again"
-            )
-        return row
-
-    def __iter__(self) -> Iterator[int | str]:
-        return iter(self.digests)
-
-    def __len__(self) -> int:
-        return len(self.digests)
-
-    def __or__(self, other: StoredFeatures) -> StoredFeatures:
-        return StoredFeatures(self.cache, self.digests | other.digests)

@@ -5,40 +5,26 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from routingvl import json_files
 from routingvl.atomic_files import replacing
 
 COCO_PREFIX = re.compile(r"^COCO_([a-z]+\d{4})_")
+_BREAKS = re.compile("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
+_LONGEST_NAME = 255  # bytes of one part of a path, as file systems have it
 
 
 class DataError(ValueError):
     """Annotations cannot be used; the message names the file, the entry and the fix."""
 
 
-def read_text(path: str | Path, fix: str = "") -> str:
-    """A file's UTF-8 text, with or without a byte-order mark.
-
-    Raises :class:`DataError` naming the file (and ``fix``) when it cannot be read.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}" + (f"; {fix}" if fix else "")) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def read_json(path: str | Path, fix: str = "") -> Any:
-    """Parse a JSON file. Raises :class:`DataError` naming the file (and ``fix``) when it is missing or not JSON."""
-    text = read_text(path, fix)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not valid JSON (cut off while copying?): {error}") from error
+read_json = partial(json_files.read_json, error=DataError)
 
 
 @contextlib.contextmanager
@@ -50,6 +36,42 @@ def required_keys(path: str | Path, kind: str, identity: Any) -> Iterator[None]:
         raise DataError(f"{path}: {kind} {identity} has no key {error}") from error
     except (TypeError, AttributeError) as error:
         raise DataError(f"{path}: {kind} {identity} does not have the expected form: {error}") from error
+
+
+def required_list(content: Any, key: str, path: str | Path, expected: str) -> list[Any]:
+    """The list under ``key`` of a file's content; DataError, which says what was ``expected``, when it has none."""
+    if not isinstance(content, Mapping) or not isinstance(content.get(key), list):
+        raise DataError(f'{path} has no "{key}" that is a list; expected {expected}')
+    return content[key]
+
+
+def check_id(value: Any, path: str | Path, kind: str) -> int | str:
+    """``value``, if it can identify something: an integer of 64 bits, or a string that is not empty."""
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise DataError(f"{path}: {kind} {value!r:.60} must be an integer or a string that is not empty")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise DataError(f"{path}: {kind} has more than 64 bits")
+    return value
+
+
+def check_ids(ids: Iterable[int | str], path: str | Path, kind: str, *, mixed: bool = False) -> None:
+    """Raise :class:`DataError` for an id that occurs twice and, unless ``mixed``, for integers among strings."""
+    seen: dict[int | str, None] = {}
+    for identity in ids:
+        if identity in seen:
+            raise DataError(f"{path}: {kind} {identity} is listed twice")
+        seen[identity] = None
+    if not mixed and len({type(identity) for identity in seen}) > 1:
+        first = next(iter(seen))
+        other = next(identity for identity in seen if type(identity) is not type(first))
+        raise DataError(
+            f"{path}: {kind} ids are partly integers, partly strings: {first!r}, {other!r}; use one of them"
+        )
+
+
+def one_line(raw: str) -> str:
+    """A text without surrounding space; line breaks and tabs in it become single spaces, as in COCO's evaluation."""
+    return " ".join(filter(None, map(str.strip, _BREAKS.split(raw))))
 
 
 @contextlib.contextmanager
@@ -84,6 +106,10 @@ def write_json_files(folder: str | Path, files: Mapping[str, Any]) -> dict[str, 
     return {name: folder / name for name in files}
 
 
+def _bytes(part: str) -> int:
+    return len(part.encode(errors="surrogatepass"))
+
+
 class ImageFolders:
     """Finds an image by its COCO name: ``COCO_val2014_*.jpg`` lies in ``ROOT/Images/val2014`` or in ``ROOT/val2014``.
 
@@ -92,31 +118,67 @@ class ImageFolders:
 
     Args:
         root: image root; None when images are not needed (stored features), then every path is None.
+        source: the file that names the images, for messages.
+        allow_symlinks: let symbolic links below the root lead out of it.
 
     Raises:
         DataError: the root, or the folder that an image name asks for, does not exist.
     """
 
-    def __init__(self, root: str | Path | None):
-        self.root = None if root is None else Path(root)
+    def __init__(self, root: str | Path | None, source: str | Path = "annotations", allow_symlinks: bool = False):
+        self.source, self.allow_symlinks = source, allow_symlinks
+        self.root = None if root is None else Path(os.path.realpath(root))
         self._folders: dict[str, Path] = {}
+        self._resolved: dict[Path, Path] = {}
         if self.root is not None and not self.root.is_dir():
-            raise DataError(f"image folder {self.root} does not exist")
+            raise DataError(f"image folder {root} does not exist")
 
     def path(self, file_name: str, folder: str = "") -> Path | None:
-        """Path of an image; ``folder`` is used only for a name that does not say its folder itself."""
+        """Resolved path of an image, which is its identity; whether the file is there is not looked at.
+
+        ``folder`` is used only for a name that does not say its folder itself. Raises :class:`DataError` for a name
+        that no file below the root can have.
+        """
+        self._check_name(file_name)
+        if folder:
+            self._check_name(folder)
         if self.root is None:
             return None
         prefix = COCO_PREFIX.match(file_name)
-        return self._resolve(prefix.group(1) if prefix else folder) / file_name
+        path = self._folder(prefix.group(1) if prefix else folder) / file_name
+        if path.parent not in self._resolved:
+            self._resolved[path.parent] = self._inside(path.parent)
+        resolved = self._resolved[path.parent] / path.name
+        return self._inside(resolved) if os.path.islink(resolved) else resolved
 
-    def _resolve(self, folder: str) -> Path:
+    def _check_name(self, name: Any) -> None:
+        if not isinstance(name, str):
+            reason = "is no text"
+        elif not name or name.endswith("/"):
+            reason = "names no file"
+        elif "\0" in name or max(map(_bytes, name.split("/"))) > _LONGEST_NAME:
+            reason = "cannot be the name of a file"
+        elif name.startswith("/") or ".." in name.split("/"):
+            reason = "leaves the image folder"
+        else:
+            return
+        raise DataError(f"{self.source}: the image name {name!r:.80} {reason}; names are relative to data.images")
+
+    def _inside(self, path: Path) -> Path:
+        """The path without symbolic links; DataError when it leaves the root and may not."""
+        resolved = Path(os.path.realpath(path))
+        if not self.allow_symlinks and not resolved.is_relative_to(self.root):
+            raise DataError(
+                f"{self.source}: {path} leads out of data.images ({self.root}) through a symbolic link; set "
+                "data.allow_symlinks=true to follow it, or data.images to the folder that holds the images"
+            )
+        return resolved
+
+    def _folder(self, folder: str) -> Path:
         if folder not in self._folders:
             candidates = [self.root / "Images" / folder, self.root / folder]
-            for candidate in candidates:
-                if candidate.is_dir():
-                    self._folders[folder] = candidate
-                    break
-            else:
+            found = next((candidate for candidate in candidates if candidate.is_dir()), None)
+            if found is None:
                 raise DataError(f"no folder {folder!r} of images; looked for {' and '.join(map(str, candidates))}")
+            self._folders[folder] = found
         return self._folders[folder]

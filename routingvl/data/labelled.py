@@ -7,16 +7,24 @@ docs/data.md says what the keys hold and which may be missing.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from routingvl.data.coco import check_unique
 from routingvl.data.examples import ExampleDataset
-from routingvl.data.files import DataError, ImageFolders, collection_paused, read_json, read_text, required_keys
+from routingvl.data.files import (
+    DataError,
+    ImageFolders,
+    check_id,
+    check_ids,
+    collection_paused,
+    one_line,
+    read_json,
+    required_keys,
+)
 from routingvl.data.images import ImageRecord
+from routingvl.json_files import parse_json, read_text
 
 LABELS_FILE = "labels.json"
 
@@ -46,6 +54,10 @@ class LabelledSplit:
     examples: list[LabelledText]
     labels: tuple[str, ...]
 
+    def example_keys(self) -> Iterator[tuple[Any, ...]]:
+        """What makes an example: an image and a text about it."""
+        return ((example.image_id, example.text) for example in self.examples)
+
     def check_labels(self, known: Sequence[str], source: str) -> None:
         """Raise :class:`DataError` for the first example whose label is not among ``known``, which ``source`` gave."""
         for example in self.examples:
@@ -57,21 +69,25 @@ class LabelledSplit:
 
 
 @collection_paused()
-def load_labelled(folder: str | Path, split: str, image_root: str | Path | None = None) -> LabelledSplit:
+def load_labelled(
+    folder: str | Path, split: str, image_root: str | Path | None = None, *, allow_symlinks: bool = False
+) -> LabelledSplit:
     """Read one split.
 
     Args:
         folder: holds ``{split}.jsonl``.
         split: any name.
         image_root: folder of the images; None when they are not needed.
+        allow_symlinks: let symbolic links lead out of ``image_root``.
 
     Raises:
         DataError: the file is missing or empty, a line is no such object, some lines have a label and others not, or an
             id comes twice. The message names file and line.
     """
     path = Path(folder) / f"{split}.jsonl"
-    text = read_text(path, fix=f"data.annotations must be a folder with a file {path.name} for split {split!r}")
-    folders, images, examples = ImageFolders(image_root), {}, []
+    fix = f"data.annotations must be a folder with a file {path.name} for split {split!r}"
+    text = read_text(path, DataError, fix)
+    folders, images, examples = ImageFolders(image_root, path, allow_symlinks), {}, []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             example = _example(line, path, number)
@@ -83,30 +99,25 @@ def load_labelled(folder: str | Path, split: str, image_root: str | Path | None 
                 images[name] = ImageRecord(name, name, folders.path(name))
     if not examples:
         raise DataError(f"{path} has no examples")
-    check_unique((example.id for example in examples), path, "example")
+    check_ids((example.id for example in examples), path, "example", mixed=True)
     labels = {example.label for example in examples} - {None}
     return LabelledSplit(split, list(images.values()), examples, tuple(sorted(labels)))
 
 
 def _example(line: str, path: Path, number: int) -> LabelledText:
     where = f"{path}, line {number}"
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"{where} must be a JSON object with image, text and label, not {line.strip()[:40]}")
+    fields = parse_json(line, where, DataError, dict)
     with required_keys(path, "line", number):
         identity, image, text, label = fields.get("id", number), fields["image"], fields["text"], fields.get("label")
     sentences = text if isinstance(text, list) else [text]
     if not 1 <= len(sentences) <= 2 or not all(isinstance(part, str) and part.strip() for part in sentences):
-        raise DataError(f"{where}: text must be a sentence or a list of two, not {text!r}")
-    if isinstance(identity, bool) or not isinstance(identity, int | str) or not isinstance(image, str) or not image:
-        raise DataError(f"{where}: id must be an integer or a string, image the name of a file")
+        raise DataError(f"{where}: text must be a sentence or a list of two, not {text!r:.200}")
+    if not isinstance(image, str) or not image:
+        raise DataError(f"{where}: image must be the name of a file, not {image!r:.200}")
     if label == "" or not isinstance(label, str | None):
-        raise DataError(f"{where}: label must be a string that is not empty, not {label!r}")
-    stripped = tuple(part.strip() for part in sentences)
-    return LabelledText(identity, image, stripped if len(stripped) == 2 else stripped[0], label)
+        raise DataError(f"{where}: label must be a string that is not empty, not {label!r:.200}")
+    lines = tuple(map(one_line, sentences))
+    return LabelledText(check_id(identity, where, "id"), image, lines if len(lines) == 2 else lines[0], label)
 
 
 def read_labels(path: str | Path) -> tuple[str, ...]:
@@ -117,7 +128,7 @@ def read_labels(path: str | Path) -> tuple[str, ...]:
     content = read_json(path)
     if not isinstance(content, list) or not content or not all(isinstance(label, str) for label in content):
         raise DataError(f"{path} is not a list of labels")
-    check_unique(content, Path(path), "label")
+    check_ids(content, path, "label")
     return tuple(content)
 
 

@@ -71,7 +71,8 @@ class AnswerVocabulary:
             path = present[0] if present else path / LABEL2ANS_FILE
         content = read_json(path, fix="take the published file, or make one with `routingvl prepare-data`")
         if isinstance(content, Mapping):
-            if sorted(content.values(), key=str) != sorted(range(len(content)), key=str):
+            numbers = list(content.values())
+            if any(type(number) is not int for number in numbers) or sorted(numbers) != list(range(len(numbers))):
                 raise DataError(f"{path}: labels are not 0 to {len(content) - 1}, each once")
             content = sorted(content, key=content.__getitem__)
         if not isinstance(content, list) or not all(isinstance(answer, str) for answer in content):

@@ -6,6 +6,7 @@ from typing import Any
 
 from routingvl.data.examples import ExampleDataset
 from routingvl.data.files import DataError
+from routingvl.data.images import ImageRecord
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
 from routingvl.data.vqa import Question, VQASplit
 
@@ -29,7 +30,8 @@ class VQADataset(ExampleDataset):
     def __init__(self, split: VQASplit, vocabulary: AnswerVocabulary, *args: Any, **kwargs: Any):
         super().__init__(split, *args, **kwargs)
         self.vocabulary = vocabulary
-        labelled = (question for question in split.questions if question.label is not None or question.answers)
+        self._images = {image.file_name: image for image in split.images}
+        labelled = (question for question in split.questions if question.has_answers)
         if (first := next(labelled, None)) and not (self.target(first) or any(map(self.target, labelled))):
             raise DataError(
                 f"no answer of split {split.name!r} is in the vocabulary of {len(vocabulary)} answers; "
@@ -53,6 +55,10 @@ class VQADataset(ExampleDataset):
 
     def __len__(self) -> int:
         return len(self.split.questions)
+
+    def image(self, index: int, example: dict[str, Any]) -> ImageRecord:
+        """By its file name: two images may end in one number."""
+        return self._images[self.split.questions[index].file_name]
 
     def example(self, index: int) -> dict[str, Any]:
         """An item without its image."""

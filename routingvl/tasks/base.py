@@ -15,6 +15,7 @@ import os
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,14 +27,14 @@ from routingvl.atomic_files import write_json
 from routingvl.backbones.vision import check_image_size
 from routingvl.config import ConfigError, check_choice
 from routingvl.config.schema import RunConfig
-from routingvl.data.examples import ExampleDataset
+from routingvl.data.examples import ExampleDataset, check_separate
 from routingvl.data.feature_store import FeatureStore
 from routingvl.data.images import ImagePreprocessor, ImageRecord
 from routingvl.data.tokens import TokenTable
 from routingvl.models import RoutedVLModel
 
 Batch = dict[str, Any]
-Split = Any  # what load_split reads: it has a name and images
+Split = Any  # what load_split reads: it has name, images and example_keys(), as the splits of routingvl.data
 Predictions = Mapping[int | str, str]  # by the id of an example
 
 TASKS: dict[str, type[Task]] = {}
@@ -69,9 +70,10 @@ class Task(ABC):
     model: RoutedVLModel
 
     def __init__(self, config: RunConfig, tokenizer: Any, preprocessor: ImagePreprocessor) -> None:
-        self.config, self.tokenizer, self.preprocessor = config, tokenizer, preprocessor
+        self.config, self.tokenizer = config, tokenizer
+        self.preprocessor = replace(preprocessor, exif=config.data.exif_orientation)
         self.text_length = config.data.max_text_length or self.max_text_length
-        self.features: Mapping[int | str, torch.Tensor] = {}
+        self.features: Mapping[Path, torch.Tensor] = {}  # by the path of the image
         self.train_set: ExampleDataset | None = None
         self.val_set: ExampleDataset | None = None
         self.metric = ""
@@ -138,10 +140,15 @@ class Task(ABC):
         return {"image_id": 0}
 
     def read_training_splits(self) -> tuple[Split, Split | None]:
-        """The annotations of the training split, and of the validation split or None."""
+        """The annotations of the training split, and of the validation split or None; DataError when they overlap."""
         data = self.config.data
         train = self.load_split(data.train_split, data.train_limit, training=True)
-        return train, None if data.val_split is None else self.load_split(data.val_split, data.val_limit)
+        if data.val_split is None:
+            return train, None
+        val = self.load_split(data.val_split, data.val_limit)
+        if not data.allow_shared_splits:
+            check_separate(train, val)
+        return train, val
 
     def validation_scores(self, predictions: Predictions) -> dict[str, float]:
         """Numbers on the validation set, :attr:`metric` among them: by default those of :meth:`scores`."""
@@ -185,12 +192,14 @@ class Task(ABC):
             self.val_set, self.metric = self.dataset(val, training=False), self.selection_metric(val)
         encode = self.collator().encode
         for dataset in (self.train_set, self.val_set):
-            if dataset is not None and dataset.texts:
-                dataset.tokens = TokenTable(dataset.texts, encode)
+            if dataset is not None:
+                dataset.check_images()
+                if dataset.texts:
+                    dataset.tokens = TokenTable(dataset.texts, encode)
 
     def precompute(self, images: Iterable[ImageRecord], progress: bool = False) -> None:
         """Have the features of ``images`` at hand if the config says that features are kept; see FeatureStore.load."""
-        new = [image for image in images if image.image_id not in self.features]
+        new = [image for image in images if image.path not in self.features]
         if self.config.data.keeps_features and new:
             loaded = self.feature_store.load(new, progress=progress)
             self.features = self.features | loaded if self.features else loaded
@@ -209,7 +218,12 @@ class Task(ABC):
             return {"pixel_values": torch.stack([self.preprocessor(path) for path in paths])}
         images = [ImageRecord(i, os.fspath(path), Path(path)) for i, path in enumerate(paths)]
         features = self.feature_store.load(images, on_bad_image="fail")
-        return {"vision_features": torch.stack([features[i] for i in range(len(images))])}
+        return {"vision_features": torch.stack([features[image.path] for image in images])}
+
+    @property
+    def file_arguments(self) -> dict[str, Any]:
+        """Where the images of a split are."""
+        return {"image_root": self.config.data.images, "allow_symlinks": self.config.data.allow_symlinks}
 
     @property
     def picture_arguments(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from routingvl.config import ConfigError, check_choice
 from routingvl.data.coco import CaptionDataset, CaptionSplit, load_captions
 from routingvl.data.collate import IGNORED, IMAGE_INPUTS, CaptionCollator
+from routingvl.data.files import DataError
 from routingvl.metrics import caption_scores, coco_results_name, write_coco_results
 from routingvl.metrics.captions import METRICS
 from routingvl.metrics.ptb import find_java
@@ -41,7 +42,7 @@ class CaptionTask(Task):
 
     def load_split(self, split: str, limit: int | None = None, training: bool = False) -> CaptionSplit:
         """Read images and captions; ``limit`` counts captions for training, else images."""
-        loaded = load_captions(self.config.data.annotations, split, self.config.data.images)
+        loaded = load_captions(self.config.data.annotations, split, **self.file_arguments)
         if limit is None:
             return loaded
         kept = (
@@ -90,7 +91,11 @@ class CaptionTask(Task):
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def selection_metric(self, split: CaptionSplit) -> str:
-        """CIDEr."""
+        """CIDEr; DataError when the split has no captions."""
+        if not split.captions:
+            raise DataError(
+                f"split {split.name!r} has no captions to validate with; set data.val_split (null for none)"
+            )
         return "CIDEr"
 
     def scores(self, split: CaptionSplit, predictions: Mapping[int, str]) -> dict[str, Any]:

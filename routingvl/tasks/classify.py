@@ -31,7 +31,7 @@ class ClassifyTask(ChoiceTask):
 
     def load_split(self, split: str, limit: int | None = None, training: bool = False) -> LabelledSplit:
         """Read the examples; ``limit`` counts them. DataError for a label that the model cannot choose."""
-        loaded = load_labelled(self.config.data.annotations, split, self.config.data.images)
+        loaded = load_labelled(self.config.data.annotations, split, **self.file_arguments)
         if self.choices:
             loaded.check_labels(self.choices, self.labels_from)
         return first_examples(loaded, "examples", limit)

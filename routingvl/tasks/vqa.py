@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from routingvl.data.collate import VQACollator
+from routingvl.data.files import DataError
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
 from routingvl.data.vqa import VQASplit, load_vqa
 from routingvl.data.vqa_dataset import VQADataset
@@ -40,11 +41,13 @@ class VQATask(ChoiceTask):
 
     def load_split(self, split: str, limit: int | None = None, training: bool = False) -> VQASplit:
         """Read questions and answers; ``limit`` counts questions."""
-        loaded = load_vqa(self.config.data.annotations, split, self.config.data.images)
+        loaded = load_vqa(self.config.data.annotations, split, **self.file_arguments)
         return first_examples(loaded, "questions", limit)
 
     def dataset(self, split: VQASplit, training: bool) -> VQADataset:
-        """One item per question."""
+        """One item per question; DataError when there is nothing to learn."""
+        if training and not split.questions[0].has_answers:
+            raise DataError(f"split {split.name!r} has no answers to learn; set data.train_split")
         return VQADataset(split, self.vocabulary, **self.picture_arguments)
 
     def collator(self) -> VQACollator:
@@ -52,7 +55,9 @@ class VQATask(ChoiceTask):
         return VQACollator(self.tokenizer, self.text_length, len(self.vocabulary), self.config.data.padding)
 
     def selection_metric(self, split: VQASplit) -> str:
-        """The official accuracy where annotators' answers are known."""
+        """The official accuracy where annotators' answers are known; DataError when the split has no answers."""
+        if not split.questions[0].has_answers:
+            raise DataError(f"split {split.name!r} has no answers to validate with; set data.val_split (null for none)")
         return "accuracy" if split.annotations() else "soft_score"
 
     def scores(self, split: VQASplit, predictions: Mapping[int, str]) -> dict[str, Any]:

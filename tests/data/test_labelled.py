@@ -48,9 +48,9 @@ def test_dataset(tmp_path):
         ([], "val.jsonl has no examples"),
         (["", "  "], "val.jsonl has no examples"),
         ([ROWS[0], '{"image": "x'], r"val.jsonl, line 2 is not valid JSON"),
-        ([ROWS[0], "[3]"], r"line 2 must be a JSON object"),
-        ([ROWS[0], {**ROWS[0], "id": True}], "line 2: id must be an integer or a string"),
-        ([{**ROWS[0], "image": ""}], "image the name of a file"),
+        ([ROWS[0], "[3]"], r"line 2 must hold an object, not a list"),
+        ([ROWS[0], {**ROWS[0], "id": True}], "line 2: id True must be an integer or a string"),
+        ([{**ROWS[0], "image": ""}], "image must be the name of a file"),
         ([{"text": "a", "label": "b"}], "line 1 has no key 'image'"),
         ([{"image": "a", "label": "b"}], "line 1 has no key 'text'"),
         ([ROWS[0], {"image": "a", "text": "b"}], "line 2: some lines have a label and others not"),
@@ -61,7 +61,7 @@ def test_dataset(tmp_path):
         ([{**ROWS[0], "text": 3}], "line 1: text must be"),
         ([{**ROWS[0], "label": 3}], "line 1: label must be a string that is not empty, not 3"),
         ([{**ROWS[0], "label": ""}], "line 1: label must be"),
-        ([{**ROWS[0], "id": 1.5}], "line 1: id must be"),
+        ([{**ROWS[0], "id": 1.5}], "line 1: id 1.5 must be"),
     ],
 )
 def test_errors(tmp_path, rows, message):
