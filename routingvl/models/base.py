@@ -20,6 +20,7 @@ from routingvl.bottlenecks.inject import inject
 from routingvl.bottlenecks.report import TrainableReport, trainable_report
 from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict, nearest
 from routingvl.kernels import ROUTINGS
+from routingvl.models.checks import check_finite, check_values
 
 
 class ModelOutput(NamedTuple):
@@ -130,6 +131,11 @@ class RoutedVLModel(nn.Module):
         return self.language_model.get_input_embeddings().weight.dtype
 
     @property
+    def vocabulary_size(self) -> int:
+        """How many tokens the language model has embeddings for."""
+        return self.language_model.get_input_embeddings().num_embeddings
+
+    @property
     def report(self) -> TrainableReport:
         """What trains; the total counts the language model and head, not the ViT."""
         return trainable_report(self, exclude="vit.")
@@ -148,6 +154,7 @@ class RoutedVLModel(nn.Module):
         """
         if self.vit is None:
             raise ValueError("the model was built without a ViT: pass vision_features= instead of pixel_values=")
+        check_finite("pixel_values", pixel_values)
         return image_features(self.vit, pixel_values, self.vision_features)
 
     def visual_features(self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None) -> torch.Tensor:
@@ -156,7 +163,7 @@ class RoutedVLModel(nn.Module):
         pixel_values are images [B, 3, H, W], vision_features [B, L, d_vision] what :meth:`encode_images` made of them.
 
         Raises:
-            ValueError: both or neither are given, or the shape does not fit.
+            ValueError: both or neither are given, the shape does not fit, or values on the CPU are not finite.
         """
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("pass either pixel_values= (images) or vision_features= (encoded images)")
@@ -165,6 +172,9 @@ class RoutedVLModel(nn.Module):
         if vision_features.dim() != 3 or vision_features.shape[-1] != self.vision_width:
             have = list(vision_features.shape)
             raise ValueError(f"vision_features must be [batch, visual tokens, {self.vision_width}], not {have}")
+        if not len(vision_features):
+            raise ValueError("the batch is empty: there is no image in it")
+        check_finite("vision_features", vision_features)
         _check_tokens(self.routing, vision_features.shape[1])
         features = vision_features.to(self.dtype)
         return features if self.visual_projection is None else self.visual_projection(features)
@@ -178,11 +188,11 @@ class RoutedVLModel(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """The language model's arguments for texts [B, T] and their images' features [B, L, d], the prefix in front.
 
-        A mask of None reads every token. Raises ValueError unless text and image belong together and fit the position
-        embeddings.
+        A mask of None reads every token. Raises ValueError unless text and image belong together, fit the position
+        embeddings, and the token ids (looked at on the CPU only) are of the vocabulary.
         """
-        if input_ids is None or input_ids.dim() != 2:
-            raise ValueError("input_ids must be [batch, tokens]")
+        if input_ids is None or input_ids.dim() != 2 or not (input_ids.shape[1] or self.visual_prefix):
+            raise ValueError("input_ids must be [batch, tokens], with a token at least where there is no visual prefix")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             have, want = list(attention_mask.shape), list(input_ids.shape)
             raise ValueError(
@@ -194,6 +204,7 @@ class RoutedVLModel(nn.Module):
         length = input_ids.shape[1] + (features.shape[1] if self.visual_prefix else 0)
         if length > self.max_positions:
             raise ValueError(f"{length} positions (prefix and text) exceed the text model's {self.max_positions}")
+        check_values("input_ids", input_ids, 0, self.vocabulary_size - 1, ", which are the ids the model knows")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if not self.visual_prefix:

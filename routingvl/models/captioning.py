@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from routingvl.backbones.text import fuse_gelu
-from routingvl.config import RoutingConfig, check_choice
+from routingvl.config import ConfigError, RoutingConfig, check_choice
 from routingvl.config.schema import CAPTION_LOSSES
+from routingvl.data.collate import IGNORED
 from routingvl.models.base import ModelOutput, RoutedVLModel
+from routingvl.models.checks import check_values
 from routingvl.models.losses import caption_loss, caption_loss_without_logits, caption_targets
 
 
@@ -42,6 +44,16 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         super().__init__(vision, text, routing, **shared)
         self.caption_loss = caption_loss
         fuse_gelu(text)
+        # The ids with which captions begin (without a visual prefix) and end, in training and in generation.
+        self.end_token, start = text.config.eos_token_id, text.config.bos_token_id
+        self.start_token = self.end_token if start is None else start
+        for key, token in (("eos_token_id", self.end_token), ("bos_token_id", self.start_token)):
+            if not isinstance(token, int) or not 0 <= token < self.vocabulary_size:
+                known = self.vocabulary_size
+                raise ConfigError(f"{key} in the text model's config must be one of its {known} tokens, not {token!r}")
+        # In place of the backbone's own (generation_config.json), which could hold penalties or a least length.
+        tokens = {"bos_token_id": self.start_token, "eos_token_id": self.end_token, "pad_token_id": self.end_token}
+        text.generation_config = type(text.generation_config)(**tokens)
 
     def forward(
         self,
@@ -72,6 +84,11 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         """
         if labels is None and not return_logits:
             raise ValueError("return_logits=False leaves only the loss: pass labels=")
+        if labels is not None and (input_ids is None or labels.shape != input_ids.shape):
+            raise ValueError(f"labels {list(labels.shape)} must have the shape of input_ids")
+        if labels is not None:
+            known = self.vocabulary_size - 1
+            check_values("labels", labels.masked_fill(labels == IGNORED, 0), 0, known, f"; {IGNORED} does not count")
         features = self.visual_features(pixel_values, vision_features)
         inputs = self.text_inputs(features, input_ids, attention_mask)
         with self.context.bind(features):
@@ -101,32 +118,47 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
     ) -> torch.Tensor:
         """Write captions with a key-value cache, by beam search or whatever ``kwargs`` ask of ``GPT2.generate``.
 
+        Nothing but the arguments decides: the backbone's own generation_config.json is not read.
+
         Args:
             pixel_values, vision_features: one of them, see :meth:`visual_features`.
             input_ids: [B, T] the beginning of each caption, without padding; None to start from the image.
             num_beams: width of the beam.
-            max_new_tokens: length limit.
+            max_new_tokens: length limit; image, beginning and new tokens have to fit the position embeddings.
             **kwargs: passed on to transformers' ``generate`` (num_return_sequences, do_sample, length_penalty ...).
 
         Returns:
-            Long [B * num_return_sequences, new tokens], padded with end-of-text.
+            Long [B * num_return_sequences, new tokens], padded with end-of-text; with ``return_dict_in_generate=True``
+            what ``GPT2.generate`` returns, with these as its ``sequences``.
+
+        Raises:
+            ValueError: inputs do not fit each other or the position embeddings, or a number is below 1.
         """
+        if min(num_beams, max_new_tokens) < 1:
+            raise ValueError(f"num_beams={num_beams} and max_new_tokens={max_new_tokens} must be at least 1")
         features = self.visual_features(pixel_values, vision_features)
         start = self._start(features, input_ids)
-        end = self.gpt.config.eos_token_id
-        kwargs = {"pad_token_id": end, "do_sample": False} | kwargs
+        given = start["attention_mask"].shape[1]
+        if (longest := given + max_new_tokens - 1) > self.max_positions:  # the last token is written, never read
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} behind {given} positions of image and text needs {longest}, and the "
+                f"text model has {self.max_positions}"
+            )
         # transformers lays the candidates of one image side by side, as rows of the image's one entry.
         beams = max(num_beams, kwargs.get("num_return_sequences", 1))
         with self.context.bind(features, beams=beams, decoding=True):
             tokens = self.gpt.generate(
                 **start, num_beams=num_beams, max_new_tokens=max_new_tokens, use_cache=True, **kwargs
             )
-        # Started from embeddings, generate returns the new tokens alone.
-        return tokens if "inputs_embeds" in start else tokens[:, start["input_ids"].shape[1] :]
+        if "input_ids" in start:  # started from embeddings, generate returns the new tokens alone
+            if isinstance(tokens, torch.Tensor):
+                return tokens[:, given:]
+            tokens.sequences = tokens.sequences[:, given:]
+        return tokens
 
     def _start(self, features: torch.Tensor, input_ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
         if not self.visual_prefix:
-            start = torch.full((len(features), 1), self.gpt.config.bos_token_id, device=features.device)
+            start = torch.full((len(features), 1), self.start_token, device=features.device)
             input_ids = start if input_ids is None else torch.cat([start, input_ids], dim=1)
         elif input_ids is None:
             return {

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from routingvl.data.collate import IGNORED
 from routingvl.kernels.linear import product
+from routingvl.models.checks import check_values
 
 # Logits that exist at one time: 64 MiB in float32, which is 333 rows of GPT-2's vocabulary.
 CHUNK_ELEMENTS = 2**24
@@ -23,11 +24,17 @@ CACHED_ROWS = 8  # rows of logits whose softmax is computed together on a CPU
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Softmax cross entropy in nats, mean over the batch: logits [B, labels], labels int64 [B] -> float32 scalar."""
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(f"labels {list(labels.shape)} must have one number for each of {len(logits)} examples")
+    check_values("labels", labels, 0, logits.shape[1] - 1)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
 
 def soft_label_loss(logits: Tensor, scores: Tensor) -> Tensor:
     """Binary cross entropy in nats, mean over batch and labels: logits and scores in [0, 1], both [B, labels]."""
+    if scores.shape != logits.shape:
+        raise ValueError(f"labels {list(scores.shape)} must have the shape of the logits, {list(logits.shape)}")
+    check_values("labels", scores, 0, 1)
     return F.binary_cross_entropy_with_logits(logits, scores.to(logits.dtype))
 
 

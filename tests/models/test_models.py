@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from tiny import WIDTH, answerer, batch, captioner, randomise, small_gpt2, small_roberta, small_vit
+from tiny import WIDTH, WORDS, answerer, batch, captioner, randomise, small_gpt2, small_roberta, small_vit
 from torch import nn
 
 from routingvl import RoutingConfig, ViTGPT2ForCaptioning, ViTRobertaForClassification, ViTRobertaForVQA
@@ -307,3 +307,109 @@ def test_bfloat16_autocast_trains(build):
     reference, _ = gradients(copy.deepcopy(model), inputs)
     assert loss.item() == pytest.approx(reference.item(), rel=0.05)
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+OUTSIDE = {
+    "a token id beyond the vocabulary": (
+        {"input_ids": [[3, WORDS]]},
+        f"input_ids must be from 0 to {WORDS - 1}, not from 3 to",
+    ),
+    "a negative token id": ({"input_ids": [[3, -100]]}, "input_ids must be from 0 to .*, not from -100 to 3"),
+    "NaN pixels": ({"pixel_values": float("nan")}, "pixel_values must be finite"),
+    "infinite features": ({"vision_features": float("inf")}, "vision_features must be finite"),
+    "NaN features": ({"vision_features": float("nan")}, "vision_features must be finite"),
+    "no image": ({"vision_features": None}, "the batch is empty"),
+    "no token": ({"input_ids": [[]]}, "with a token at least"),
+}
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize(("changes", "message"), OUTSIDE.values(), ids=OUTSIDE)
+def test_what_lies_outside_of_the_inputs_is_named(build, changes, message):
+    model = build(visual_prefix=message != "with a token at least")
+    inputs = batch(1)
+    for name, value in changes.items():
+        if name == "input_ids":
+            inputs |= {"input_ids": torch.tensor(value, dtype=torch.long), "attention_mask": None}
+        elif name == "pixel_values":
+            inputs[name][0, 0, 0, 0] = value
+        else:
+            del inputs["pixel_values"]
+            inputs[name] = torch.zeros(0, 1, WIDTH) if value is None else torch.full((1, 1, WIDTH), value)
+            inputs |= {key: inputs[key][: len(inputs[name])] for key in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+
+
+def test_labels_outside_are_named():
+    inputs, captions, answers = batch(), captioner(), answerer()
+    labels = labels_of(captions, inputs)
+    for value, message in ((WORDS, f"labels must be from 0 to {WORDS - 1}"), (-1, "not from -1 to")):
+        for logits in (True, False):
+            with pytest.raises(ValueError, match=message):
+                captions(**inputs, labels=labels.clone().index_fill_(0, torch.tensor(1), value), return_logits=logits)
+    with pytest.raises(ValueError, match=r"labels .* must have the shape of input_ids"):
+        captions(**inputs, labels=labels[:, 1:])
+    for scores, message in (
+        (torch.full((3, 7), 10.0), "labels must be from 0 to 1, not from 10.0 to 10.0"),
+        (torch.full((3, 7), float("nan")), "labels must be from 0 to 1, not from nan"),
+        (torch.full((3, 7), -0.1), "labels must be from 0 to 1"),
+        (torch.zeros(3, 6), r"labels \[3, 6\] must have the shape of the logits, \[3, 7\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            answers(**inputs, labels=scores)
+    model = ViTRobertaForClassification.from_backbones(
+        small_vit(), small_roberta(), RoutingConfig(rank=4), num_labels=7
+    )
+    for numbers, message in (
+        (torch.tensor([0, 7, 1]), "labels must be from 0 to 6, not from 0 to 7"),
+        (torch.tensor([0, -100, 1]), "not from -100 to 1"),
+        (torch.tensor([0, 1]), "one number for each of 3 examples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**inputs, labels=numbers)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_generation_refuses_what_does_not_fit(prefix):
+    model, images = captioner(visual_prefix=prefix).eval(), batch()["pixel_values"]
+    # One position for the image or for the start token; the last new token needs none.
+    assert model.generate(pixel_values=images, max_new_tokens=40, min_new_tokens=40).shape == (3, 40)
+    with pytest.raises(
+        ValueError, match=r"max_new_tokens=41 behind 1 positions .* needs 41, and the text model has 40"
+    ):
+        model.generate(pixel_values=images, max_new_tokens=41)
+    for wrong in ({"max_new_tokens": 0}, {"num_beams": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            model.generate(pixel_values=images, **wrong)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_dictionary_of_generated_tokens(prefix):
+    model, images = captioner(visual_prefix=prefix).eval(), batch()["pixel_values"]
+    want = model.generate(pixel_values=images, max_new_tokens=4)
+    out = model.generate(pixel_values=images, max_new_tokens=4, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(out.sequences, want)
+    assert len(out.scores) == want.shape[1]
+
+
+def test_the_backbones_own_generation_settings_change_nothing():
+    images, plain, text = batch()["pixel_values"], randomise(captioner()).eval(), small_gpt2()
+    want = plain.generate(pixel_values=images, num_beams=2)
+    text.generation_config.update(repetition_penalty=9.0, min_new_tokens=9, eos_token_id=3, no_repeat_ngram_size=2)
+    text.generation_config.suppress_tokens = want.unique().tolist()
+    model = ViTGPT2ForCaptioning.from_backbones(small_vit(), text, plain.routing)
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model.eval().generate(pixel_values=images, num_beams=2), want)
+    # what a caller asks for does
+    assert not set(want.unique().tolist()) & set(
+        model.generate(pixel_values=images, num_beams=2, suppress_tokens=want.unique().tolist()).unique().tolist()
+    )
+
+
+@pytest.mark.parametrize("end", [None, WORDS, [1, 2]])
+def test_a_text_model_needs_one_end_token_of_its_own(end):
+    text = small_gpt2()
+    text.config.eos_token_id = end
+    with pytest.raises(ConfigError, match=f"eos_token_id in the text model's config must be one of its {WORDS} tokens"):
+        ViTGPT2ForCaptioning.from_backbones(small_vit(), text, RoutingConfig(rank=4))
