@@ -14,11 +14,7 @@ from typing import Any
 
 from routingvl.metrics import java_metrics
 from routingvl.metrics.coverage import difference
-from routingvl.metrics.ptb import tokenize_captions
-
-PYTHON_METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE_L", "CIDEr")
-JAVA_METRICS = ("METEOR", "SPICE")
-METRICS = (*PYTHON_METRICS, *JAVA_METRICS)
+from routingvl.metrics.ptb import MetricUnavailable, tokenize_captions
 
 
 def _check(predictions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> None:
@@ -42,35 +38,50 @@ def _tokenize(
     rest = iter(tokens)
     both = {image_id: (next(rest), [next(rest) for _ in group]) for image_id, group in references.items()}
     captions, grouped = ({image_id: pair[side] for image_id, pair in both.items()} for side in (0, 1))
-    for image_id, group in grouped.items():
-        for i, text in enumerate(group):
-            if not text:
-                raise ValueError(f"image {image_id}: reference {i} has no word: {references[image_id][i]!r}")
     return captions, grouped, name
 
 
-def _python_scores(
-    wanted: Iterable[str], captions: Mapping[int, str], references: Mapping[int, list[str]]
-) -> tuple[dict[str, float], dict[int, float]]:
-    """The scores among ``wanted`` that need no Java, and CIDEr of each image (empty unless CIDEr is wanted)."""
+Captions = Mapping[int, str]
+References = Mapping[int, list[str]]
+
+
+def _bleu(captions: Captions, references: References) -> tuple[Sequence[float], list[float]]:
     from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
+
+    return Bleu(4).compute_score(references, _lists(captions), verbose=0)[0], []
+
+
+def _rouge(captions: Captions, references: References) -> tuple[Sequence[float], list[float]]:
     from pycocoevalcap.rouge.rouge import Rouge
 
-    hypotheses = {image_id: [text] for image_id, text in captions.items()}
-    scores: dict[str, float] = {}
-    per_image: dict[int, float] = {}
-    wanted = set(wanted)
-    if any(name.startswith("BLEU") for name in wanted):
-        values, _ = Bleu(4).compute_score(references, hypotheses, verbose=0)
-        scores.update({f"BLEU-{n}": float(value) for n, value in enumerate(values, start=1)})
-    if "ROUGE_L" in wanted:
-        scores["ROUGE_L"] = float(Rouge().compute_score(references, hypotheses)[0])
-    if "CIDEr" in wanted:
-        value, values = Cider().compute_score(references, hypotheses)
-        scores["CIDEr"] = float(value)
-        per_image = {image_id: float(score) for image_id, score in zip(captions, values, strict=True)}
-    return {name: score for name, score in scores.items() if name in wanted}, per_image
+    return [Rouge().compute_score(references, _lists(captions))[0]], []
+
+
+def _cider(captions: Captions, references: References) -> tuple[Sequence[float], list[float]]:
+    from pycocoevalcap.cider.cider import Cider
+
+    score, per_image = Cider().compute_score(references, _lists(captions))
+    return [score], list(map(float, per_image))
+
+
+def _lists(captions: Captions) -> dict[int, list[str]]:
+    return {image_id: [text] for image_id, text in captions.items()}
+
+
+def _java(program: Callable[..., tuple[float, list[float]]]) -> Callable:
+    return lambda captions, references: ([program(captions, references)[0]], [])
+
+
+# (captions, references), both tokenised and keyed alike -> (scores in the order of the names, scores per image or [])
+_SCORERS: dict[tuple[str, ...], Callable] = {
+    ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"): _bleu,
+    ("ROUGE_L",): _rouge,
+    ("CIDEr",): _cider,
+    ("METEOR",): _java(java_metrics.meteor),
+    ("SPICE",): _java(java_metrics.spice),
+}
+PYTHON_METRICS = tuple(name for names in list(_SCORERS)[:3] for name in names)
+METRICS = tuple(name for names in _SCORERS for name in names)
 
 
 def caption_scores(
@@ -82,22 +93,22 @@ def caption_scores(
     """Score one caption per image against its references.
 
     Args:
-        predictions: {image_id: caption}; an empty caption is scored (as 0 or nearly 0), not refused.
-        references: {image_id: captions by people}, at least one each, for exactly the images of ``predictions``.
+        predictions: {image_id: caption}; one without a word is scored (as 0 or nearly 0), not refused.
+        references: {image_id: captions by people}, at least one each, for exactly the images of ``predictions``; one
+            without a word counts, as in the official code.
         metrics: names out of :data:`METRICS`; None for all. :data:`PYTHON_METRICS` leaves out the slow Java programs.
         tokenizer: "auto", "ptb" or "python", see :func:`routingvl.metrics.ptb.tokenize_captions`.
 
     Returns:
         One entry a metric, a float (CIDEr in [0, 10], all others in [0, 1]) or None where it cannot run, and
 
-        - ``missing``: {metric: reason} for those that cannot run,
+        - ``missing``: {metric: reason} for those that cannot run or that failed,
         - ``tokenizer``: what made the tokens,
         - ``per_image``: {"CIDEr": {image_id: score}} when CIDEr was asked for,
         - ``n``: the number of images.
 
     Raises:
-        ValueError: images differ between the two sides, an image has no reference or one without words, or a metric or
-            tokenizer is unknown.
+        ValueError: images differ between the two sides, an image has no reference, or a metric or tokenizer is unknown.
         MetricUnavailable: tokenizer "ptb" cannot run.
     """
     wanted = METRICS if metrics is None else tuple(metrics)
@@ -105,19 +116,22 @@ def caption_scores(
     if unknown:
         raise ValueError(f"unknown caption metric {unknown[0]!r}; choose from {', '.join(METRICS)}")
     _check(predictions, references)
-    captions, grouped, name = _tokenize(predictions, references, tokenizer)
-    scores, per_image = _python_scores(wanted, captions, grouped)
-    programs: dict[str, Callable] = {"METEOR": java_metrics.meteor, "SPICE": java_metrics.spice}
+    captions, grouped, made_by = _tokenize(predictions, references, tokenizer)
+    scores: dict[str, float | None] = dict.fromkeys(metric for metric in METRICS if metric in wanted)
     missing: dict[str, str] = {}
-    for metric in [metric for metric in wanted if metric in programs]:
+    per_image: dict[str, dict[int, float]] = {}
+    for names, scorer in _SCORERS.items():
+        if not (asked := [name for name in names if name in scores]):
+            continue
         try:
-            scores[metric], _ = programs[metric](captions, grouped)
-        except java_metrics.MetricUnavailable as error:
-            scores[metric], missing[metric] = None, str(error)
-    return {
-        **{metric: scores[metric] for metric in METRICS if metric in wanted},
-        "missing": missing,
-        "tokenizer": name,
-        "per_image": {"CIDEr": per_image} if "CIDEr" in wanted else {},
-        "n": len(captions),
-    }
+            if not any(text for group in grouped.values() for text in group):
+                raise MetricUnavailable("no reference caption has a word")
+            values, each = scorer(captions, grouped)
+        except Exception as error:  # of any scorer, so that it costs no other metric
+            reason = str(error) if isinstance(error, MetricUnavailable) else f"{type(error).__name__}: {error}"
+            missing |= dict.fromkeys(asked, reason)
+            continue
+        scores |= {name: float(value) for name, value in zip(names, values, strict=True) if name in asked}
+        if each:
+            per_image[names[0]] = dict(zip(captions, each, strict=True))
+    return {**scores, "missing": missing, "tokenizer": made_by, "per_image": per_image, "n": len(captions)}

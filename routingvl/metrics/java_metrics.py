@@ -40,7 +40,13 @@ def meteor(captions: Captions, references: References, timeout: float = METEOR_T
     command = [java_for("METEOR"), "-jar", "-Xmx2G", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
     # Errors go to a file, not a pipe: nobody reads while the program runs, and a full pipe would stop it.
     with tempfile.TemporaryFile() as errors:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "encoding": "utf-8"}
+        pipes = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": errors,
+            "encoding": "utf-8",
+            "errors": "replace",
+        }
         try:
             program = subprocess.Popen(command, cwd=folder, **pipes)
         except OSError as error:
@@ -117,7 +123,12 @@ def spice(captions: Captions, references: References, timeout: float = SPICE_TIM
         done = run_java("SPICE", command, timeout, cwd=folder)
         if done.returncode != 0 or not answer.is_file():
             raise _stopped("SPICE", done.returncode, done.stderr)
-        rows = json.loads(answer.read_text(encoding="utf-8"))
-    by_id = {row["image_id"]: row["scores"]["All"]["f"] for row in rows}
-    scores = [float("nan") if by_id[image_id] is None else float(by_id[image_id]) for image_id in captions]
+        try:
+            rows = json.loads(answer.read_text(encoding="utf-8"))
+            by_id = {row["image_id"]: row["scores"]["All"]["f"] for row in rows}
+            scores = [float("nan" if by_id[image_id] is None else by_id[image_id]) for image_id in captions]
+        except (ValueError, TypeError, KeyError) as error:
+            raise MetricUnavailable(
+                f"SPICE wrote no scores of these images ({type(error).__name__}: {error})"
+            ) from error
     return math.fsum(scores) / len(scores), scores

@@ -50,13 +50,14 @@ _TOKEN = re.compile(
             r"(?:https?://|www\.)\S*[\w/]",
             r"\w[\w.+-]*@\w+(?:\.\w+)+",
             r"[@#][A-Za-z]\w*",
+            r"\b(?i:c\+\+|[cf]#)",  # of all names with signs, the jar knows these three
             # abbreviations keep their period: known ones, "no. 5", "u.s." and "p.m.", "J. Smith"
             rf"\b(?i:{'|'.join(map(re.escape, _ABBREVIATIONS))})\.(?!\w)",
             r"\b(?i:nos?)\.(?=\s*\d)",
             r"\b[^\W\d_]\.(?:[^\W\d_]\.)+(?!\w)(?:-\w+)*",
             r"\b[^\W\d_]\.(?=\s+\S)|\b[a-z]\.(?=\s*$)",
             # "2 1/2", "12:30", "1,000", "2.5" and "-5"; digits with letters, strokes or hyphens are words
-            r"\d+ \d/\d\b|\d+(?:[.,:]\d+)+(?:-\w+)*|\.\d+|(?<!\w)[-+]\d+\b",
+            r"\d+ \d/\d\b|\d+(?:[.,:]\d+)+(?:-\w+)*|\.\d+|(?<!\w)-\d+\b|\+\d+(?:[.,:]\d+)*",
             # clitics: can't -> ca n't, cannot -> can not, dog's -> dog 's
             r"[^\W\d_]+(?=(?i:n't)\b)|(?i:n't)\b",
             r"\b(?i:can(?=not)|gon(?=na)|wan(?=na)|got(?=ta)|gim(?=me)|lem(?=me))(?=\w{2,3}(?![\w-]))",
@@ -136,7 +137,7 @@ def tokenize_java(captions: Sequence[str]) -> list[str]:
     jar = cocoevalcap_folder() / "tokenizer" / "stanford-corenlp-3.4.1.jar"
     command = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
     text = "".join(_LINE_BREAKS.sub(" ", caption) + "\n" for caption in captions)
-    done = run_java("the PTB tokenizer", command, JAVA_TIMEOUT, input=text.encode())
+    done = run_java("the PTB tokenizer", command, JAVA_TIMEOUT, input=text.encode(errors="replace"))
     lines = done.stdout.decode(errors="replace").split("\n")[:-1]
     if done.returncode != 0 or len(lines) != len(captions):
         reason = done.stderr.decode(errors="replace").strip()[-500:]

@@ -30,6 +30,8 @@ TOKENS = {
     "R&B or b&w, and/or a w/ b": "r&b or b & w and/or a w / b",
     "rock 'n' roll o'clock ma'am '80s": "rock 'n' roll o'clock ma'am '80s",
     "café “smart” quotes it’s – en … dots": "café smart quotes it 's en dots",
+    "a man reads C++, C# and F# (not J#) for g++ 11": "a man reads c++ c# and f# -lrb- not j # -rrb- for g + + 11",
+    "C++'s 1+1 is +2.5 and 6+": "c++ 's 1 +1 is +2.5 and 6 +",
     "2 1/2 pizzas": "2\xa01/2 pizzas",
     "two\nlines\tand   blanks\u2028here": "two lines and blanks here",
     "...": "",
@@ -132,13 +134,43 @@ def test_empty_caption_scores_zero():
     assert 0 < result["BLEU-1"] < 1
 
 
+WORDLESS = {1: ["a cat on a mat", "..."], 2: ["a dog runs"], 3: [" . "], 4: ["two birds"]}
+
+
+@pytest.mark.parametrize("tokenizer", ["python", pytest.param("ptb", marks=needs_java)])
+def test_texts_without_a_word_are_scored_as_the_official_code_does(tokenizer):
+    scorers = pytest.importorskip("pycocoevalcap.bleu.bleu"), pytest.importorskip("pycocoevalcap.cider.cider")
+    tokens = {1: ["a cat on a mat", ""], 2: ["a dog runs"], 3: [""], 4: ["two birds"]}
+    found = {1: ["a cat"], 2: ["a dog runs"], 3: ["a tree"], 4: [""]}
+    bleu = scorers[0].Bleu(4).compute_score(tokens, found, verbose=0)[0]
+    cider, per_image = scorers[1].Cider().compute_score(tokens, found)
+    result = caption_scores(
+        {1: "a cat", 2: "a dog runs", 3: "a tree", 4: "?"}, WORDLESS, captions.PYTHON_METRICS, tokenizer
+    )
+    assert [result[f"BLEU-{n}"] for n in range(1, 5)] == pytest.approx(bleu)
+    assert result["CIDEr"] == pytest.approx(cider)
+    assert list(result["per_image"]["CIDEr"].values()) == pytest.approx(list(per_image))
+    everything = caption_scores({1: "..."}, {1: ["!", "."]}, captions.PYTHON_METRICS, tokenizer)
+    assert everything["CIDEr"] is everything["BLEU-4"] is None
+    assert everything["missing"] == dict.fromkeys(captions.PYTHON_METRICS, "no reference caption has a word")
+
+
+def test_a_scorer_that_fails_costs_no_other_metric(monkeypatch):
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    monkeypatch.setattr(Rouge, "compute_score", lambda *args: 1 / 0)
+    result = caption_scores(PREDICTIONS, REFERENCES, captions.PYTHON_METRICS, "python")
+    assert result["ROUGE_L"] is None
+    assert result["missing"] == {"ROUGE_L": "ZeroDivisionError: division by zero"}
+    assert result["CIDEr"] == pytest.approx(FIXTURE["scores"]["CIDEr"], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("predictions", "references", "message"),
     [
         ({1: "a"}, {1: ["a"], 2: ["b"]}, r"1 without a caption \[2\]"),
         ({1: "a", 7: "b"}, {1: ["a"]}, r"1 without references \[7\]"),
         ({1: "a"}, {1: []}, "image 1 has no reference caption"),
-        ({1: "a"}, {1: ["a cat", " . "]}, "image 1: reference 1 has no word"),
         ({}, {}, "no image to score"),
     ],
 )
@@ -219,6 +251,10 @@ def test_spice_runs_once_its_download_is_there(monkeypatch, tmp_path):
     # the arguments are -jar -Xmx8G spice-1.0.jar REQUEST -out ANSWER ...
     fake_java(tmp_path / "bin", f"echo '{json.dumps(answer)}' > \"$6\"")
     assert java_metrics.spice({1: "a cat", 2: "b"}, {1: ["a cat"], 2: ["b"]}) == (0.375, [0.25, 0.5])
+    for wrong in ("[{", "[]", '{"scores": 1}', '[{"image_id": 1, "scores": null}]'):
+        fake_java(tmp_path / "bin", f"echo '{wrong}' > \"$6\"")
+        with pytest.raises(ptb.MetricUnavailable, match="SPICE wrote no scores of these images"):
+            java_metrics.spice({1: "a cat"}, {1: ["a cat"]})
 
 
 def test_nothing_is_written_beside_pycocoevalcap():
