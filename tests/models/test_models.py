@@ -407,9 +407,9 @@ def test_the_backbones_own_generation_settings_change_nothing():
     )
 
 
-@pytest.mark.parametrize("end", [None, WORDS, [1, 2]])
+@pytest.mark.parametrize("end", [None, [1, 2]])
 def test_a_text_model_needs_one_end_token_of_its_own(end):
     text = small_gpt2()
     text.config.eos_token_id = end
-    with pytest.raises(ConfigError, match=f"eos_token_id in the text model's config must be one of its {WORDS} tokens"):
+    with pytest.raises(ConfigError, match="config must name one end token"):
         ViTGPT2ForCaptioning.from_backbones(small_vit(), text, RoutingConfig(rank=4))
