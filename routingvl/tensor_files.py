@@ -44,8 +44,8 @@ def check_floats(tensors: Mapping[str, Any], source: str, error: type[ValueError
     check_kinds(
         {name: getattr(tensor, "dtype", type(tensor).__name__) for name, tensor in tensors.items()}, source, error
     )
-    if sparse := [name for name, tensor in tensors.items() if tensor.layout != torch.strided]:
-        raise error(f"{source}: {listed(sparse)} must be dense")
+    if odd := [name for name, tensor in tensors.items() if tensor.layout != torch.strided or tensor.is_meta]:
+        raise error(f"{source}: {listed(odd)} must be dense and hold data")
     if bad := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         raise error(f"{source}: {listed(bad)} holds NaN or infinity")
 

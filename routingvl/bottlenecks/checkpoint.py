@@ -7,21 +7,23 @@ and ``adapter_config.json`` (what to build around them). Backbones are referred 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from routingvl import __version__
 from routingvl.atomic_files import replacing, write_json
 from routingvl.bottlenecks.sharding import is_sharded, is_writer, own_class, whole
+from routingvl.config import ConfigError, RoutingConfig, from_dict
+from routingvl.config.checks import check_settings
+from routingvl.json_files import read_json
+from routingvl.tensor_files import check_floats, is_finite, listed, read_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -31,6 +33,33 @@ FORMAT_VERSION = 1
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or belongs to another model; the message names file and key."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What adapter_config.json holds."""
+
+    peft_type: str
+    format_version: int
+    model_class: str
+    routing: dict
+    model: dict
+    backbones: dict
+    routingvl_version: str = ""
+    __post_init__ = check_settings
+
+
+@dataclass(frozen=True)
+class BackboneReference:
+    """What it holds of a backbone: where it comes from, and enough to notice another one."""
+
+    name: str | None
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    fingerprint: str
+    relative: str | None = None
+    __post_init__ = check_settings
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -44,12 +73,13 @@ def save_adapter(model: Any, directory: str | Path) -> None:
     Where FSDP2 shards the model, every process calls this and the first one writes.
 
     Raises:
-        CheckpointError: ``directory`` is a file.
+        CheckpointError: ``directory`` is a file, or a trained parameter holds NaN or infinity.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; give a folder to save into")
     tensors = {name: whole(p).cpu().contiguous() for name, p in trained_parameters(model).items()}
+    check_floats(tensors, "the trained parameters", CheckpointError)
     parts = {"vision": model.vit, "text": model.language_model}
     config = {
         "peft_type": PEFT_TYPE,  # PEFT stops at a type it does not know, instead of running a routed adapter unrouted
@@ -73,18 +103,15 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def read_adapter_config(directory: str | Path, model_class: str | None = None) -> dict[str, Any]:
-    """The configuration of a saved adapter.
+    """The configuration of a saved adapter, its keys and the type of each value as :class:`AdapterConfig` has them.
 
     Raises:
-        CheckpointError: no such folder or file, not ours, written by a newer format, or of another class.
+        CheckpointError: no such folder or file, not ours, written by a newer format, of another class, or damaged.
     """
     path = Path(directory) / CONFIG
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path} does not exist: give the folder that save_pretrained wrote")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error})") from error
+    config = read_json(path, CheckpointError, dict)
     if config.get("peft_type") != PEFT_TYPE:
         raise CheckpointError(
             f"{path}: peft_type is {config.get('peft_type')!r}; a routingvl adapter has {PEFT_TYPE!r}"
@@ -94,8 +121,18 @@ def read_adapter_config(directory: str | Path, model_class: str | None = None) -
             f"{path}: format_version {config.get('format_version')!r} is not {FORMAT_VERSION}: "
             "it was written by another version of routingvl"
         )
-    if absent := [key for key in ("model_class", "routing", "model", "backbones") if key not in config]:
-        raise CheckpointError(f"{path}: {', '.join(absent)} missing")
+    try:
+        from_dict(AdapterConfig, config, str(path))
+        from_dict(RoutingConfig, config["routing"], f"{path}: routing")
+        if absent := [f.name for f in fields(RoutingConfig) if f.name not in config["routing"]]:
+            raise ConfigError(f"{path}: routing: {listed(absent)} missing")
+        if config["backbones"].keys() != {"vision", "text"}:
+            raise ConfigError(f"{path}: backbones must be vision and text, not {listed(config['backbones']) or 'none'}")
+        for role, saved in config["backbones"].items():
+            if saved is not None or role == "text":
+                from_dict(BackboneReference, saved, f"{path}: backbones.{role}")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
     if model_class is not None and config["model_class"] != model_class:
         raise CheckpointError(f"{path} holds a {config['model_class']}, not a {model_class}")
     return config
@@ -140,17 +177,16 @@ def load_adapter(model: Any, directory: str | Path, config: Mapping[str, Any]) -
     path = Path(directory) / WEIGHTS
     for role, module in (("vision", model.vit), ("text", model.language_model)):
         _check_backbone(directory, role, module, config["backbones"][role])
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error})") from error
-    copy_strictly(trained_parameters(model), tensors, str(path))
+    copy_strictly(trained_parameters(model), read_tensors(path, CheckpointError), str(path))
 
 
 def copy_strictly(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Copy every tensor into the parameter of its name; all are checked before the first is written."""
+    """Copy every tensor into the parameter of its name, in its type; all are checked before the first is written.
+
+    Raises CheckpointError, which opens with ``source``: names or shapes differ, or a tensor is not a dense
+    floating-point one, or holds NaN or infinity (or would, in the parameter's type).
+    """
+    check_floats(tensors, source, CheckpointError)
     differences = {"missing": parameters.keys() - tensors.keys(), "unexpected": tensors.keys() - parameters.keys()}
     problems = [f"{what} {listed(sorted(names))}" for what, names in differences.items() if names]
     for name in sorted(parameters.keys() & tensors.keys()):
@@ -159,15 +195,12 @@ def copy_strictly(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, 
             problems.append(f"{name} has shape {have}, the model needs {want}")
     if problems:
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems[:6])}")
+    converted = {name: tensors[name].to(parameter.dtype) for name, parameter in parameters.items()}
+    if bad := [name for name, tensor in converted.items() if not is_finite(tensor)]:
+        raise CheckpointError(f"{source}: {listed(bad)} holds numbers too large for {converted[bad[0]].dtype}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-
-
-def listed(names: list[str], shown: int = 4) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+            parameter.copy_(converted[name])
 
 
 def _describe(backbone: nn.Module | None, name: str | None, directory: Path) -> dict[str, Any] | None:

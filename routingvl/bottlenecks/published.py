@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from routingvl.bottlenecks.checkpoint import copy_strictly
+from routingvl.bottlenecks.checkpoint import CheckpointError, copy_strictly
+from routingvl.tensor_files import check_floats, listed
 
 
 def load_reference_state_dict(model: Any, state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -26,23 +27,35 @@ def load_reference_state_dict(model: Any, state_dict: Mapping[str, torch.Tensor]
         Published name -> name of our parameter, for every tensor loaded.
 
     Raises:
-        CheckpointError: a key is missing or unexpected, or a shape differs; nothing is loaded then.
+        CheckpointError: a key is missing, unexpected or there twice, a shape differs, or a tensor is not a dense
+            floating-point one, holds NaN or infinity, or is a head that differs from the embedding it is tied to here;
+            nothing is loaded then.
     """
+    source = "the published state dict"
+    if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
+        raise CheckpointError(f"{source} must be a dict of names and tensors")
     ours = {
         name: parameter
         for name, parameter in model.named_parameters()
         if not name.startswith(("vit.", "visual_projection."))
     }
     # The tied output embedding appears once in named_parameters, under the name the state dict uses (wte).
-    names = {}
+    names: dict[str, str] = {}
     for key in state_dict:
         name = key.removeprefix("module.")
-        if name.startswith(("transformer.", "lm_head.")):
-            name = f"gpt.{name}"
-        if not _is_derived(name):
-            names[key] = name
-    copy_strictly(ours, {name: state_dict[key] for key, name in names.items()}, "the published state dict")
-    return names
+        names[key] = f"gpt.{name}" if name.startswith(("transformer.", "lm_head.")) else name
+    if twice := [key for key, name in names.items() if list(names.values()).count(name) > 1]:
+        raise CheckpointError(f"{source} holds the same parameter under several names: {listed(twice)}")
+    tensors = {name: state_dict[key] for key, name in names.items() if name in ours or not _is_derived(name)}
+    check_floats(tensors, source, CheckpointError)
+    for key, name in names.items():
+        if name.endswith("lm_head.weight") and name not in ours:
+            embedding = tensors.get("gpt.transformer.wte.weight")
+            check_floats({key: state_dict[key]}, source, CheckpointError)
+            if embedding is not None and not torch.equal(state_dict[key], embedding):
+                raise CheckpointError(f"{source}: {key} differs from the token embedding, which it is tied to here")
+    copy_strictly(ours, tensors, source)
+    return {key: name for key, name in names.items() if name in tensors}
 
 
 def _is_derived(name: str) -> bool:

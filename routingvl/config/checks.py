@@ -24,7 +24,14 @@ LIMITS = {
     "most": (operator.gt, "at most"),
     "below": (operator.ge, "below"),
 }
-WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", types.NoneType: "null"}
+WORDS = {
+    int: "an integer",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a text",
+    dict: "an object",
+    types.NoneType: "null",
+}
 
 
 class ConfigError(ValueError):
@@ -149,6 +156,9 @@ def from_dict(cls: type[T], data: Mapping[str, Any], source: str = "configuratio
             raise ConfigError(
                 f"{source}: unknown key {shown(key)}{nearest(key, known)} (known keys: {', '.join(known)})"
             )
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    if absent := [name for name in required if name not in data]:
+        raise ConfigError(f"{source}: {', '.join(absent)} missing")
     try:
         return cls(**data)
     except (TypeError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -19,6 +20,7 @@ from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.inject import inject
 from routingvl.bottlenecks.report import TrainableReport, trainable_report
 from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict, nearest
+from routingvl.config.checks import check_value, types_of
 from routingvl.kernels import ROUTINGS
 from routingvl.models.checks import check_finite, check_values
 
@@ -102,10 +104,7 @@ class RoutedVLModel(nn.Module):
             ConfigError: an option is unknown, or the parts do not fit each other.
             OSError: a name or folder holds no model (transformers' message names it).
         """
-        known = cls.option_names()
-        for name in options.keys() - known:
-            hint = f"{nearest(name, known)} (known: {', '.join(known)})"
-            raise ConfigError(f"{cls.__name__}.from_backbones: unknown key {name!r}{hint}")
+        cls.check_options(options, f"{cls.__name__}.from_backbones")
         try:
             vision_model, vision_name = _resolve(vision, load_tower)
             text_model, text_name = _resolve(text, partial(load_text, cls.model_type))
@@ -234,6 +233,18 @@ class RoutedVLModel(nn.Module):
         parameters = [p for make in constructors for p in inspect.signature(make).parameters.values()]
         return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any], source: str) -> None:
+        """Raise ConfigError, opening with ``source``, for an option that is unknown or of another type."""
+        known, types = cls.option_names(), {**types_of(RoutedVLModel.__init__), **types_of(cls.__init__)}
+        for name, value in options.items():
+            if name not in known:
+                raise ConfigError(f"{source}: unknown key {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+            try:
+                check_value(name, value, types[name], {"limits": {"most": 10**6}} if type(value) is int else {})
+            except ConfigError as error:
+                raise ConfigError(f"{source}: {error}") from error
+
     def options(self) -> dict[str, Any]:
         """The keyword arguments, beside backbones and routing, that make this model again."""
         return {name: getattr(self, name) for name in self.option_names() if name != "backend"}
@@ -264,6 +275,10 @@ class RoutedVLModel(nn.Module):
         """
         saved = checkpoint.read_adapter_config(directory, cls.__name__)
         routing = from_dict(RoutingConfig, saved["routing"], f"{directory}: routing")
+        if saved["model"].keys() != (known := set(cls.option_names()) - {"backend"}):
+            keys = ", ".join(sorted(known ^ saved["model"].keys()))
+            raise checkpoint.CheckpointError(f"{directory}: adapter_config.json: model lacks, or has in excess, {keys}")
+        cls.check_options(saved["model"], f"{directory}: adapter_config.json: model")
         backbones = checkpoint.resolve_backbones(directory, saved, vision=vision, text=text)
         model = cls.from_backbones(backbones["vision"], backbones["text"], routing, backend=backend, **saved["model"])
         checkpoint.load_adapter(model, directory, saved)

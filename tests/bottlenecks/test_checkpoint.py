@@ -149,3 +149,125 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     with pytest.raises(CheckpointError, match="is a file"):
         save_adapter(model, tmp_path / "adapter_config.json")
+
+
+def path_of(*keys):
+    """A change of a JSON object: a value under nested keys."""
+
+    def change(config, value):
+        for key in keys[:-1]:
+            config = config[key]
+        config[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (["model_class"], "load_pretrained", "'load_pretrained' is not a model"),
+        (["model_class"], ["ViTGPT2ForCaptioning"], "model_class=.* must be a text"),
+        (["model_class"], "ViTRobertaForVQA", "model lacks, or has in excess, .*caption_loss.*num_labels"),
+        (["format_version"], True, "format_version True is not 1|must be an integer"),
+        (["surprise"], 1, "unknown key 'surprise'"),
+        (["routing"], [1], "routing=.* must be an object"),
+        (["routing", "rank"], 10**9, "rank=1000000000 must be at most 16384"),
+        (["routing", "rank"], "4", "rank='4' must be an integer"),
+        (["routing", "targets"], [5], r"targets=\[5\] must be a list of texts"),
+        (["routing", "train_bias"], "no", "train_bias='no' must be true or false"),
+        (["routing", "alpha"], None, "alpha=None must be a finite number"),
+        (["model"], [1], "model=.* must be an object"),
+        (["model", "visual_prefix"], "no", "visual_prefix='no' must be true or false"),
+        (["model", "backend"], "eager", "model lacks, or has in excess, backend"),
+        (["model", "config"], 1, "model lacks, or has in excess, config"),
+        (["model", "vision_width"], 10**9, "vision_width=1000000000 must be at most 1000000"),
+        (["backbones"], [1], "backbones=.* must be an object"),
+        (["backbones"], {"text": None}, "backbones must be vision and text, not text"),
+        (["backbones", "text"], None, "backbones.text must hold keys such as name, not None"),
+        (["backbones", "text"], {"name": "gpt2"}, "backbones.text: model_type, .* missing"),
+        (["backbones", "text", "hidden_size"], "32", "hidden_size='32' must be an integer"),
+        (["backbones", "vision", "name"], 3, "name=3 must be a text or null"),
+    ],
+)
+def test_every_key_of_the_configuration_is_checked(tmp_path, keys, value, message):
+    captioner().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path_of(*keys)(config, value)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as error:
+        load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2())
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("section", [None, "routing", "model", "backbones"])
+def test_no_key_of_the_configuration_may_be_missing(tmp_path, section):
+    captioner().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    whole = json.loads(path.read_text())
+    for key in (whole[section] if section else whole).keys() - {"routingvl_version"}:
+        config = json.loads(json.dumps(whole))
+        del (config[section] if section else config)[key]
+        path.write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=key if section != "backbones" else "backbones must be"):
+            load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2())
+
+
+@pytest.mark.parametrize("content", [b"[1, 2]", b'{"a": ' * 50_000, b"\xff\xfe", b"", b'{"peft_type": 1', b"null"])
+def test_a_configuration_that_is_no_object(tmp_path, content):
+    captioner().save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json") as error:
+        load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2())
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.int(), "is of type torch.int32"),
+        (lambda t: t > 0, "is of type torch.bool"),
+        (lambda t: t.to(torch.complex64), "is of type torch.complex64"),
+        (lambda t: t.to(torch.float8_e5m2), "is of type torch.float8_e5m2"),
+        (lambda t: t / 0, "holds NaN or infinity"),
+        (lambda t: t.index_fill(0, torch.tensor([1]), float("nan")), "holds NaN or infinity"),
+    ],
+)
+def test_tensors_that_are_no_weights(tmp_path, change, message):
+    captioner().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    save_file(tensors | {name: change(tensors[name])}, path)
+    with pytest.raises(CheckpointError, match=f"adapter_model.safetensors: {name} {message}"):
+        load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2())
+
+
+def test_files_of_weights_that_are_none(tmp_path):
+    captioner().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    for content in (b"", b"x" * 5, (10 * 2**30).to_bytes(8, "little") + b"{}", path.read_bytes()[:-7]):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is damaged"):
+            load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2())
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is not a file"):
+        load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    model = captioner()
+    with torch.no_grad():
+        model.gpt.transformer.h[0].ln_1.weight[0] = float("inf")
+    with pytest.raises(CheckpointError, match=r"ln_1\.weight holds NaN or infinity"):
+        model.save_pretrained(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_lower_precision_is_taken_and_higher_rounded(tmp_path):
+    model = captioner().to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2())
+    name = "gpt.transformer.h.0.attn.c_attn.lora_A"
+    assert torch.equal(loaded.get_parameter(name), model.get_parameter(name).float())

@@ -1,8 +1,11 @@
 """Plain LoRA written for PEFT and read from it; what PEFT cannot run is refused."""
 
+import json
+
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import captioner, randomise, small_gpt2, small_roberta
 
 from routingvl import RoutingConfig, inject
@@ -50,3 +53,130 @@ def test_peft_import_of_a_foreign_lora(tmp_path):
     inject(model, RoutingConfig(rank=4, routing="none"))
     with pytest.raises(CheckpointError, match="outside the adapted slices"):
         import_peft(model, tmp_path)
+
+
+PLAIN = {"routing": "none", "rank": 4, "alpha": 6, "targets": ("query", "value")}
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A folder of PEFT's with a LoRA on RoBERTa's query and value, and the model that it is of."""
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["query", "value"], init_lora_weights=False)
+    theirs = peft.get_peft_model(small_roberta(), config)
+    theirs.save_pretrained(tmp_path)
+    return tmp_path, theirs.eval()
+
+
+def injected():
+    model = small_roberta()
+    inject(model, RoutingConfig(**PLAIN))
+    return model.eval()
+
+
+def change_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_foreign_lora_computes_what_peft_does(adapter):
+    folder, theirs = adapter
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model = injected()
+    import_peft(model, folder)
+    torch.testing.assert_close(model(input_ids=ids)[0], theirs(input_ids=ids)[0], rtol=1e-5, atol=1e-5)
+    change_config(folder, use_rslora=True)
+    rslora = peft.PeftModel.from_pretrained(small_roberta().eval(), folder)
+    import_peft(model, folder)
+    torch.testing.assert_close(model(input_ids=ids)[0], rslora(input_ids=ids)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("r", -4), ("r", None), ("r", True), ("r", 8), ("r", 4.0), ("lora_alpha", float("nan")), ("lora_alpha", "8"),
+        ("lora_alpha", 0), ("lora_alpha", None), ("use_dora", True), ("use_rslora", "no"),
+        ("rank_pattern", {"query": 8}), ("alpha_pattern", {"query": 8}), ("bias", "all"),
+        ("modules_to_save", ["pooler"]), ("lora_bias", True),
+        ("init_lora_weights", "pissa"), ("layer_replication", [[0, 2]]), ("something_new", 3), ("peft_type", "IA3"),
+    ],
+)  # fmt: skip
+def test_keys_that_cannot_be_honoured_are_refused_before_the_model_changes(adapter, key, value):
+    folder, model = adapter[0], injected()
+    change_config(folder, **{key: value})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json.*{key}|{key}.* NaN|of the rank {key}|holds NaN"):
+        import_peft(model, folder)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.long(), "is of type torch.int64"),
+        (lambda t: t > 0, "is of type torch.bool"),
+        (lambda t: t.to(torch.float8_e4m3fn), "is of type torch.float8_e4m3fn"),
+        (lambda t: t / 0, "holds NaN or infinity"),
+        (lambda t: t[:2], "is not of the rank r 4"),
+        (lambda t: t.double() * 1e300, "holds numbers too large for torch.float32"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(adapter, change, message):
+    folder, model = adapter[0], injected()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = sorted(tensors)[0]
+    save_file(tensors | {name: change(tensors[name]).contiguous()}, folder / "adapter_model.safetensors")
+    before = model.encoder.layer[0].attention.self.value.lora_A.clone()
+    with pytest.raises(CheckpointError, match=message):
+        import_peft(model, folder)
+    assert torch.equal(model.encoder.layer[0].attention.self.value.lora_A, before)
+
+
+def test_damaged_folders(adapter):
+    folder, model = adapter[0], injected()
+    for name, content in {
+        "adapter_model.safetensors": (b"", (10 * 2**30).to_bytes(8, "little") + b"{}"),
+        "adapter_config.json": (b"[1]", b"{", b"[" * 100_000),
+    }.items():
+        good = (folder / name).read_bytes()
+        for bad in content:
+            (folder / name).write_bytes(bad)
+            with pytest.raises(CheckpointError, match=name):
+                import_peft(model, folder)
+        (folder / name).unlink()
+        with pytest.raises(CheckpointError, match=name):
+            import_peft(model, folder)
+        (folder / name).write_bytes(good)
+    routed = small_roberta()
+    inject(routed, RoutingConfig(rank=4, routing="mul"))
+    with pytest.raises(CheckpointError, match="does not route"):
+        import_peft(routed, folder)
+
+
+def test_trained_norms_and_biases_come_back(tmp_path):
+    """What PEFT has no place for is exported beside its files, and has to be imported again."""
+    config = RoutingConfig(rank=4, alpha=6, routing="none")
+    model, again = small_gpt2().eval(), small_gpt2().eval()
+    inject(model, config)
+    randomise(model)
+    export_peft(model, tmp_path)
+    inject(again, config)
+    import_peft(again, tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(again(input_ids=ids)[0], model(input_ids=ids)[0])
+    other = small_gpt2()
+    inject(other, RoutingConfig(rank=4, alpha=6, routing="none", train_layer_norm=False))
+    with pytest.raises(CheckpointError, match=r"unexpected .*ln_1"):
+        import_peft(other, tmp_path)
+
+
+def test_export_refuses_what_one_peft_config_cannot_say(tmp_path):
+    mixed = small_gpt2()
+    inject(mixed, RoutingConfig(rank=4, routing="none", targets=("c_attn", "c_fc")))
+    with pytest.raises(CheckpointError, match="differ in rank or scale"):
+        export_peft(mixed, tmp_path / "out")
+    broken = injected()
+    with torch.no_grad():
+        broken.encoder.layer[0].attention.self.query.lora_A[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"query.*holds NaN or infinity"):
+        export_peft(broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
