@@ -13,6 +13,7 @@ record, and both are passed over. Nothing is ever changed in place, and no two p
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ import os
 import struct
 import time
 import uuid
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from routingvl.atomic_files import replacing, write_json
 from routingvl.config.schema import FEATURE_DTYPES
+from routingvl.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +112,7 @@ class FeatureCache:
         self.directory = Path(root) / name
         with _named(root):
             self.directory.mkdir(parents=True, exist_ok=True)
+            self._hold(Path(root))
         self._describe(json.loads(json.dumps(key)))
         self._entries: dict[bytes, list[tuple[Path, int, int]]] = {}  # digest -> file, row number, checksum
         self._files: dict[Path, BinaryIO] = {}  # of rows, open: one that is deleted can still be read
@@ -116,12 +120,35 @@ class FeatureCache:
         self._writer: str | None = None  # name of the files that this process appends to
         self.refresh()
 
+    def _hold(self, root: Path) -> None:
+        """Share the folder with other users until this one goes; who comes alone removes what killed ones left."""
+        handle = os.open(root, os.O_RDONLY)
+        weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # others are at work, or the file system has no locks
+            pass
+        else:
+            for leftover in (*root.glob("files*/.*.tmp"), *root.glob("*/.features.json.*.tmp")):
+                with suppress(OSError):  # of a folder that may not be written
+                    leftover.unlink()
+            for rows in root.glob("*/*.rows"):
+                index = rows.with_suffix(".index")
+                if not index.exists() or index.stat().st_size == 0:  # rows that no record names
+                    with suppress(OSError):
+                        rows.unlink()
+                        index.unlink(missing_ok=True)
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH)
+
     def _describe(self, key: dict[str, Any]) -> None:
         path = self.directory / DESCRIPTION
         try:
-            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        except ValueError as error:
+            found = read_json(path, FeatureCacheError, dict) if os.path.lexists(path) else None
+        except FeatureCacheError as error:
             # The folder's name is the key's digest, so its rows are good: only the explanation is lost.
+            if not path.is_file():
+                raise
             logger.warning("%s is damaged (%s) and is written again", path, error)
             found = None
         if found is None:
@@ -136,7 +163,7 @@ class FeatureCache:
     def refresh(self) -> None:
         """Read what this and other writers added since the last call."""
         for path in sorted(self.directory.glob("*.index")):
-            with path.open("rb") as file:
+            with _open(path) as file:
                 file.seek(self._read_bytes.get(path, 0))
                 data = file.read()
             data = data[: len(data) - len(data) % _RECORD.size]
@@ -148,7 +175,7 @@ class FeatureCache:
         rows, damaged, lost = path.with_suffix(".rows"), 0, 0
         if rows not in self._files:
             with suppress(FileNotFoundError):
-                self._files[rows] = rows.open("rb", buffering=0)
+                self._files[rows] = _open(rows)
         count = os.fstat(self._files[rows].fileno()).st_size // self.row_bytes if rows in self._files else 0
         for start in range(0, len(data), _RECORD.size):
             digest, row, checksum, check = _RECORD.unpack_from(data, start)
@@ -251,6 +278,8 @@ def _named(root: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ENOENT:
+            raise FeatureCacheError(f"feature cache {root} was deleted while it was used; start again") from error
         if error.errno not in READ_ONLY:
             raise
         raise FeatureCacheError(
@@ -278,8 +307,14 @@ class FileDigests:
         self.directory = Path(directory)
         self._known: dict[str, tuple[Stat, bytes]] = {}
         for path in sorted(self.directory.glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                self._known |= _parse_file_line(line)
+            with _open(path) as file:
+                lines = file.read().decode(errors="replace").splitlines()
+            entries = [entry for entry in map(_parse_file_line, lines) if entry is not None]
+            for name, entry in entries:  # the latest of each file, whichever list it is in
+                if name not in self._known or entry[0][2] >= self._known[name][0][2]:
+                    self._known[name] = entry
+            if damaged := len(lines) - len(entries):
+                logger.warning("%s: %d lines are damaged or old; their image files are read again", path, damaged)
 
     def known(self, path: str | os.PathLike[str]) -> bytes | None:
         """The digest of an unchanged file; None for one that is new, changed or missing."""
@@ -303,7 +338,8 @@ class FileDigests:
         if not settled:
             return
         self._known |= settled
-        lines = [json.dumps([path, list(stat), digest.hex()]) + "\n" for path, (stat, digest) in settled.items()]
+        entries = ([path, list(stat), digest.hex()] for path, (stat, digest) in settled.items())
+        lines = [json.dumps([*entry, _checksum(entry)]) + "\n" for entry in entries]
         # A file of its own for each call, written whole: many writers never meet.
         target = self.directory / f"{uuid.uuid4().hex}.jsonl"
         try:
@@ -316,15 +352,27 @@ class FileDigests:
             logger.warning("%s cannot be written: image files are read in every run to know them", self.directory)
 
 
-def _parse_file_line(line: str) -> Iterator[tuple[str, tuple[Stat, bytes]]]:
-    """The entry of one line, or none when the line is damaged: its file is then read again."""
+def _checksum(entry: list[Any]) -> int:
+    return zlib.crc32(json.dumps(entry).encode())
+
+
+def _parse_file_line(line: str) -> tuple[str, tuple[Stat, bytes]] | None:
+    """The entry of one line, or None when the line is damaged: its file is then read again."""
     try:
-        path, (size, changed, entry), digest = json.loads(line)
-        if len(raw := bytes.fromhex(digest)) == 32:
-            return iter([(path, ((size, changed, entry), raw))])
-    except (ValueError, TypeError):
-        logger.warning("a damaged line in the list of image files is passed over")
-    return iter(())
+        *entry, checksum = json.loads(line)
+        path, (size, changed, inode), digest = entry
+        if _checksum(entry) == checksum:
+            return path, ((size, changed, inode), bytes.fromhex(digest))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return None
+
+
+def _open(path: Path) -> BinaryIO:
+    """A regular file of the cache, for reading."""
+    if not path.is_file() and path.exists():
+        raise FeatureCacheError(f"{path} is not a regular file; remove it")
+    return path.open("rb", buffering=0)
 
 
 def _sync(file: Any) -> None:

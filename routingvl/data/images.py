@@ -23,6 +23,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from routingvl.backbones.loading import BackboneError, find_source, loading
 from routingvl.config import check_choice
 from routingvl.config.schema import ON_BAD_IMAGE
 from routingvl.data.feature_cache import StoredFeatures, file_stat
@@ -258,9 +259,13 @@ def _pretrained_file(name_or_dir: str | os.PathLike[str], file_name: str) -> Pat
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(os.fspath(name_or_dir), file_name, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{name_or_dir} is neither a local folder nor a reachable hub name: {error}") from error
+        source, local = find_source(os.fspath(name_or_dir))
+        if local:
+            return path if (path := Path(source, file_name)).exists() else None
+        with loading(source, local):
+            found = cached_file(source, file_name, _raise_exceptions_for_missing_entries=False)
+    except BackboneError as error:
+        raise DataError(str(error)) from error
     return None if found is None else Path(found)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from routingvl.data.feature_cache import FeatureCache, FeatureCacheError, FileDigests, file_stat
+from routingvl.data.feature_cache import FeatureCache, FeatureCacheError, FileDigests, StoredFeatures, file_stat
 
 KEY = {"weights": "w", "kind": "pooler"}
 RECORD = 48
@@ -78,7 +79,7 @@ def test_bad_features_and_folders_are_refused(tmp_path):
         opened(tmp_path / "half", dtype=torch.float16)
 
 
-@pytest.mark.parametrize("damaged", [b"", b'{"layout', b"\xff\xfe"])
+@pytest.mark.parametrize("damaged", [b"", b'{"layout', b"\xff\xfe", b"[]", b"[" * 10_000])
 def test_a_damaged_description_costs_no_features(tmp_path, caplog, damaged):
     path = filled(tmp_path).directory / "features.json"
     whole = path.read_bytes()
@@ -177,16 +178,24 @@ for n in range(int(sys.argv[1]), int(sys.argv[2])):
 """
 
 
-def test_two_processes_write_at_once(tmp_path):
-    code = WRITER.format(tests=str(Path(__file__).parent), root=str(tmp_path))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ranges = (("0", "30"), ("20", "50"))  # ten images by both
-    writers = [subprocess.Popen([sys.executable, "-c", code, *span], env=environment) for span in ranges]
-    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+def write(root, start):
+    cache = opened(root)
+    for n in range(start, start + 25):
+        cache.add([digest(n)], rows(n))
+
+
+def test_four_processes_write_at_once(tmp_path):
+    starts = range(0, 60, 15)  # ten images of each by two
+    writers = [multiprocessing.get_context("fork").Process(target=write, args=(tmp_path, start)) for start in starts]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(timeout=60)
+    assert [writer.exitcode for writer in writers] == [0] * 4
     cache = opened(tmp_path)
-    assert len(cache.digests()) == 50
-    assert len(list(cache.directory.glob("*.rows"))) == 2
-    assert all(torch.equal(cache.find(digest(n)), rows(n)[0]) for n in range(50))
+    assert len(cache.digests()) == 70
+    assert len(list(cache.directory.glob("*.rows"))) == 4
+    assert all(torch.equal(cache.find(digest(n)), rows(n)[0]) for n in range(70))
 
 
 def test_killed_writers_lose_nothing_that_was_added(tmp_path):
@@ -211,22 +220,95 @@ def test_killed_writers_lose_nothing_that_was_added(tmp_path):
         assert all(torch.equal(cache.find(digest(n)), rows(n)[0]) for n in numbers)
 
 
-def test_digests_of_files_are_remembered_until_the_file_changes(tmp_path):
+def test_digests_of_files_are_remembered_until_the_file_changes(tmp_path, monkeypatch, caplog):
     path = tmp_path / "a.bin"
     path.write_bytes(b"one")
-    long_ago = (0, 10**18, 10**18)
-    memory = FileDigests(tmp_path / "cache")
+    memory = FileDigests(tmp_path / "cache" / "files")
     memory.remember({path: (file_stat(path), digest(1))})
     assert memory.known(path) is None, "a file changed just now may change again unseen"
-    memory.remember({path: (long_ago, digest(1))})
-    assert FileDigests(tmp_path / "cache").known(path) is None, "size and times differ"
-    (listed,) = memory.directory.glob("*.jsonl")
+    memory.remember({path: ((0, 10**18, 10**18), digest(1))})
+    assert FileDigests(tmp_path / "cache" / "files").known(path) is None, "size and times differ"
     stat = file_stat(path)
-    listed.write_text(json.dumps([str(path), stat, digest(1).hex()]) + '\n["torn')
-    again = FileDigests(tmp_path / "cache")
+    monkeypatch.setattr("routingvl.data.feature_cache._SETTLED_NS", -(10**12))
+    memory.remember({path: (stat, digest(1))})
+    listed = sorted(memory.directory.glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns)[-1]
+    other = json.dumps([str(tmp_path / "b"), list(stat), digest(2).hex()])
+    odd = ['["torn', "{}", "5", '[{"a": 1}, [1, 2, 3], "00", 7]', "[" * 10_000, other]
+    listed.write_text(listed.read_text() + "\n".join(odd))
+    again = FileDigests(tmp_path / "cache" / "files")
     assert again.known(path) == digest(1)
+    assert f"{listed}: 6 lines are damaged or old" in caplog.text
     path.write_bytes(b"two")
     os.utime(path, ns=(stat[1], stat[1]))  # same size, old time of change put back
     assert again.known(path) is None
     path.unlink()
     assert again.known(path) is None
+
+
+def test_digests_of_other_files_are_noticed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("routingvl.data.feature_cache._SETTLED_NS", -(10**12))
+    paths = [tmp_path / name for name in "ab"]
+    for path in paths:
+        path.write_bytes(b"one")
+    memory = FileDigests(tmp_path / "files")
+    memory.remember({path: (file_stat(path), digest(n)) for n, path in enumerate(paths)})
+    (listed,) = memory.directory.glob("*.jsonl")
+    listed.write_text(listed.read_text().replace(digest(0).hex(), digest(1).hex()))
+    again = FileDigests(tmp_path / "files")
+    assert [again.known(path) for path in paths] == [None, digest(1)]
+    assert "1 lines are damaged" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["cut", "overwritten", "deleted"])
+def test_files_that_change_while_they_are_read(tmp_path, caplog, change):
+    reader = opened(filled(tmp_path).directory.parent)
+    path = only(reader, ".rows")
+    if change == "cut":
+        os.truncate(path, reader.row_bytes + 3)
+    elif change == "overwritten":
+        path.write_bytes(bytes(path.stat().st_size))
+    else:
+        shutil.rmtree(reader.directory)
+    features = StoredFeatures(reader, {Path(str(n)): digest(n) for n in range(5)})
+    for n in range(5):
+        if change == "deleted" or (change == "cut" and n == 0):
+            assert torch.equal(features[Path(str(n))], rows(n)[0])
+        else:
+            with pytest.raises(FeatureCacheError, match=f"features of image {n} were damaged or deleted"):
+                features[Path(str(n))]
+            assert str(path) in caplog.text
+
+
+def test_files_that_are_none(tmp_path):
+    cache = filled(tmp_path)
+    for name in ("a.index", "a.jsonl"):
+        folder = cache.directory if name == "a.index" else tmp_path / "files"
+        folder.mkdir(exist_ok=True)
+        os.mkfifo(folder / name)
+        with pytest.raises(FeatureCacheError, match=f"{name} is not a regular file; remove it"):
+            opened(tmp_path) if name == "a.index" else FileDigests(folder)
+        (folder / name).unlink()
+    path = cache.directory / "features.json"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(FeatureCacheError, match=r"features.json is not a regular file"):
+        opened(tmp_path)
+    shutil.rmtree(cache.directory)
+    with pytest.raises(FeatureCacheError, match="was deleted while it was used"):
+        cache.add([digest(9)], rows(9))
+
+
+def test_leftovers_of_killed_writers_go_once_nobody_is_at_work(tmp_path):
+    held = filled(tmp_path)
+    folder = held.directory
+    (tmp_path / "files").mkdir()
+    leftovers = [folder / ".features.json.0a1b2c3d4e5f.tmp", tmp_path / "files" / ".x.jsonl.0a1b2c3d4e5f.tmp"]
+    leftovers += [folder / "killed.rows", folder / "killed.index"]
+    for path in leftovers:
+        path.write_bytes(b"")
+    opened(tmp_path)
+    assert all(path.exists() for path in leftovers), "another process may be writing them"
+    del held
+    again = opened(tmp_path)
+    assert not any(path.exists() for path in leftovers)
+    assert len(again.digests()) == 5

@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -320,3 +321,18 @@ def test_command_errors(tiny, tmp_path, capsys):
     assert not (tmp_path / "c").exists()
     with pytest.raises(ConfigError, match="feature_cache is not set"):
         cache_features(tiny_config(tiny, tmp_path / "x", "vqa"))
+
+
+def test_threads_share_a_predictor_with_a_cache(tiny, tmp_path):
+    cached = {"max_steps": 2, "num_beams": 1}
+    result = train(tiny_config(tiny, tmp_path / "run", "vqa", **cached), log="quiet")
+    images = [record.path for record in records(tmp_path / "own", 24)]
+    alone = Predictor(result.run_dir)
+    expected = [alone.answer(image, "what color is it?") for image in images]
+    shared = Predictor(result.run_dir, feature_cache=str(tmp_path / "cache"))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda image: shared.answer(image, "what color is it?"), images * 3))
+    for one, other in zip(found, expected * 3, strict=True):
+        assert dict(one) == pytest.approx(dict(other), rel=1e-4)
+    index = [path.stat().st_size for path in (tmp_path / "cache").rglob("*.index")]
+    assert sum(index) == 48 * len(images), "each image was computed once"
