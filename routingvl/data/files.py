@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from routingvl import json_files
-from routingvl.atomic_files import replacing
+from routingvl.atomic_files import replacing, write_text
 
 COCO_PREFIX = re.compile(r"^COCO_([a-z]+\d{4})_")
 _BREAKS = re.compile("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
+UNFINISHED = "prepare-data.unfinished"  # file that names those whose renaming was interrupted
 _LONGEST_NAME = 255  # bytes of one part of a path, as file systems have it
 
 
@@ -24,7 +25,14 @@ class DataError(ValueError):
     """Annotations cannot be used; the message names the file, the entry and the fix."""
 
 
-read_json = partial(json_files.read_json, error=DataError)
+def read_json(path: str | Path, **options: Any) -> Any:
+    """As :func:`routingvl.json_files.read_json`, of annotations and what is derived from them; raises DataError."""
+    marker = Path(path).parent / UNFINISHED
+    if marker.is_file() and Path(path).name in marker.read_text(encoding="utf-8").split("\n"):
+        raise DataError(
+            f"{path} may not fit the files beside it: `routingvl prepare-data` was interrupted; run it again"
+        )
+    return json_files.read_json(path, DataError, **options)
 
 
 @contextlib.contextmanager
@@ -94,16 +102,39 @@ def write_json_files(folder: str | Path, files: Mapping[str, Any]) -> dict[str, 
     """Write ``{file name: value}`` as JSON files into ``folder``; returns ``{file name: path}``.
 
     Every file is first written under a temporary name in the same folder, and only when all are complete are they
-    renamed: a failure while writing leaves the folder's files as they were.
+    renamed, in the order of ``files``: a failure while writing leaves the folder's files as they were. Should the
+    program be killed between two renames, :func:`read_json` refuses these files until they are written again.
+
+    Raises:
+        DataError: another process writes into the folder.
+        OSError: it cannot be written; the error names the file.
     """
-    folder = Path(folder)
-    with contextlib.ExitStack() as stack:  # leaving it renames, when every file is complete
-        for name, value in files.items():
+    folder, marker = Path(folder), Path(folder, UNFINISHED)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_writer(folder), contextlib.ExitStack() as stack:
+        for leftover in (path for name in (*files, UNFINISHED) for path in folder.glob(f".{name}.*.tmp")):
+            leftover.unlink()
+        for name, value in reversed(files.items()):  # leaving the stack renames the last one first
             temporary = stack.enter_context(replacing(folder / name))
             with temporary.open("w", encoding="utf-8") as stream:
                 json.dump(value, stream, ensure_ascii=False, separators=(",", ":"))
                 stream.write("\n")
+        write_text(marker, "\n".join(files))
+        stack.pop_all().close()
+        marker.unlink()
     return {name: folder / name for name in files}
+
+
+@contextlib.contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise DataError(f"another process is writing into {folder}; wait for it, or choose another folder") from error
+    finally:
+        os.close(handle)
 
 
 def _bytes(part: str) -> int:

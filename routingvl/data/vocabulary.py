@@ -90,9 +90,11 @@ class AnswerVocabulary:
         by the alphabet, so that they do not depend on the order of the questions; LXMERT's published file has another
         (arbitrary) order, so use that file with a head trained on it.
 
-        Raises :class:`DataError` when no answer is frequent enough.
+        Raises :class:`DataError` when no answer is frequent enough, or ``min_questions`` is below 1.
         """
-        asked: dict[str, set[int]] = {}
+        if min_questions < 1:
+            raise DataError(f"min_questions={min_questions} must be at least 1")
+        asked: dict[str, set[int | str]] = {}
         for question in questions:
             if question.top_answer is not None:
                 answer = normalize_answer(question.top_answer).replace(",", "")

@@ -1,14 +1,17 @@
 """Deriving the training files from the official ones."""
 
+import fcntl
 import gc
 import hashlib
 import json
+import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
 
 from routingvl.data.coco import load_captions
-from routingvl.data.files import DataError, write_json_files
+from routingvl.data.files import DataError, read_json, write_json_files
 from routingvl.data.prepare import prepare_coco, prepare_vqa
 from routingvl.data.vocabulary import AnswerVocabulary
 from routingvl.data.vqa import load_official_vqa, load_vqa
@@ -142,3 +145,121 @@ class TestWriteJsonFiles:
     def test_text_is_kept(self, tmp_path):
         paths = write_json_files(tmp_path, {"a.json": {"é": ["\u2028"]}})
         assert json.loads(paths["a.json"].read_text(encoding="utf-8")) == {"é": ["\u2028"]}
+
+    def test_a_kill_between_renames_is_noticed(self, tmp_path):
+        first, second = {"a.json": 1, "b.json": 1, "c.json": 1}, {"a.json": 2, "b.json": 2, "c.json": 2}
+        for renames in range(6):
+            folder = tmp_path / str(renames)
+            write_json_files(folder, first)
+            process = multiprocessing.get_context("fork").Process(target=write_and_die, args=(folder, second, renames))
+            process.start()
+            process.join()
+            died = process.exitcode == 9
+            refused = died and renames > 0
+            for name in first:
+                if refused:
+                    with pytest.raises(DataError, match=f"{folder / name} may not fit .* interrupted; run it again"):
+                        read_json(folder / name, kind=int)
+                else:
+                    assert read_json(folder / name, kind=int) == (1 if died else 2)
+            assert died is (renames < 4)
+            write_json_files(folder, second)
+            assert [read_json(folder / name, kind=int) for name in second] == [2] * 3
+            assert sorted(path.name for path in folder.iterdir()) == list(second)
+
+    def test_the_last_file_is_renamed_last(self, tmp_path, monkeypatch):
+        renamed, original = [], os.replace
+        monkeypatch.setattr(os, "replace", lambda a, b: (renamed.append(Path(b).name), original(a, b)))
+        prepare_coco(KARPATHY, tmp_path)
+        assert renamed[-1] == "captions_manifest.json"
+
+    def test_one_writer_at_a_time(self, tmp_path):
+        handle = os.open(tmp_path, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=f"another process is writing into {tmp_path}"):
+            write_json_files(tmp_path, {"a.json": 1})
+        os.close(handle)
+        assert not list(tmp_path.iterdir())
+
+
+def write_and_die(folder, files, renames):
+    """Write ``files``, killed before rename number ``renames`` (the first is the marker's)."""
+    done, original = [], os.replace
+
+    def replace(a, b):
+        if len(done) == renames:
+            os._exit(9)
+        done.append(b)
+        original(a, b)
+
+    os.replace = replace
+    write_json_files(folder, files)
+
+
+OFFICIAL = [json.loads(path.read_text()) for path in (QUESTIONS, ANNOTATIONS, KARPATHY)]
+
+
+@pytest.mark.parametrize(
+    ("which", "change", "message"),
+    [
+        (0, lambda c: c.update(questions=None), r'questions.json has no "questions" that is a list'),
+        (0, lambda c: c["questions"][0].update(question_id=[1]), r"question_id \[1\] must be an integer or a string"),
+        (0, lambda c: c["questions"][0].update(question_id=None), "question_id None must be"),
+        (0, lambda c: c["questions"][0].update(image_id="9"), "image_id '9' of question 9000 is not COCO's number"),
+        (0, lambda c: c["questions"][0].update(image_id=True), "image_id True"),
+        (0, lambda c: c.update(data_subtype="../../x"), r"data_subtype '../../x' is not the name of an image set"),
+        (0, lambda c: c.update(data_subtype=5), "file .* does not have the expected form"),
+        (1, lambda c: c.update(annotations=None), r'annotations.json has no "annotations" that is a list'),
+        (1, lambda c: c["annotations"][0].update(answers="red"), "answers of question 9000 must be a list of strings"),
+        (1, lambda c: c["annotations"][0].update(answers=[]), "answers of question 9000 must be a list of strings"),
+        (1, lambda c: c["annotations"][0]["answers"][0].update(answer=3), "answers of question 9000 must be a list"),
+        (
+            1,
+            lambda c: c["annotations"][0].update(image_id=10),
+            r"annotation of question 9000 is of image 10, .* image 9",
+        ),
+        (1, lambda c: c["annotations"][0].update(answer_type=["x"]), "answer_type of question 9000 must be a string"),
+        (1, lambda c: c["annotations"][0]["answers"][0].update(answer="\ud800"), "half a surrogate pair"),
+        (2, lambda c: c["images"][0].update(cocoid=[9]), r"cocoid \[9\] must be an integer or a string"),
+        (2, lambda c: c["images"][-1].update(cocoid=9), "image 9 is listed twice"),
+        (2, lambda c: c["images"][0].update(split=["train"]), r"unknown split \['train'\]"),
+        (2, lambda c: c.update(images={}), r'has no "images" that is a list'),
+    ],
+)
+def test_official_files_with_faults_write_nothing(tmp_path, which, change, message):
+    contents = [json.loads(json.dumps(content)) for content in OFFICIAL]
+    change(contents[which])
+    paths = [tmp_path / path.name for path in (QUESTIONS, ANNOTATIONS, KARPATHY)]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message) as caught:
+        prepare_vqa(paths[:1], paths[1:2], paths[2], tmp_path / "out", min_questions=1)
+    assert str(paths[which]) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda images: images[0].update(filepath="../../.."), r"image name '../../..' leaves the image folder"),
+        (lambda images: images[0].update(filename="/etc/passwd"), "image name '/etc/passwd' leaves"),
+        (
+            lambda images: images[-1].update(filename=images[0]["filename"], filepath=images[0]["filepath"]),
+            "listed twice",
+        ),
+        (lambda images: images[-1].update(cocoid=images[0]["cocoid"]), "is listed twice"),
+        (lambda images: images[0].update(sentences=[]), "image 9 .and 0 more. has no caption while others have"),
+    ],
+)
+def test_dataset_coco_with_faults_writes_nothing(tmp_path, change, message):
+    content = json.loads(KARPATHY.read_text())
+    change(content["images"])
+    (tmp_path / "dataset_coco.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        prepare_coco(tmp_path / "dataset_coco.json", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_of_every_answer_is_refused(tmp_path):
+    with pytest.raises(DataError, match="min_questions=0 must be at least 1"):
+        prepare_vqa([QUESTIONS], [ANNOTATIONS], KARPATHY, tmp_path / "out", min_questions=0)
