@@ -109,7 +109,6 @@ def load_captions(
     images, captions = (_parse_coco if official else _parse_karpathy)(content, path, split, folders)
     if not images:
         raise DataError(f"{path} has no images of split {split!r}")
-    check_ids((image.image_id for image in images), path, "image")
     check_ids((caption.caption_id for caption in captions), path, "caption")
     described = {caption.image_id for caption in captions}
     if bare := [image.image_id for image in images if captions and image.image_id not in described]:
@@ -147,6 +146,7 @@ def _parse_karpathy(
             images.append(ImageRecord(image_id, name, folders.path(name, entry.get("filepath", ""))))
             for sentence in entry["sentences"]:
                 captions.append(_caption(sentence["raw"], sentence["sentid"], image_id, path))
+    check_ids((image.image_id for image in images), path, "image")
     return images, captions
 
 
@@ -158,6 +158,7 @@ def _parse_coco(
         with required_keys(path, "image number", position):
             name = entry["file_name"]
             images.append(ImageRecord(check_id(entry["id"], path, "image id"), name, folders.path(name)))
+    check_ids((image.image_id for image in images), path, "image")
     known = {image.image_id for image in images}
     for position, entry in enumerate(required_list(content, "annotations", path, _EXPECTED)):
         with required_keys(path, "annotation number", position):

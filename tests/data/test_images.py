@@ -1,7 +1,9 @@
 """Image reading and preprocessing; the oracle is transformers' ViTImageProcessorPil."""
 
 import json
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,3 +246,152 @@ class TestPictureSource:
         dataset = ImageDataset([ImageRecord(1, "truncated.jpg", truncated)], ImagePreprocessor(8))
         with pytest.raises(ImageError, match=r"truncated\.jpg"):
             list(DataLoader(dataset, num_workers=1, collate_fn=collate_images))
+
+
+class TestFaultyFiles:
+    @pytest.mark.parametrize("fault", ["fifo", "folder", "device", "name", "long", "empty"])
+    def test_what_is_no_file_is_refused_before_it_is_opened(self, tmp_path, fault):
+        path = tmp_path / "x.jpg"
+        if fault == "fifo":
+            os.mkfifo(path)
+        elif fault == "folder":
+            path.mkdir()
+        path = {"device": "/dev/zero", "name": "a\0b.jpg", "long": "a" * 5000, "empty": ""}.get(fault, path)
+        with pytest.raises(ImageError, match=r"cannot be read|does not exist") as caught:
+            load_image(path)
+        assert len(str(caught.value)) < 500
+        with pytest.raises(ImageError):
+            ImageDataset([ImageRecord(1, "x", Path(path))], ImagePreprocessor(8))[0]
+
+    @pytest.mark.parametrize("suffix", ["eps", "dds", "tga", "ico", "ppm", "pcx", "icns", "avif", "jp2", "pdf"])
+    def test_other_formats_are_not_opened(self, tmp_path, suffix, monkeypatch):
+        Image.init()
+        if f".{suffix}" not in Image.EXTENSION:
+            pytest.skip(f"Pillow writes no {suffix} here")
+        original = tmp_path / f"image.{suffix}"
+        try:
+            picture(32, 32).save(original)
+        except (OSError, ValueError) as error:
+            pytest.skip(str(error))
+        monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: pytest.fail("a program was started"))
+        path = original.rename(tmp_path / "image.jpg")
+        for start in (load_image, ImagePreprocessor(8)):
+            with pytest.raises(ImageError, match=r"image\.jpg cannot be read: it is none of JPEG, PNG, WEBP, GIF"):
+                start(path)
+
+    @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "tif"])
+    def test_every_format_is_read_whatever_its_name_and_damage_is_an_image_error(self, tmp_path, suffix):
+        original = tmp_path / f"image.{suffix}"
+        frames = {"save_all": True, "append_images": [picture(seed=1)]} if suffix == "gif" else {}
+        picture().save(original, **frames)
+        whole = original.read_bytes()
+        path = tmp_path / "image.dat"
+        path.write_bytes(whole)
+        loaded = load_image(path)
+        assert (loaded.mode, loaded.size) == ("RGB", (53, 37))
+        assert np.abs(np.asarray(loaded).astype(int) - np.asarray(picture())).mean() < 60, "the first frame"
+        generator = np.random.default_rng(0)
+        for _ in range(60):
+            data = bytearray(whole)
+            for position in generator.integers(0, min(len(data), 400), 4):
+                data[position] = generator.integers(0, 256)
+            path.write_bytes(data[: generator.integers(1, len(data) + 1)])
+            try:
+                load_image(path)
+            except ImageError as error:
+                assert str(path) in str(error)  # noqa: PT017
+            ImageDataset([ImageRecord(1, "x", path)], ImagePreprocessor(8), on_bad_image="skip")[0]
+
+    def test_a_decompression_bomb(self, tmp_path):
+        Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+        assert (tmp_path / "bomb.png").stat().st_size < 100_000
+        with pytest.raises(ImageError, match=r"bomb\.png cannot be read: .*decompression bomb"):
+            load_image(tmp_path / "bomb.png")
+
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
+            (np.array([[0, 100.4, 255]], np.float32), [0, 100, 255]),
+            (np.array([[0, 32768, 65535]], np.float32), [0, 128, 255]),
+            (np.array([[-1, 0, 1]], np.float32), [0, 128, 255]),
+            (np.array([[0, 5e5, 1e6]], np.float32), [0, 128, 255]),
+            (np.array([[3, 3, 3]], np.float32), [3, 3, 3]),
+            (np.array([[0, 100, 255]], np.int32), [0, 100, 255]),
+            (np.array([[0, 300, 65535]], np.int32), [0, 1, 255]),
+            (np.array([[0, 2**20, 2**30]], np.int32), [0, 0, 255]),
+            (np.array([[0, 0x8000, 0xFFFF]], np.uint16), [0, 128, 255]),
+        ],
+    )
+    def test_deep_grey_is_scaled(self, tmp_path, values, expected):
+        Image.fromarray(values).save(tmp_path / "deep.tif")
+        assert np.asarray(load_image(tmp_path / "deep.tif"))[0, :, 1].tolist() == expected
+
+    def test_values_that_are_not_finite(self, tmp_path):
+        Image.fromarray(np.array([[0, np.nan]], np.float32)).save(tmp_path / "nan.tif")
+        with pytest.raises(ImageError, match=r"nan\.tif cannot be read: it holds values that are not finite"):
+            load_image(tmp_path / "nan.tif")
+
+
+class TestOrientation:
+    @pytest.fixture
+    def turned(self, tmp_path):
+        """A file whose EXIF data say that it lies on its side."""
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        picture().save(tmp_path / "turned.png", exif=exif)
+        return tmp_path / "turned.png"
+
+    def test_applied_by_option(self, turned):
+        assert load_image(turned).size == (53, 37)
+        upright = np.asarray(load_image(turned, exif=True))
+        np.testing.assert_array_equal(upright, np.rot90(np.asarray(picture()), -1))
+        assert ImagePreprocessor(8, exif=True).to_dict() == ImagePreprocessor(8).to_dict()
+        assert not torch.equal(ImagePreprocessor(8, exif=True)(turned), ImagePreprocessor(8)(turned))
+
+    def test_turned_pictures_have_a_digest_of_their_own(self, turned, jpeg):
+        for path, same in ((turned, False), (jpeg, True)):
+            items = [
+                ImageDataset([ImageRecord(1, "x", path)], ImagePreprocessor(8, exif=on))[0] for on in (False, True)
+            ]
+            assert (items[0]["digest"] == items[1]["digest"]) is same
+
+    def test_damaged_exif_data_turn_nothing(self, tmp_path):
+        picture().save(tmp_path / "odd.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff\x01")
+        assert load_image(tmp_path / "odd.jpg", exif=True).size == (53, 37)
+
+
+class TestPreprocessorFiles:
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("[]", "must hold an object, not a list"),
+            ('{"size"', "not valid JSON"),
+            ('{"size": 1000000}', "size=1000000 must be an integer from 1 to 4096"),
+            ('{"size": true}', "size=True must be"),
+            ('{"size": {"height": 16.5, "width": 16}}', "size="),
+            ('{"size": "big"}', "size="),
+            ('{"resample": 99}', "resample=99 is none of Pillow's filters"),
+            ('{"resample": "2"}', "resample='2' is none"),
+            ('{"rescale_factor": Infinity}', "holds Infinity"),
+            ('{"rescale_factor": 0}', "rescale=0 must be a number above zero"),
+            ('{"rescale_factor": "x"}', "rescale='x' must be"),
+            ('{"image_mean": [1e999, 0, 0]}', "too large a number"),
+            ('{"image_mean": ["a", 0, 0]}', "mean="),
+            ('{"image_std": [0, 1, 1]}', "std="),
+            ('{"image_std": [-1, 1, 1]}', "std="),
+            ('{"size": 24}', "gives images of 24 x 24 pixels, but .*config.json is of a ViT for 16"),
+        ],
+    )
+    def test_faults_name_the_file(self, tmp_path, content, message):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "image_size": 16}))
+        (tmp_path / "preprocessor_config.json").write_text(content)
+        with pytest.raises(DataError, match=message) as caught:
+            ImagePreprocessor.from_pretrained(tmp_path)
+        assert str(tmp_path / "preprocessor_config.json") in str(caught.value)
+
+    @pytest.mark.parametrize("size", [0, "big", True, [1, 2, 3]])
+    def test_image_size_of_the_model(self, tmp_path, size):
+        (tmp_path / "config.json").write_text(json.dumps({"image_size": size}))
+        with pytest.raises(DataError, match=r"config\.json: "):
+            ImagePreprocessor.from_pretrained(tmp_path)
