@@ -152,9 +152,9 @@ def _is_final(row: dict) -> bool:
     return row["gate"] != "failed" and row.get("skipped") != TIME_LIMIT
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None) -> int:
     """Run the benchmark; 0 when every gate was passed, those of competitors apart, 1 when one was not."""
-    parser = build_parser()
+    parser = parser or build_parser()
     args = parser.parse_args(argv)
     suite = suite_of(args)
     device = torch.device(suite.device)

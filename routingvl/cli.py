@@ -52,8 +52,12 @@ example: routingvl train --config vqa-lora --train.lr 1e-4"""
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 (failed), 2 (bad input) or 130 (interrupted)."""
     args = list(sys.argv[1:] if args is None else args)
-    debug = "--debug" in args
-    args = [arg for arg in args if arg != "--debug"]
+    own = args[: args.index("--")] if "--" in args else args  # behind it are names of files
+    debug = "--debug" in own
+    args = [arg for arg in own if arg != "--debug"] + args[len(own) :]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no program
     if not args or args[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0 if args else USAGE_ERROR
@@ -70,17 +74,25 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         status = module.run(args[1:])
         _leave_process_group()
+        importlib.import_module("routingvl.commands").flush_output()
         return status
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except (ValueError, OSError, FloatingPointError) as error:
         # Every error of bad input in this library is one of these; anything else is a fault and shows its traceback.
         if debug:
             raise
+        if getattr(error, "filename", None) == "standard output":
+            _drop_output()
         return _fail(" ".join(str(error).split()), 1 if isinstance(error, FloatingPointError) else USAGE_ERROR)
+
+
+def _drop_output() -> None:
+    """Send to nowhere what could not be printed, or Python tries it again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave_process_group() -> None:

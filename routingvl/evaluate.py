@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from routingvl.atomic_files import write_json
@@ -16,13 +18,14 @@ from routingvl.config import ConfigError
 from routingvl.config.schema import DataConfig, RunConfig, changed_settings, override
 from routingvl.data.files import DataError
 from routingvl.environment import environment
-from routingvl.tasks.base import load_task
+from routingvl.tasks.base import Task, load_task
 from routingvl.tasks.predictions import predict_dataset
 from routingvl.training.accelerator import make_accelerator
 from routingvl.training.run_folder import RunFolder
 
 # What evaluation may change; everything else was decided when the run was trained.
 FREE_IN_EVALUATION = ("data.", "eval.", "device", "model.backend", "train.mixed_precision")
+MOVED = ("vision", "text")  # backbones, by their settings of ``model``: other places are taken for the same content
 
 
 def evaluate(
@@ -48,7 +51,7 @@ def evaluate(
         limit: only the first so many examples.
         log: "quiet" shows no progress bar.
         **overrides: settings of ``data``, ``eval``, ``device`` or ``model.backend`` to change, by dotted name or last
-            part (``num_beams=1``).
+            part (``num_beams=1``), and new places of backbones that have moved (``model.vision``, ``model.text``).
 
     Returns:
         The metrics (see :meth:`routingvl.tasks.base.Task.scores`), the same in every process, with ``split``,
@@ -57,14 +60,19 @@ def evaluate(
 
     Raises:
         RunError: there is no such run or checkpoint.
-        ConfigError: an override is unknown or is fixed by the run.
+        CheckpointError: a file of the run is damaged, or a backbone is another one than it was trained with.
+        ConfigError: an override is unknown or is fixed by the run, ``limit`` is below 1, or ``output`` is no folder.
+        OSError: nothing can be written into ``output``, which is tried before anything is computed.
     """
     folder = RunFolder(Path(run_dir))
     config = evaluation_config(folder, **overrides)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit={limit} must be at least 1; leave it out for all examples")
     config.check_files()
+    target = Path(output) if output is not None else folder.path / f"eval-{split}"
+    check_place(target)
     hide_loading_bars(log == "quiet")
-    accelerator = make_accelerator(config)
-    task = load_task(folder.path, folder.adapter(checkpoint), config, accelerator.device)
+    task, accelerator = load_run(folder, checkpoint, config)
     loaded = task.load_split(split, limit)
     if not getattr(loaded, "split_in_file", True):
         check_other_file(config.data, folder.load_config().data, split)
@@ -77,11 +85,14 @@ def evaluate(
     seconds = time.perf_counter() - begin
     metrics: dict[str, Any] = {"split": split, "checkpoint": checkpoint}
     if accelerator.is_main_process:
-        target = Path(output) if output is not None else folder.path / f"eval-{split}"
         target.mkdir(parents=True, exist_ok=True)
         # Before scoring, so that no failure there costs the predictions.
         file = task.write_predictions(target, split, folder.path.name, predictions)
-        metrics |= task.scores(loaded, predictions)
+        try:
+            metrics |= task.scores(loaded, predictions)
+        except Exception as error:
+            reason = f"scoring failed ({type(error).__name__}: {error}); the predictions are in {file}"
+            metrics |= {"n": len(predictions), "missing": {"scores": reason}}
         metrics |= {
             "skipped": len(dataset) - len(predictions),
             "seconds": seconds,
@@ -102,11 +113,31 @@ def check_other_file(data: DataConfig, learned: DataConfig, split: str) -> None:
         )
 
 
+def check_place(folder: Path) -> None:
+    """Raise ConfigError or OSError, naming it, unless files can be written into ``folder``; leaves nothing there."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{there} is a file; choose another folder for the results")
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
+def load_run(folder: RunFolder, checkpoint: str, config: RunConfig) -> tuple[Task, Accelerator]:
+    """The task of a run with its model, under a config of :func:`evaluation_config`, and the accelerator it is on."""
+    adapter, trained, accelerator = folder.adapter(checkpoint), folder.load_config().model, make_accelerator(config)
+    places = {name: getattr(config.model, name) for name in MOVED}
+    moved = {name: place for name, place in places.items() if place != getattr(trained, name)}
+    return load_task(folder.path, adapter, config, accelerator.device, moved), accelerator
+
+
 def evaluation_config(folder: RunFolder, **overrides: Any) -> RunConfig:
     """The config of a run with some settings of evaluation changed; raises ConfigError for one that training fixed."""
     trained = folder.load_config()
     config = override(trained, **overrides)
     for key in changed_settings(trained, config):
-        if not key.startswith(FREE_IN_EVALUATION):
+        if not key.startswith(FREE_IN_EVALUATION) and key not in [f"model.{name}" for name in MOVED]:
             raise ConfigError(f"{key} is fixed by the run {folder.path}; train another run to change it")
     return config

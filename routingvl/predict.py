@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,8 @@ import torch
 
 from routingvl.backbones.loading import hide_loading_bars
 from routingvl.config import ConfigError
-from routingvl.evaluate import evaluation_config
-from routingvl.tasks.base import load_task
-from routingvl.training.accelerator import make_accelerator
+from routingvl.data.images import ImageError
+from routingvl.evaluate import evaluation_config, load_run
 from routingvl.training.run_folder import RunFolder
 
 
@@ -33,8 +32,7 @@ class Predictor:
         folder = RunFolder(Path(run_dir))
         self.config = evaluation_config(folder, **overrides)
         hide_loading_bars(quiet=True)
-        self.accelerator = make_accelerator(self.config)
-        self.task = load_task(folder.path, folder.adapter(checkpoint), self.config, self.accelerator.device)
+        self.task, self.accelerator = load_run(folder, checkpoint, self.config)
         self.task.model.eval()
         # Of own photos the right way up is seen, whatever the images of the training were.
         self.task.preprocessor = replace(self.task.preprocessor, exif=True)
@@ -57,6 +55,17 @@ class Predictor:
             ImageError: a file cannot be read; the message names it.
             ConfigError: the task needs a text and there is none, or the other way round, or ``top`` is below 1.
         """
+        rows = []
+        for row in self.predict_each(images, text, top):
+            if isinstance(row, ImageError):
+                raise row
+            rows.append(row)
+        return rows
+
+    def predict_each(
+        self, images: Sequence[str | Path], text: str | Sequence[str] | None = None, top: int = 5
+    ) -> Iterator[dict[str, Any] | ImageError]:
+        """As :meth:`predict`, a batch at a time; for a file that cannot be read comes its ImageError."""
         if self.task.takes_text is (text is None):
             raise ConfigError(f"a run of task {self.task.name!r} needs {'a' if self.task.takes_text else 'no'} text")
         sentences = [text] if isinstance(text, str) else list(text or ())
@@ -64,28 +73,38 @@ class Predictor:
             raise ConfigError(f"the text must be a sentence or two, none of them empty, not {text!r}")
         if top < 1:
             raise ConfigError(f"top={top} must be at least 1")
-        size, collate, rows = self.config.eval.batch_size, self.task.collator(), []
+        item, size, collate = self.task.single_item(*sentences), self.config.eval.batch_size, self.task.collator()
         for start in range(0, len(images), size):
-            pictures = self.task.encode_files(images[start : start + size])
-            (name, tensors), item = next(iter(pictures.items())), self.task.single_item(*sentences)
-            batch = collate([item | {name: tensor} for tensor in tensors])
-            with torch.inference_mode(), self.accelerator.autocast():
-                rows += self.task.predict_single(batch, self.config.eval.num_beams, top)
-        return rows
+            pictures = self._encode(images[start : start + size])
+            rows: Iterator[dict[str, Any]] = iter(())
+            if batch := collate([item | picture for picture in pictures if not isinstance(picture, ImageError)]):
+                with torch.inference_mode(), self.accelerator.autocast():
+                    rows = iter(self.task.predict_single(batch, self.config.eval.num_beams, top))
+            for picture in pictures:
+                yield picture if isinstance(picture, ImageError) else next(rows)
+
+    def _encode(self, images: Sequence[str | Path]) -> list[dict[str, torch.Tensor] | ImageError]:
+        """The model's input of each image, or why there is none."""
+        try:
+            ((name, tensors),) = self.task.encode_files(images).items()
+            return [{name: tensor} for tensor in tensors]
+        except ImageError as error:
+            return [error] if len(images) == 1 else [one for image in images for one in self._encode([image])]
 
     def caption(self, images: Sequence[str | Path]) -> list[str]:
         """A caption of each image file; raises ImageError naming a file that cannot be read."""
-        self._check_command("caption")
+        self.check_command("caption")
         return [row["caption"] for row in self.predict(images)]
 
     def answer(self, image: str | Path, question: str, top: int = 5) -> list[tuple[str, float]]:
         """The ``top`` likeliest answers to ``question`` about an image file, each with its probability in [0, 1]."""
-        self._check_command("answer")
+        self.check_command("answer")
         if not question.strip():
             raise ConfigError("the question is empty")
         return list(self.predict([image], question, top)[0]["probabilities"].items())
 
-    def _check_command(self, command: str) -> None:
+    def check_command(self, command: str) -> None:
+        """Raise ConfigError when the task of the run is not the one that ``routingvl command`` is for."""
         if self.task.command != command:
             raise ConfigError(
                 f"this run's task is {self.task.name!r}: use routingvl {self.task.command}, or a run for {command}"

@@ -7,11 +7,13 @@ and ``adapter_config.json`` (what to build around them). Backbones are referred 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors.torch import save_file
@@ -59,6 +61,7 @@ class BackboneReference:
     num_hidden_layers: int
     fingerprint: str
     relative: str | None = None
+    content: str | None = None  # of older adapters
     __post_init__ = check_settings
 
 
@@ -215,6 +218,7 @@ def _describe(backbone: nn.Module | None, name: str | None, directory: Path) -> 
         "hidden_size": backbone.config.hidden_size,
         "num_hidden_layers": backbone.config.num_hidden_layers,
         "fingerprint": fingerprint(backbone),
+        "content": content_digest(backbone),
     }
 
 
@@ -222,12 +226,39 @@ def _check_backbone(directory: str | Path, role: str, backbone: nn.Module | None
     if backbone is None or saved is None:
         return
     here = _describe(backbone, None, Path(directory))
-    for key in ("model_type", "hidden_size", "num_hidden_layers", "fingerprint"):
-        if saved.get(key) != here[key]:
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "fingerprint", "content"):
+        if saved.get(key) != here[key] and not (key == "content" and saved.get(key) is None):
             raise CheckpointError(
                 f"{Path(directory) / CONFIG}: the adapter was trained with another {role} backbone "
                 f"({key} {saved.get(key)}, loaded {here[key]})"
             )
+
+
+# What the output of a backbone depends on beside its weights, by the names in the configs of transformers.
+_SETTINGS = (
+    "hidden_act activation_function layer_norm_eps layer_norm_epsilon num_attention_heads patch_size pad_token_id "
+    "bos_token_id eos_token_id scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn"
+).split()
+_digests: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+
+
+def content_digest(backbone: nn.Module) -> str:
+    """A digest of all of a backbone's frozen weights, rounded to bfloat16, and of the settings its output depends on.
+
+    As of :func:`fingerprint`, a float32 backbone and its bfloat16 copy have the same. It is computed once for many
+    saves, and again when a weight was written to.
+    """
+    frozen = {n: p for n, p in sorted(backbone.named_parameters()) if not (p.requires_grad or ".adapter." in n)}
+    state = [(name, id(parameter), parameter._version) for name, parameter in frozen.items()]
+    if backbone not in _digests or _digests[backbone][0] != state:
+        settings = {name: getattr(backbone.config, name, None) for name in _SETTINGS}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for name, parameter in frozen.items():
+            digest.update(f"{name}{list(parameter.shape)}".encode())
+            values = whole(parameter).detach().to(torch.bfloat16).cpu().contiguous()
+            digest.update(values.view(-1).view(torch.uint8).numpy())
+        _digests[backbone] = state, digest.hexdigest()
+    return _digests[backbone][1]
 
 
 def fingerprint(backbone: nn.Module) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
-from routingvl.commands import RunParser
+from routingvl.commands import RunParser, json_text, say
 
 EXAMPLE = 'routingvl answer runs/vqa-lora photo.jpg "what color is the cat?" --top 3'
 
@@ -25,5 +24,5 @@ def run(args: Sequence[str]) -> int:
     options, predictor = parser.predictor(args)
     for answer, probability in predictor.answer(options.image, options.question, top=options.top):
         row = {"answer": answer, "probability": round(probability, 6)}
-        print(json.dumps(row, ensure_ascii=False) if options.json else f"{probability:.4f}\t{answer}")
+        say(json_text(row) if options.json else f"{probability:.4f}\t{answer}")
     return 0

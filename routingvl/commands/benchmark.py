@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+
+from routingvl.commands import CommandParser
 
 
 def run(args: Sequence[str]) -> int:
     """Hand over to the benchmark runner, which has its own options."""
-    from routingvl.benchmarks.run import main
+    from routingvl.benchmarks.run import build_parser, main
 
-    return main(list(args)) or 0
+    parser = build_parser()
+    parser.error = partial(CommandParser.error, parser)  # our form of an error in place of argparse's
+    return main(list(args), parser) or 0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
-from routingvl.commands import RunParser, say
+from routingvl.commands import RunParser, json_text, say
 
 EXAMPLE = "routingvl evaluate runs/caption-lora --split test --eval.num_beams 3"
 
@@ -32,5 +31,5 @@ def run(args: Sequence[str]) -> int:
         log="quiet" if options.quiet else None,
         **options.settings,
     )
-    say(json.dumps(metrics, indent=2, ensure_ascii=False))
+    say(json_text(metrics, indent=2))
     return 0

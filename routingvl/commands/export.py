@@ -18,7 +18,7 @@ def run(args: Sequence[str]) -> int:
         "Write a run's adapter into a folder: for routingvl (load_pretrained), or for PEFT, which has no routing\n"
         "and so takes plain LoRA (routing none) only.",
         EXAMPLE,
-        fixed=True,
+        keys=("model.vision", "model.text"),
     )
     parser.add_argument("output", metavar="FOLDER", help="folder to write; must be empty or new")
     parser.add_argument("--format", choices=("routingvl", "peft"), default="routingvl", help="default: routingvl")
@@ -28,11 +28,13 @@ def run(args: Sequence[str]) -> int:
     from routingvl.models import load_pretrained
     from routingvl.training.run_folder import RunFolder
 
-    folder, output = RunFolder(Path(options.run)), Path(options.output)
+    # Of a link, the folder that it leads to.
+    folder, output = RunFolder(Path(options.run)), Path(options.output).resolve()
     folder.load_config()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} is not an empty folder; choose another one")
-    model = load_pretrained(folder.adapter(options.checkpoint))
+    moved = {key.removeprefix("model."): place for key, place in options.settings.items()}
+    model = load_pretrained(folder.adapter(options.checkpoint), **moved)
     with replacing(output) as target:
         if options.format == "peft":
             from routingvl.bottlenecks.peft_format import export_peft

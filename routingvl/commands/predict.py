@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
-from routingvl.commands import RunParser
+from routingvl.commands import RunParser, print_predictions
 
 EXAMPLE = 'routingvl predict runs/classify-lora photo.jpg --text "Two people ride a bike."'
 
@@ -22,7 +21,4 @@ def run(args: Sequence[str]) -> int:
     parser.add_argument("--top", type=int, default=5, metavar="K", help="choices to list (default: 5)")
     options, predictor = parser.predictor(args)
     text = options.text[0] if options.text and len(options.text) == 1 else options.text
-    rows = predictor.predict(options.images, text, top=options.top)
-    for path, row in zip(options.images, rows, strict=True):
-        print(json.dumps({"image": path, **row}, ensure_ascii=False))
-    return 0
+    return print_predictions(predictor, options.images, text, options.top)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
@@ -187,12 +187,17 @@ def command_parser(command: str, description: str, example: str) -> CommandParse
     return parser
 
 
-def add_settings(parser: argparse.ArgumentParser, show: bool = True) -> None:
-    """A dotted flag for each setting, explained under --help if ``show``; what is given goes into ``settings``."""
+def add_settings(parser: argparse.ArgumentParser, keys: Collection[str] | None = None, *, show: bool = True) -> None:
+    """A dotted flag for each setting, or for those in ``keys``, explained under --help if ``show``.
+
+    What is given goes into ``settings``.
+    """
     parser.set_defaults(settings={})
     names = {"data.feature_cache": ["--feature-cache"]}
     texts = explanations()
     for key, default in flatten(RunConfig()).items():
+        if keys is not None and key not in keys:
+            continue
         text = f"{texts.get(key, '')} (default: {default})".replace("%", "%%") if show else argparse.SUPPRESS
         flags = [f"--{key}", *names.get(key, [])]
         parser.add_argument(*flags, dest=key, metavar="VALUE", action=_Setting, default=argparse.SUPPRESS, help=text)

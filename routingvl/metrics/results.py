@@ -2,7 +2,7 @@
 
 COCO: ``[{"image_id": 74, "caption": "a dog on a rug"}]``, VQA: ``[{"question_id": 458752000, "answer": "net"}]``.
 Writers check completeness when told what is expected, since servers refuse files that lack an item; readers refuse
-duplicates.
+duplicates. Ids are integers there; other data sets (GQA) have strings, which are written and read as they are.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from routingvl.atomic_files import write_text
+from routingvl.json_files import read_json
 from routingvl.metrics.coverage import difference
+
+Id = int | str
 
 
 class ResultFileError(ValueError):
@@ -29,34 +32,37 @@ def vqa_results_name(subtype: str, method: str) -> str:
     return f"v2_OpenEnded_mscoco_{subtype}_{method}_results.json"
 
 
-def _check_complete(ids: Iterable[int], expected: Iterable[int] | None, kind: str) -> None:
+def _is_id(item: object) -> bool:
+    return isinstance(item, int | str) and not isinstance(item, bool) and item != ""
+
+
+def in_order(ids: Iterable[Id]) -> list[Id]:
+    """Integers by size, then strings."""
+    return sorted(ids, key=lambda item: (isinstance(item, str), item))
+
+
+def _check_complete(ids: Iterable[Id], expected: Iterable[Id] | None, kind: str) -> None:
     ids = set(ids)
-    wrong = [item for item in ids if isinstance(item, bool) or not isinstance(item, int)]
-    if wrong:
-        raise ResultFileError(f"{kind} must be an integer, not {wrong[0]!r}")
+    if wrong := [item for item in ids if not _is_id(item)]:
+        raise ResultFileError(f"{kind} must be an integer or a string, not {wrong[0]!r}")
     if expected is None:
         return
     if odd := difference(ids, expected, f"{kind}s have no result", "do not belong to it"):
         raise ResultFileError(f"the results do not cover the split: {odd}")
 
 
-def _read_results(path: str | Path, id_key: str, text_key: str) -> dict[int, str]:
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResultFileError(f"{path} is not a JSON file: {error}") from error
+def _read_results(path: str | Path, id_key: str, text_key: str) -> dict[Id, str]:
+    data = read_json(path, ResultFileError)
     if isinstance(data, dict) and isinstance(data.get("pred_sent"), list):
         data = data["pred_sent"]  # the form that the published code writes
     if not isinstance(data, list):
         raise ResultFileError(f"{path} must hold a JSON list with one object per item")
-    results: dict[int, str] = {}
+    results: dict[Id, str] = {}
     for i, row in enumerate(data):
         if not isinstance(row, dict) or id_key not in row or not isinstance(row.get(text_key), str):
             raise ResultFileError(f"{path}, entry {i}: needs {id_key!r} and a string {text_key!r}, got {row!r}")
-        try:
-            item = int(row[id_key])
-        except (TypeError, ValueError):
-            raise ResultFileError(f"{path}, entry {i}: {id_key} {row[id_key]!r} is not an integer") from None
+        if not _is_id(item := row[id_key]):
+            raise ResultFileError(f"{path}, entry {i}: {id_key} {item!r} is neither an integer nor a string")
         if item in results:
             raise ResultFileError(f"{path}, entry {i}: {id_key} {item} comes twice; keep one result an item")
         results[item] = row[text_key]
@@ -64,15 +70,15 @@ def _read_results(path: str | Path, id_key: str, text_key: str) -> dict[int, str
 
 
 def _write_results(
-    path: str | Path, results: Mapping[int, str], expected: Iterable[int] | None, id_key: str, text_key: str
+    path: str | Path, results: Mapping[Id, str], expected: Iterable[Id] | None, id_key: str, text_key: str
 ) -> Path:
     _check_complete(results, expected, id_key)
     path = Path(path)
-    write_text(path, json.dumps([{id_key: i, text_key: results[i]} for i in sorted(results)], ensure_ascii=False))
+    write_text(path, json.dumps([{id_key: i, text_key: results[i]} for i in in_order(results)], ensure_ascii=False))
     return path
 
 
-def write_coco_results(path: str | Path, captions: Mapping[int, str], expected: Iterable[int] | None = None) -> Path:
+def write_coco_results(path: str | Path, captions: Mapping[Id, str], expected: Iterable[Id] | None = None) -> Path:
     """Write captions in COCO's form, ordered by image id; a reader finds the old file or the whole new one.
 
     Args:
@@ -81,12 +87,13 @@ def write_coco_results(path: str | Path, captions: Mapping[int, str], expected: 
         expected: ids of all images of the split, to check that none is missing and none foreign.
 
     Raises:
-        ResultFileError: an id is not an integer or the ids are not the expected ones; nothing is written.
+        ResultFileError: an id is neither an integer nor a string, or the ids are not the expected ones; nothing is
+            written.
     """
     return _write_results(path, captions, expected, "image_id", "caption")
 
 
-def write_vqa_results(path: str | Path, answers: Mapping[int, str], expected: Iterable[int] | None = None) -> Path:
+def write_vqa_results(path: str | Path, answers: Mapping[Id, str], expected: Iterable[Id] | None = None) -> Path:
     """As :func:`write_coco_results`, answers {question_id: answer} in EvalAI's form.
 
     EvalAI wants an answer to every question of test2015, for its test-dev phase too.
@@ -94,16 +101,16 @@ def write_vqa_results(path: str | Path, answers: Mapping[int, str], expected: It
     return _write_results(path, answers, expected, "question_id", "answer")
 
 
-def read_coco_results(path: str | Path) -> dict[int, str]:
+def read_coco_results(path: str | Path) -> dict[Id, str]:
     """Captions {image_id: caption} of a COCO result file, or of the published code's ``{"pred_sent": [...]}``.
 
     Raises:
-        ResultFileError: not such a file, or an image comes twice; the message names the file and the entry.
-        FileNotFoundError: there is no such file.
+        ResultFileError: there is no such file, it is of another form, or an image comes twice; the message names the
+            file and the entry.
     """
     return _read_results(path, "image_id", "caption")
 
 
-def read_vqa_results(path: str | Path) -> dict[int, str]:
+def read_vqa_results(path: str | Path) -> dict[Id, str]:
     """Answers {question_id: answer} of an EvalAI result file; raises as :func:`read_coco_results` does."""
     return _read_results(path, "question_id", "answer")

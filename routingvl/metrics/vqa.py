@@ -75,7 +75,7 @@ def _check_questions(predictions: Mapping[int, Any], known: Mapping[int, Any]) -
     if not known:
         raise ValueError("no question to score: the list of annotations is empty")
     if odd := difference(predictions, known, "without a prediction", "without an annotation"):
-        raise ValueError(f"predictions and annotations cover different questions: {odd} (question ids are integers)")
+        raise ValueError(f"predictions and annotations cover different questions: {odd}")
 
 
 def vqa_report(

@@ -10,7 +10,6 @@ finished one.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import pkgutil
 from abc import ABC, abstractmethod
@@ -24,13 +23,17 @@ import torch
 from torch.utils.data import DataLoader
 
 from routingvl.atomic_files import write_json
+from routingvl.backbones.loading import find_source, loading
 from routingvl.backbones.vision import check_image_size
+from routingvl.bottlenecks.checkpoint import CheckpointError
 from routingvl.config import ConfigError, check_choice
 from routingvl.config.schema import RunConfig
 from routingvl.data.examples import ExampleDataset, check_separate
 from routingvl.data.feature_store import FeatureStore
 from routingvl.data.images import ImagePreprocessor, ImageRecord
 from routingvl.data.tokens import TokenTable
+from routingvl.json_files import read_json
+from routingvl.metrics.captions import METRICS
 from routingvl.models import RoutedVLModel
 
 Batch = dict[str, Any]
@@ -70,6 +73,8 @@ class Task(ABC):
     model: RoutedVLModel
 
     def __init__(self, config: RunConfig, tokenizer: Any, preprocessor: ImagePreprocessor) -> None:
+        for name in config.eval.metrics or ():
+            check_choice("eval.metrics", name, METRICS)
         self.config, self.tokenizer = config, tokenizer
         self.preprocessor = replace(preprocessor, exif=config.data.exif_orientation)
         self.text_length = config.data.max_text_length or self.max_text_length
@@ -133,6 +138,12 @@ class Task(ABC):
             raise ConfigError(f"task {self.name!r} trains a {wanted}, not a {found}")
         if model.vit is not None:
             check_image_size(model.vit, self.preprocessor.size)
+        token, number = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if number >= model.vocabulary_size:
+            raise ConfigError(
+                f"token {token!r} of the tokenizer has the id {number}, but the language model knows "
+                f"{model.vocabulary_size} tokens only: set model.tokenizer to the one that belongs to it"
+            )
         self.model = model
 
     def single_item(self, *sentences: str) -> dict[str, Any]:
@@ -167,7 +178,8 @@ class Task(ABC):
     @classmethod
     def from_folder(cls, folder: Path, config: RunConfig) -> Task:
         """The task with what :meth:`save_files` wrote, still without a model."""
-        preprocessor = ImagePreprocessor.from_dict(json.loads((folder / PREPROCESSOR).read_text(encoding="utf-8")))
+        path = folder / PREPROCESSOR
+        preprocessor = ImagePreprocessor.from_dict(read_json(path, CheckpointError, dict), source=str(path))
         return cls(config, load_tokenizer(str(folder / TOKENIZER)), preprocessor)
 
     # --------------------------------------------------------------------------------------- what all tasks share
@@ -196,6 +208,17 @@ class Task(ABC):
                 dataset.check_images()
                 if dataset.texts:
                     dataset.tokens = TokenTable(dataset.texts, encode)
+                    self.check_length(int(dataset.tokens.lengths.max()))
+
+    def check_length(self, longest: int) -> None:
+        """ConfigError when texts of ``longest`` tokens do not fit the model's position embeddings."""
+        length = self.text_length if self.config.data.padding == "max_length" else longest
+        room = self.model.max_positions - self.model.visual_prefix  # one token of the image at least
+        if length > room:
+            raise ConfigError(
+                f"texts have up to {length} tokens, and the language model has positions for {room}: set "
+                f"data.max_text_length to {room} or less"
+            )
 
     def precompute(self, images: Iterable[ImageRecord], progress: bool = False) -> None:
         """Have the features of ``images`` at hand if the config says that features are kept; see FeatureStore.load."""
@@ -292,18 +315,28 @@ def build_task(config: RunConfig, *, model: RoutedVLModel | None, tokenizer: Any
     return task
 
 
-def load_task(folder: Path, adapter: Path, config: RunConfig, device: torch.device) -> Task:
+def load_task(
+    folder: Path, adapter: Path, config: RunConfig, device: torch.device, backbones: Mapping[str, str] | None = None
+) -> Task:
     """The task of a finished run with the adapter in the folder ``adapter``; no data is read.
 
-    Raises OSError or CheckpointError when files of the run are missing or damaged.
+    ``backbones`` are the places, by "vision" and "text", of those that have moved.
+
+    Raises CheckpointError or BackboneError when files of the run or of its backbones are missing, damaged or others.
     """
     task = find_task(config.task).from_folder(folder, config)
-    task.use_model(task.model_class.from_pretrained(adapter, backend=config.model.backend).to(device))
+    model = task.model_class.from_pretrained(adapter, backend=config.model.backend, **(backbones or {}))
+    task.use_model(model.to(device))
     return task
 
 
 def load_tokenizer(name: str) -> Any:
-    """A transformers tokenizer of a hub name or folder."""
+    """A transformers tokenizer of a hub name or folder; raises BackboneError, which names it, for anything else.
+
+    No code that comes with it is run, and nobody is asked whether it may.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name)
+    source, local = find_source(name)
+    with loading(f"the tokenizer of {name}", local) as options:
+        return AutoTokenizer.from_pretrained(source, **options)

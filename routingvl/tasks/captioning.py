@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from routingvl.config import ConfigError, check_choice
+from routingvl.config import ConfigError
 from routingvl.data.coco import CaptionDataset, CaptionSplit, load_captions
 from routingvl.data.collate import IGNORED, IMAGE_INPUTS, CaptionCollator
-from routingvl.data.files import DataError
+from routingvl.data.files import DataError, one_line
 from routingvl.metrics import caption_scores, coco_results_name, write_coco_results
-from routingvl.metrics.captions import METRICS
 from routingvl.metrics.ptb import find_java
 from routingvl.models import ViTGPT2ForCaptioning
 from routingvl.tasks.base import Batch, Task, register
@@ -34,11 +33,23 @@ class CaptionTask(Task):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        settings = self.config.eval
-        for name in settings.metrics or ():
-            check_choice("eval.metrics", name, METRICS)
-        if settings.caption_tokenizer == "ptb" and find_java() is None:
+        if self.config.eval.caption_tokenizer == "ptb" and find_java() is None:
             raise ConfigError("eval.caption_tokenizer='ptb' needs Java, which is not on PATH; use 'auto' or 'python'")
+
+    def use_model(self, model: ViTGPT2ForCaptioning) -> None:
+        """Take ``model``; ConfigError unless it begins and ends captions with the tokens that the tokenizer gives."""
+        super().use_model(model)
+        names = self.tokenizer
+        end, start = names.eos_token_id, names.eos_token_id if names.bos_token_id is None else names.bos_token_id
+        pairs = [("end", "eos_token_id", end, model.end_token)]
+        if not model.visual_prefix:
+            pairs.append(("begin", "bos_token_id", start, model.start_token))
+        for verb, key, taught, written in pairs:
+            if taught != written:
+                raise ConfigError(
+                    f"captions {verb} with token {taught} of the tokenizer, but with {key} {written} of the language "
+                    "model's config: set model.tokenizer to the one that belongs to it, or correct that config"
+                )
 
     def load_split(self, split: str, limit: int | None = None, training: bool = False) -> CaptionSplit:
         """Read images and captions; ``limit`` counts captions for training, else images."""
@@ -88,7 +99,7 @@ class CaptionTask(Task):
         inputs = self.model_inputs({key: batch[key] for key in IMAGE_INPUTS if key in batch}, self.model.device)
         beams = {"length_penalty": settings.length_penalty} if num_beams > 1 else {}
         tokens = self.model.generate(**inputs, num_beams=num_beams, max_new_tokens=settings.max_new_tokens, **beams)
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        return [one_line(text) for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def selection_metric(self, split: CaptionSplit) -> str:
         """CIDEr; DataError when the split has no captions."""
@@ -106,8 +117,11 @@ class CaptionTask(Task):
         return {"n": len(predictions)} | scores
 
     def validation_scores(self, predictions: Mapping[int, str]) -> dict[str, float]:
-        """CIDEr with the Python tokenizer, which is the same everywhere and starts no Java."""
-        return {"CIDEr": self._caption_scores(self.val_set.split, predictions, ("CIDEr",), "python")["CIDEr"]}
+        """CIDEr with the Python tokenizer, which is the same everywhere and starts no Java; DataError for none."""
+        scores = self._caption_scores(self.val_set.split, predictions, ("CIDEr",), "python")
+        if scores.get("CIDEr") is None:
+            raise DataError("; ".join(scores["missing"].values()))
+        return {"CIDEr": scores["CIDEr"]}
 
     def _caption_scores(
         self, split: CaptionSplit, predictions: Mapping[int, str], metrics: tuple[str, ...] | None, tokenizer: str
@@ -116,7 +130,10 @@ class CaptionTask(Task):
         if not described:
             return {"missing": {"captions": f"split {split.name!r} has no reference captions"}}
         references = {image_id: split.references[image_id] for image_id in described}
-        return caption_scores(described, references, metrics=metrics, tokenizer=tokenizer)
+        scores = caption_scores(described, references, metrics=metrics, tokenizer=tokenizer)
+        if rest := len(predictions) - len(described):
+            scores["missing"]["captions"] = f"{rest} of {len(predictions)} images have no reference captions"
+        return scores
 
     def write_predictions(self, folder: Path, split: str, method: str, predictions: Mapping[int, str]) -> Path:
         """Captions in COCO's form, under its name."""

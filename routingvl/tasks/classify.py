@@ -12,6 +12,7 @@ from routingvl.config.schema import RunConfig
 from routingvl.data.collate import LabelCollator
 from routingvl.data.files import DataError
 from routingvl.data.labelled import LABELS_FILE, LabelledDataset, LabelledSplit, load_labelled, read_labels
+from routingvl.metrics.results import in_order
 from routingvl.tasks.base import Predictions, register
 from routingvl.tasks.choice import ChoiceTask, first_examples
 
@@ -91,6 +92,6 @@ class ClassifyTask(ChoiceTask):
     def write_predictions(self, folder: Path, split: str, method: str, predictions: Predictions) -> Path:
         """JSON Lines with ``id`` and ``label``, ordered as the ids."""
         path = folder / f"{split}_{method}_results.jsonl"
-        rows = ({"id": i, "label": predictions[i]} for i in sorted(predictions, key=lambda i: (isinstance(i, str), i)))
+        rows = ({"id": i, "label": predictions[i]} for i in in_order(predictions))
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return path

@@ -271,3 +271,33 @@ def test_lower_precision_is_taken_and_higher_rounded(tmp_path):
     loaded = load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2())
     name = "gpt.transformer.h.0.attn.c_attn.lora_A"
     assert torch.equal(loaded.get_parameter(name), model.get_parameter(name).float())
+
+
+def test_one_other_weight_or_setting_makes_another_backbone(tmp_path):
+    model = captioner()
+    model.save_pretrained(tmp_path)
+    first = json.loads((tmp_path / "adapter_config.json").read_text())["backbones"]
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["backbones"] == first
+    assert load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2()).routing == model.routing
+
+    def refused(**changed):
+        parts = {"vision": small_vit(), "text": small_gpt2()} | changed
+        with pytest.raises(CheckpointError, match=f"another {next(iter(changed))} backbone"):
+            load_pretrained(tmp_path, **parts)
+
+    text, vision = small_gpt2(), small_vit()
+    with torch.no_grad():
+        text.transformer.h[1].mlp.c_fc.weight[3, 5] += 1
+        vision.get_parameter(next(n for n, p in vision.named_parameters() if p.dim() == 2))[1, 1] += 1
+    refused(text=text)
+    refused(vision=vision)
+    text = small_gpt2()
+    text.config.n_head = 2
+    refused(text=text)
+    # adapters of earlier versions name a few values only
+    for saved in first.values():
+        del saved["content"]
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"backbones": first}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2()).routing == model.routing

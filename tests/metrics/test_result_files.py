@@ -28,6 +28,13 @@ def test_vqa_form_and_round_trip(tmp_path):
     assert results.read_vqa_results(path) == {458752000: "net"}
 
 
+def test_string_ids_stay_as_they_are(tmp_path):
+    answers = {"201307251": "yes", "02930152": "no", 7: "two"}
+    path = results.write_vqa_results(tmp_path / "vqa.json", answers, expected=["02930152", 7, "201307251"])
+    assert [row["question_id"] for row in json.loads(path.read_text())] == [7, "02930152", "201307251"]
+    assert results.read_vqa_results(path) == answers
+
+
 def test_fixture_files_are_read():
     assert results.read_coco_results(FIXTURES / "captions_test_toy_results.json") == {74: "a dog on a rug"}
     vqa = results.read_vqa_results(FIXTURES / "v2_OpenEnded_mscoco_train2014_toy_results.json")
@@ -51,8 +58,11 @@ def test_incomplete_results_are_refused_and_the_old_file_stays(tmp_path, write):
     path.write_text("old")
     with pytest.raises(results.ResultFileError, match=r"1 \w+s have no result \[2\], 1 do not belong to it \[5\]"):
         write(path, {1: "a", 5: "b"}, expected=[1, 2])
-    with pytest.raises(results.ResultFileError, match="integer, not '1'"):
-        write(path, {"1": "a"})
+    with pytest.raises(results.ResultFileError, match=r"do not cover the split: .*\['1'\]"):
+        write(path, {"1": "a"}, expected=[1])
+    for wrong in (True, 1.0, None, "", ("a",)):
+        with pytest.raises(results.ResultFileError, match="must be an integer or a string, not"):
+            write(path, {wrong: "a"})
     assert path.read_text() == "old"
 
 
@@ -75,9 +85,13 @@ def test_the_file_is_as_readable_as_any_other(tmp_path):
     [
         ('[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]', "entry 1: image_id 1 comes twice"),
         ('[{"image_id": 1}]', "entry 0: needs 'image_id' and a string 'caption'"),
-        ('[{"image_id": "x", "caption": "a"}]', "image_id 'x' is not an integer"),
+        ('[{"image_id": 1.5, "caption": "a"}]', "image_id 1.5 is neither an integer nor a string"),
+        ('[{"image_id": null, "caption": "a"}]', "image_id None is neither"),
+        ('[{"image_id": 1, "caption": NaN}]', "holds NaN"),
+        ("[" * 100_000, "nested too deeply"),
         ('{"images": []}', "must hold a JSON list"),
-        ("[{", "is not a JSON file"),
+        ("5", "must hold"),
+        ("[{", "is not valid JSON"),
     ],
 )
 def test_bad_files_are_named(tmp_path, text, message):
