@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from routingvl.data.files import DataError
-from routingvl.data.images import ImageRecord, PictureSource, check_image_file
+from routingvl.data.images import ImageError, ImageRecord, PictureSource, check_image_file
 from routingvl.data.tokens import TokenTable
 
 
@@ -40,8 +40,17 @@ class ExampleDataset(PictureSource, Dataset):
             )
 
     def check_images(self) -> None:
-        """Raise :class:`ImageError` for a missing image file, unless features are at hand or bad images are skipped."""
-        if self.features is None and self.on_bad_image == "fail":
+        """Raise :class:`ImageError` for a missing image file or, when bad images are skipped, if none can be read."""
+        if self.on_bad_image == "skip":
+            problem: Exception | None = None
+            for image in self.split.images:
+                try:
+                    self._read(image)
+                    return
+                except (ImageError, DataError) as error:
+                    problem = error
+            raise ImageError(f"no image of split {self.split.name!r} can be read; the last: {problem}") from problem
+        if self.features is None:
             for image in self.split.images:
                 if image.path is not None:
                     check_image_file(image.path)
