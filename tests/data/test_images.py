@@ -248,6 +248,7 @@ class TestPictureSource:
             list(DataLoader(dataset, num_workers=1, collate_fn=collate_images))
 
 
+@pytest.mark.filterwarnings("ignore")  # of Pillow, about damaged metadata
 class TestFaultyFiles:
     @pytest.mark.parametrize("fault", ["fifo", "folder", "device", "name", "long", "empty"])
     def test_what_is_no_file_is_refused_before_it_is_opened(self, tmp_path, fault):
