@@ -90,10 +90,12 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         features = self.visual_features(pixel_values, vision_features)
         inputs = self.text_inputs(features, input_ids, attention_mask)
         with self.context.bind(features):
-            if not return_logits:
+            if return_logits:
+                logits = self.gpt(**inputs, use_cache=False).logits
+            else:
                 hidden = self.gpt.transformer(**inputs, use_cache=False).last_hidden_state
-                return ModelOutput(self._loss_without_logits(hidden, labels), None)
-            logits = self.gpt(**inputs, use_cache=False).logits
+        if not return_logits:  # outside of the block: the compiled graph ends where the loss begins
+            return ModelOutput(self._loss_without_logits(hidden, labels), None)
         return ModelOutput(None if labels is None else caption_loss(logits, self.next_tokens(labels)), logits)
 
     @torch.compiler.disable  # how many positions count differs from batch to batch

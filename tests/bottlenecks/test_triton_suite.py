@@ -17,8 +17,7 @@ pytest.importorskip("triton")
 if not interpreted() and not torch.cuda.is_available():
     pytest.skip("neither a GPU nor Triton's interpreter", allow_module_level=True)
 
-from routingvl.kernels.adapter import ops as triton_adapter_ops
-from routingvl.kernels.lora import ops as triton_ops
+from routingvl.kernels.triton_common import launch as launch_module
 
 DEVICE = "cpu" if interpreted() else "cuda"
 ASKED_FOR = os.environ.get("ROUTINGVL_BACKEND")  # of the whole run, before any test changes it
@@ -27,17 +26,8 @@ ASKED_FOR = os.environ.get("ROUTINGVL_BACKEND")  # of the whole run, before any 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels launched so far in the test, by name."""
-    seen: list[str] = []
-
-    def counting(launch: Callable) -> Callable:
-        def counted(kind: str, *args):
-            seen.append(kind)
-            return launch(kind, *args)
-
-        return counted
-
-    for ops in (triton_ops, triton_adapter_ops):
-        monkeypatch.setattr(ops, "launch", counting(ops.launch))
+    seen, launch = [], launch_module.launch
+    monkeypatch.setattr(launch_module, "launch", lambda kind, *rest: (seen.append(kind), launch(kind, *rest))[1])
     return seen
 
 
