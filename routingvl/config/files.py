@@ -45,6 +45,12 @@ for _tag, _pattern in {
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), None)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that :class:`_Loader` would not read as texts."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 def read_yaml(text: str) -> Any:
     """What a YAML text holds.
 
@@ -228,4 +234,4 @@ def load_config(path: str | Path) -> RunConfig:
 
 def config_to_yaml(config: RunConfig) -> str:
     """YAML text that :func:`load_config` reads back to an equal config."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
+    return yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False)
