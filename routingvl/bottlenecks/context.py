@@ -72,6 +72,7 @@ class VisualContext:
         finally:
             self._thread.binding = previous
             binding.kept = {}  # a new one: recomputations may still read the old
+            self._thread.hidden |= binding.hidden
 
     @property
     def features(self) -> torch.Tensor | None:
@@ -83,10 +84,10 @@ class VisualContext:
         """The bound features [B, L, d] for the text ``x`` [B*beams, T, d].
 
         Raises:
-            RuntimeError: nothing is bound.
+            RuntimeError: nothing is bound, or a backward pass recomputes the layer and may do so with another image.
             ValueError: the batch of ``x`` is not that of the features, times the beams.
         """
-        binding = self._thread.binding
+        binding = self._current()
         if binding is None or binding.features is None:
             raise RuntimeError(
                 "a routed layer ran with no visual features bound: call the model inside "
@@ -101,6 +102,50 @@ class VisualContext:
             )
         return binding.features
 
+    def _current(self) -> _Binding | None:
+        """The binding to read: this thread's, but in a backward pass that of the forward pass being recomputed."""
+        binding = self._thread.binding
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return binding
+        if binding is not None and binding.recomputes:
+            return binding
+        if (found := self._of_graph()) is not None:
+            return found
+        if binding is None or binding.features is None or self._thread.hidden:
+            raise RuntimeError(
+                "a backward pass recomputes a routed layer, and it is not known with which image: switch checkpointing "
+                "on with gradient_checkpointing_enable({'use_reentrant': False, 'context_fn': "
+                "context.checkpoint_context_fn}), or by a routingvl model's own gradient_checkpointing_enable()"
+            )
+        binding.hidden = False  # this is its reentrant checkpoint
+        return binding
+
+    def _of_graph(self) -> _Binding | None:
+        """What the forward pass read whose graph the running backward pass is in: :meth:`watch` left it there."""
+        nodes, seen = [torch._C._current_autograd_node()], set()
+        for node in nodes:  # grows: the nearest come first
+            if node is None or node in seen:
+                continue
+            if (found := node.metadata.get(self)) is not None:
+                return found
+            seen.add(node)
+            nodes += [after for after, _ in node.next_functions]
+        return None
+
+    def watch(self, y: torch.Tensor) -> None:
+        """Leave in the graph of ``y``, the output of a routed layer that trains, what the layer read.
+
+        A checkpoint that knows nothing of the context then recomputes the layer with it. The graph of a reentrant one
+        cannot be seen; that there may be one is remembered.
+        """
+        binding = self._thread.binding
+        if binding is None or binding.recomputes or torch.compiler.is_compiling():
+            return
+        if y.grad_fn is not None:
+            y.grad_fn.metadata[self] = binding.again()
+        elif not torch.is_grad_enabled():
+            binding.hidden = True
+
     def image_code(self, layer: nn.Module, weights: Weights) -> ImageCode | None:
         """What the bound features come to in ``layer`` of these weights, made once and kept until the binding ends.
 
@@ -108,7 +153,7 @@ class VisualContext:
         decoding binding without gradients, each layer makes its own. None where the layer is to make it in its call:
         anywhere else, and in compiled regions. A change of weights or features is seen, and the code made again.
         """
-        binding, recording = self._thread.binding, torch.is_grad_enabled()
+        binding, recording = self._current(), torch.is_grad_enabled()
         if torch.compiler.is_compiling() or not (recording or binding.decoding):
             return None
         if torch._C._are_functorch_transforms_active():  # torch.func: its tensors have no address
@@ -150,13 +195,9 @@ class VisualContext:
         }
 
     def checkpoint_context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """``context_fn`` for non-reentrant ``torch.utils.checkpoint``: the recomputation sees the same features.
-
-        It also sees what was made of them.
-        """
+        """``context_fn`` for non-reentrant ``torch.utils.checkpoint``: the recomputation sees the same features."""
         binding = self._thread.binding or _Binding(None)
-        again = _Binding(binding.features, binding.beams, binding.decoding, binding.kept)
-        return contextlib.nullcontext(), self._bound(again)
+        return contextlib.nullcontext(), self._bound(binding.again())
 
     def __reduce__(self):
         return type(self), ()
@@ -167,6 +208,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.binding: _Binding | None = None
+        self.hidden = False  # whether a binding ended whose layers may be recomputed by a reentrant checkpoint
 
 
 @dataclass(eq=False)
@@ -176,12 +218,20 @@ class _Binding:
     Attributes:
         kept: {layer: (state that its code was made in, its weights, its code or None)}. The weights are there so that
             no other tensor can come to stand at their addresses.
+        recomputes: whether it is that of a recomputation.
+        hidden: whether layers ran in it that a reentrant checkpoint may recompute.
     """
 
     features: torch.Tensor | None
     beams: int = 1
     decoding: bool = False
     kept: dict[nn.Module, tuple[tuple, Weights, ImageCode | None]] = field(default_factory=dict)
+    recomputes: bool = False
+    hidden: bool = False
+
+    def again(self) -> _Binding:
+        """The same for a recomputation, which also sees what was made of the features."""
+        return _Binding(self.features, self.beams, self.decoding, self.kept, recomputes=True)
 
 
 def _state(recording: bool, features: torch.Tensor, weights: Weights) -> tuple:

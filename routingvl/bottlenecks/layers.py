@@ -101,6 +101,10 @@ class RoutedLayer(nn.Module):
             return v, None
         return v, self.context.image_code(self, weights)
 
+    def _watch(self, y: torch.Tensor) -> None:
+        if self.context is not None and self.routing.uses_image and self.training:
+            self.context.watch(y)
+
     def extra_repr(self) -> str:
         """What print shows."""
         relu = ", relu" if self.relu else ""
@@ -189,6 +193,7 @@ class RoutedLoRALinear(RoutedLayer):
             image=image,
             **self._options(),
         )
+        self._watch(y)
         return y.view(*shape[:-1], self.out_features)
 
     @property
@@ -287,6 +292,7 @@ class RoutedAdapter(RoutedLayer):
             backend=self.backend,
             image=image,
         )
+        self._watch(y)
         # The residual path carries the input itself, without the bottleneck's dropout.
         return y + x if self.residual and dropped is not x else y
 

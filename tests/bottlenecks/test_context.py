@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from tiny import WIDTH, small_gpt2, small_roberta
+from tiny import WIDTH, batch, randomise, small_gpt2, small_roberta
 from torch.utils.checkpoint import checkpoint
 
 from routingvl import RoutingConfig, VisualContext, ViTRobertaForVQA, inject
@@ -162,3 +162,43 @@ def test_training_leaves_nothing_behind():
     gc.collect()
     assert not any(reference() is not None for reference in alive)
     assert model.context.features is None
+
+
+def gradients_of_two_images(routing, checkpointing, backward_inside):
+    """Gradients of two forward passes with two images and one backward pass, in a plain loop around transformers."""
+    text = {name: value for name, value in batch().items() if name != "pixel_values"}
+    images = torch.randn(2, 3, 1, WIDTH, generator=torch.Generator().manual_seed(1))
+    model, context = small_gpt2(), VisualContext()
+    inject(model, RoutingConfig(routing=routing, rank=4, alpha=8, dropout=0.1), context)
+    randomise(model).train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(checkpointing)
+    torch.manual_seed(0)
+    with context.bind(images[0]):
+        one = model(**text, labels=text["input_ids"]).loss
+    with context.bind(images[1]):
+        two = model(**text, labels=text["input_ids"]).loss
+        if backward_inside:
+            (one + two).backward()
+    if not backward_inside:
+        (one + two).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+@pytest.mark.parametrize("backward_inside", [True, False])
+@pytest.mark.parametrize("routing", ["mul", "vllora"])
+def test_checkpointing_that_knows_nothing_of_the_context(routing, backward_inside):
+    """transformers' own switch: each pass is recomputed with its own image, whichever is bound by then, or none."""
+    plain = gradients_of_two_images(routing, None, backward_inside)
+    checkpointed = gradients_of_two_images(routing, {"use_reentrant": False}, backward_inside)
+    assert plain.keys() == checkpointed.keys()
+    for name, want in plain.items():
+        assert torch.equal(checkpointed[name], want), name
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_a_reentrant_checkpoint_of_another_image_is_an_error(backward_inside):
+    with pytest.raises(RuntimeError, match=r"not known with which image.*context_fn"):
+        gradients_of_two_images("mul", {"use_reentrant": True}, backward_inside)
