@@ -178,9 +178,12 @@ def load_adapter(model: Any, directory: str | Path, config: Mapping[str, Any]) -
             the one the adapter was trained with.
     """
     path = Path(directory) / WEIGHTS
+    tensors, parameters = read_tensors(path, CheckpointError), dict(model.named_parameters())
+    for name in tensors.keys() & parameters.keys():  # also what someone trained beside the bottlenecks
+        parameters[name].requires_grad_(True)
     for role, module in (("vision", model.vit), ("text", model.language_model)):
         _check_backbone(directory, role, module, config["backbones"][role])
-    copy_strictly(trained_parameters(model), read_tensors(path, CheckpointError), str(path))
+    copy_strictly(trained_parameters(model), tensors, str(path))
 
 
 def copy_strictly(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor], source: str) -> None:

@@ -301,3 +301,20 @@ def test_one_other_weight_or_setting_makes_another_backbone(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"backbones": first}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2()).routing == model.routing
+
+
+def test_a_further_parameter_that_was_trained_comes_back(tmp_path):
+    model = captioner()
+    model.gpt.transformer.wpe.weight.requires_grad_(True)
+    randomise(model).eval().save_pretrained(tmp_path)
+    loaded = load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2())
+    assert torch.equal(loaded(**batch()).logits, model(**batch()).logits)
+    assert loaded.report.names == model.report.names
+
+
+def test_a_frozen_weight_slipped_into_the_file_is_refused(tmp_path):
+    captioner().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(path) | {"gpt.transformer.wpe.weight": torch.zeros(40, 32)}, path)
+    with pytest.raises(CheckpointError, match="another text backbone"):
+        load_pretrained(tmp_path, vision=small_vit(), text=small_gpt2())
