@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from routingvl import __version__
+from routingvl.interrupts import message_of, signals_interrupt
 
 # name -> module of routingvl.commands with run(args) -> exit status, and the line of --help
 COMMANDS = {
@@ -70,9 +71,9 @@ def main(args: Sequence[str] | None = None) -> int:
         close = get_close_matches(args[0], COMMANDS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "; routingvl --help lists the commands"
         return _fail(f"unknown command {args[0]!r}{hint}")
-    module = importlib.import_module(f"routingvl.commands.{COMMANDS[args[0]][0]}")
     try:
-        status = module.run(args[1:])
+        with signals_interrupt():
+            status = importlib.import_module(f"routingvl.commands.{COMMANDS[args[0]][0]}").run(args[1:])
         _leave_process_group()
         importlib.import_module("routingvl.commands").flush_output()
         return status
@@ -87,7 +88,7 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         if getattr(error, "filename", None) == "standard output":
             _drop_output()
-        return _fail(" ".join(str(error).split()), 1 if isinstance(error, FloatingPointError) else USAGE_ERROR)
+        return _fail(message_of(error), 1 if isinstance(error, FloatingPointError) else USAGE_ERROR)
 
 
 def _drop_output() -> None:

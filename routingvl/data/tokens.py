@@ -18,6 +18,9 @@ class TokenTable(Sequence):
     Args:
         texts: any number.
         encode: several texts -> a list of token ids for each, as the collators' ``encode``.
+
+    Attributes:
+        ids: those of all texts, one after the other: int32 [tokens].
     """
 
     def __init__(self, texts: Sequence[str], encode: Callable[[list[str]], Sequence[Sequence[int]]]) -> None:
@@ -26,7 +29,7 @@ class TokenTable(Sequence):
             rows = encode(list(texts[start : start + PART]))
             lengths += map(len, rows)
             parts.append(np.fromiter((token for row in rows for token in row), np.int32))
-        self._ids = np.concatenate(parts)
+        self.ids = np.concatenate(parts)
         self._ends = np.cumsum(lengths, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -36,7 +39,7 @@ class TokenTable(Sequence):
         """The token ids of text ``index``."""
         if not 0 <= index < len(self):
             raise IndexError(f"text {index} of {len(self)}")
-        return self._ids[self._ends[index] : self._ends[index + 1]].tolist()
+        return self.ids[self._ends[index] : self._ends[index + 1]].tolist()
 
     @property
     def lengths(self) -> np.ndarray:

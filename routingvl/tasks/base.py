@@ -32,6 +32,7 @@ from routingvl.data.examples import ExampleDataset, check_separate
 from routingvl.data.feature_store import FeatureStore
 from routingvl.data.images import ImagePreprocessor, ImageRecord
 from routingvl.data.tokens import TokenTable
+from routingvl.interrupts import ignore_signals
 from routingvl.json_files import read_json
 from routingvl.metrics.captions import METRICS
 from routingvl.models import RoutedVLModel
@@ -166,6 +167,21 @@ class Task(ABC):
         scores = self.scores(self.val_set.split, predictions)
         return {name: value for name, value in scores.items() if isinstance(value, float)}
 
+    def decided_by(self) -> dict[str, Any]:
+        """What decides training and validation, beside settings, model and images, in plain values by their names.
+
+        A run may be resumed only while these are the same.
+        """
+        examples = "the {} examples (data.annotations)"
+        splits = {examples.format("training"): self.train_set, examples.format("validation"): self.val_set}
+        sets = {name: data for name, data in splits.items() if data is not None}
+        tokens = [[data.tokens.lengths, data.tokens.ids] for data in sets.values() if data.tokens is not None]
+        return {
+            **{name: data.split for name, data in sets.items()},
+            "the tokenizer (model.tokenizer)": [sorted(self.tokenizer.get_vocab().items()), tokens],
+            "the image preprocessing (model.vision)": self.preprocessor.to_dict(),
+        }
+
     def training_inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
         """The arguments of the model's call in a training step; only its loss is read."""
         return self.model_inputs(batch, device)
@@ -271,6 +287,7 @@ class Task(ABC):
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=self.collator(),
+            worker_init_fn=ignore_signals,
             pin_memory=self.model.device.type == "cuda",
             # Its own generator: making an iterator would otherwise draw from the one dropout uses.
             generator=torch.Generator().manual_seed(0),

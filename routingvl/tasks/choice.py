@@ -41,6 +41,10 @@ class ChoiceTask(Task):
         """The size of the head."""
         return {"num_labels": len(self.choices)}
 
+    def decided_by(self) -> dict[str, Any]:
+        """Also the choices, in their order."""
+        return super().decided_by() | {f"the {self.kind}s to choose from (data.answers)": list(self.choices)}
+
     def use_model(self, model: ViTRobertaForClassification) -> None:
         """Take ``model``; ConfigError unless its head has one output per choice."""
         super().use_model(model)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
 from routingvl.config import ConfigError
 from routingvl.config.schema import RunConfig
 from routingvl.kernels.dispatch import select_backend
+
+Result = TypeVar("Result")
 
 
 def make_accelerator(config: RunConfig, trackers: Sequence[str] = ()) -> Accelerator:
@@ -38,3 +41,18 @@ def make_accelerator(config: RunConfig, trackers: Sequence[str] = ()) -> Acceler
         log_with=list(trackers) or None,
         project_config=logs,
     )
+
+
+def in_first_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """What ``work`` returns in the first process, in every process; so is its error, where the others would wait."""
+    outcome: list[Result | Exception] = [RuntimeError("the first process has ended")]
+    if accelerator.is_main_process:
+        try:
+            outcome = [work()]
+        except Exception as error:
+            outcome = [error]
+    if accelerator.num_processes > 1:
+        outcome = broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]

@@ -1,21 +1,30 @@
-"""The run folder: what is in it, and how it is opened."""
+"""The run folder: what is in it, and how it is opened, locked, replaced and put back."""
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
-from pathlib import Path
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from routingvl.atomic_files import write_json, write_text
+from routingvl.atomic_files import is_leftover, naming, recover, remove, write_json, write_text
 from routingvl.config.files import config_to_yaml, load_config
-from routingvl.config.schema import RunConfig, changed_settings
-from routingvl.environment import environment
+from routingvl.config.schema import RunConfig
+from routingvl.digests import file_digest
+from routingvl.json_files import read_json
+from routingvl.training.folder_lock import FolderLock
+from routingvl.training.identity import Identity, ImageFile, from_lines, to_lines
 
-# Settings that say where and how fast, not what: a resumed run may change them and stays the same run.
-FREE_ON_RESUME = (
-    "output_dir device data.annotations data.images data.answers data.workers data.feature_batch_size "
-    "data.feature_cache model.backend train.compile train.log_every train.save_every train.trackers"
+# What a run and its evaluation write, beside the files of its task, which run.json lists.
+WRITTEN = (
+    "state/training_state.* run.json images.jsonl config.yaml environment.json metrics.jsonl train.log "
+    "best/adapter_model.safetensors best/adapter_config.json last/adapter_model.safetensors last/adapter_config.json "
+    "tensorboard/**/* wandb/**/* eval-*/metrics.json eval-*/*results.json*"
 ).split()
+PARTS = ("", "best", "last", "state", "tokenizer")  # folders in which a killed run may leave temporary files
+MADE_BY = {"made_by": "routingvl", "format": 1}
 
 
 class RunError(ValueError):
@@ -30,9 +39,14 @@ class RunFolder:
 
     config_file = property(lambda self: self.path / "config.yaml")
     environment_file = property(lambda self: self.path / "environment.json")
+    identity_file = property(lambda self: self.path / "run.json")
+    images_file = property(lambda self: self.path / "images.jsonl")
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
     log_file = property(lambda self: self.path / "train.log")
-    state_file = property(lambda self: self.path / "state" / "training_state.pt")
+    state = property(lambda self: self.path / "state")
+    # An older run, until the one that replaces it has saved once; and the same while its files are being moved.
+    previous = property(lambda self: self.path / ".previous")
+    moving = property(lambda self: self.path / ".previous.moving")
 
     def checkpoint(self, name: str) -> Path:
         """Folder of the adapter called ``name`` ("best" or "last"), whether it is there or not."""
@@ -45,40 +59,6 @@ class RunFolder:
             raise RunError(f"{self.path} has no adapter {name!r}; train it further, or choose another --checkpoint")
         return path
 
-    def check_free(self, *, overwrite: bool) -> None:
-        """Raise :class:`RunError` when the folder holds anything, or with ``overwrite`` anything but a run."""
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"{self.path} is a file; choose another output_dir")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
-            return
-        if not overwrite:
-            raise RunError(
-                f"run folder {self.path} is not empty; choose another output_dir, "
-                "continue it with --resume, or replace it with --overwrite"
-            )
-        if not self.config_file.is_file():
-            raise RunError(f"{self.path} has no config.yaml, so it is no run folder and is not overwritten")
-
-    def start(self, config: RunConfig) -> None:
-        """Make the folder, in place of an older run there, and write its config and environment."""
-        if self.path.is_dir():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
-        write_text(self.config_file, config_to_yaml(config))
-        write_json(self.environment_file, environment())
-
-    def check_resumable(self, config: RunConfig) -> None:
-        """Check that the run here can be continued under ``config``; raises :class:`RunError` naming what differs."""
-        if not self.state_file.is_file():
-            raise RunError(
-                f"{self.path} has no {self.state_file.relative_to(self.path)}, so there is nothing to resume"
-            )
-        changed = changed_settings(self.load_config(), config)
-        wrong = {key: values for key, values in changed.items() if key not in FREE_ON_RESUME}
-        if wrong:
-            what = ", ".join(f"{key} was {old!r} and is now {new!r}" for key, (old, new) in wrong.items())
-            raise RunError(f"cannot resume {self.path} with other settings: {what}")
-
     def load_config(self) -> RunConfig:
         """The config the run was started with."""
         if not self.config_file.is_file():
@@ -86,3 +66,196 @@ class RunFolder:
                 f"{self.path} has no config.yaml, so it is no run folder; give the output_dir of a training run"
             )
         return load_config(self.config_file)
+
+    # ---------------------------------------------------------------------------------- checks that change nothing
+
+    def check_free(self, config: RunConfig, *, overwrite: bool) -> None:
+        """Raise :class:`RunError` when the folder holds anything, or with ``overwrite`` anything but a run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file; choose another output_dir")
+        if not self.path.is_dir() or all(e.name == ".lock" or is_leftover(e) for e in self.path.iterdir()):
+            return
+        adapters = [name for name in ("best", "last") if self.checkpoint(name).is_dir()]
+        if self.identity_file.is_file() and not (adapters or self.has_state() or self.untidy()):
+            overwrite = True  # a run that ended before it saved anything
+        if not overwrite:
+            raise RunError(
+                f"run folder {self.path} is not empty; choose another output_dir, "
+                "continue it with --resume, or replace it with --overwrite"
+            )
+        if not self.untidy():
+            self.read_identity()
+        data, model, here = config.data, config.model, self.path.resolve()
+        inputs = (data.annotations, data.images, data.answers, data.feature_cache)
+        for name in filter(None, (*inputs, model.vision, model.text, model.tokenizer)):
+            place = Path(name).resolve()
+            if place == here or here in place.parents:
+                for file in self.written():
+                    if place == file.resolve() or place in file.resolve().parents:
+                        raise RunError(f"--overwrite would replace {file}, which the new run needs ({name})")
+
+    def check_resumable(self, config: RunConfig) -> None:
+        """Raise :class:`RunError` when there is no run here, nothing to resume, or one with other settings."""
+        if (old := self.state / "training_state.pt").is_file() and not self.has_state():
+            raise RunError(f"{old} was written by an older version of routingvl and is not read; start the run anew")
+        if not self.has_state() and not self.untidy():
+            raise RunError(f"{self.path} has no saved state in {self.state.name}/, so there is nothing to resume")
+        if self.has_state():
+            began = self.identity()
+            changes = dict.fromkeys([*began.changed_settings(self.load_config()), *began.changed_settings(config)])
+            if changes:
+                raise RunError(f"cannot resume {self.path} with other settings: {'; '.join(changes)}; change them back")
+
+    def has_state(self) -> bool:
+        """Whether a run here has saved once."""
+        return any(self.state.glob("training_state.[js]*"))
+
+    def untidy(self) -> bool:
+        """Whether a killed run left something that :meth:`tidy` may make a run of, which it does under the lock."""
+        left = (self.previous, self.moving)
+        return self.path.is_dir() and any(entry in left or is_leftover(entry) for entry in self.path.iterdir())
+
+    def written(self) -> list[Path]:
+        """The files here that a run wrote; no others, wherever they are."""
+        try:
+            listed = self.read_identity()["files"]
+        except RunError:
+            listed = []
+        found = [file for pattern in WRITTEN for file in sorted(self.path.glob(pattern))]
+        found += [self.path / name for name in listed]
+        return [file for file in dict.fromkeys(found) if file.is_file() or file.is_symlink()]
+
+    # ------------------------------------------------------------------------------------------ one writer at a time
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process, tidied up after killed ones; made for it, and removed if left empty.
+
+        Raises :class:`RunError` naming the holder when another process has it.
+        """
+        with ExitStack() as undo:
+            for folder in [folder for folder in (*reversed(self.path.parents), self.path) if not folder.exists()]:
+                undo.callback(_remove_if_empty, folder)
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(self.path / ".lock")
+            if (holder := lock.acquire()) is not None:
+                raise RunError(f"run folder {self.path} is in use by {holder}; wait for its end, or stop it")
+            undo.callback(lock.release)
+            self.tidy()
+            yield
+
+    def tidy(self) -> None:
+        """Remove what killed runs left, and put an older run back that was to be replaced but was not."""
+        for name in PARTS:
+            recover(self.path / name)
+        if self.moving.is_dir() or not self.has_state():
+            self.put_back()
+        self.forget()
+
+    def move_aside(self) -> None:
+        """Move the files of an older run into a folder of their own; files of others stay where they are."""
+        _move(self.written(), self.path, self.moving)
+        if self.moving.is_dir():
+            os.replace(self.moving, self.previous)
+
+    def put_back(self) -> None:
+        """Undo :meth:`move_aside`: the older run's files take the place of the newer one's."""
+        if self.previous.is_dir():
+            for file in self.written():
+                file.unlink()
+            os.replace(self.previous, self.moving)
+        _move([file for file in self.moving.rglob("*") if not file.is_dir()], self.moving, self.path)
+        remove(self.moving)
+
+    def forget(self) -> None:
+        """Remove the older run: the new one has saved."""
+        remove(self.previous)
+
+    # --------------------------------------------------------------------------------------------- what a run is of
+
+    def start(self, config: RunConfig, identity: Identity, save_files: Callable[[Path], None]) -> None:
+        """Begin a run here: its identity, config, environment, and the files of its task; all of it or nothing."""
+        self.move_aside()
+        before = set(self.path.rglob("*"))
+        try:
+            self._write_start(config, identity, save_files)
+        except BaseException:
+            for entry in sorted(set(self.path.rglob("*")) - before, reverse=True):
+                _remove_if_empty(entry) if entry.is_dir() else entry.unlink()
+            raise
+
+    def _write_start(self, config: RunConfig, identity: Identity, save_files: Callable[[Path], None]) -> None:
+        write_json(self.identity_file, MADE_BY | {"files": {}})
+        before = set(self.path.rglob("*"))
+        with naming(self.path):
+            save_files(self.path)
+        new = [file for file in sorted(set(self.path.rglob("*")) - before) if file.is_file()]
+        write_json(self.environment_file, identity.environment)
+        files = {file.relative_to(self.path).as_posix(): file_digest(file) for file in (*new, self.environment_file)}
+        self.write_images(identity.images)
+        write_text(self.config_file, config_to_yaml(config))
+        values = asdict(identity)
+        del values["images"]
+        write_json(self.identity_file, MADE_BY | values | {"files": files})
+
+    def write_images(self, images: list[ImageFile]) -> None:
+        """Remember which content each image file had."""
+        write_text(self.images_file, to_lines(images))
+
+    def read_identity(self) -> dict[str, Any]:
+        """What :meth:`start` recorded. Raises :class:`RunError` when that is missing, damaged or of another program."""
+        advice = "choose another output_dir"
+        if not self.identity_file.exists():
+            raise RunError(
+                f"{self.path} has no run.json, so it is no run folder, or one of an older version, and is not "
+                f"overwritten or resumed; {advice}"
+            )
+        values = read_json(self.identity_file, RunError, dict, fix=advice)
+        if {key: values.get(key) for key in MADE_BY} != MADE_BY:
+            raise RunError(f"{self.identity_file} was not written by this version of routingvl; {advice}")
+        files = values.get("files")
+        if not isinstance(files, dict) or any(".." in (p := PurePosixPath(f)).parts or p.is_absolute() for f in files):
+            raise RunError(f"{self.identity_file} is damaged (files); {advice}")
+        return values
+
+    def identity(self) -> Identity:
+        """The identity of the run here. Raises :class:`RunError`, also when its config.yaml was edited since."""
+        values = self.read_identity()
+        del values["files"], values["made_by"], values["format"]
+        images: list[ImageFile] = []
+        with suppress(OSError, ValueError, TypeError):
+            images = from_lines(self.images_file.read_text(encoding="utf-8"))
+        try:
+            found = Identity(**values, images=images)
+            found.check()
+        except (TypeError, ValueError) as error:
+            raise RunError(f"{self.identity_file} is damaged ({error}); start the run anew") from error
+        return found
+
+    def changed_files(self) -> list[str]:
+        """Names of the task's files that were edited or deleted since the run began."""
+        changed = []
+        for name, digest in self.read_identity()["files"].items():
+            try:
+                same = file_digest(self.path / name) == digest
+            except OSError:
+                same = False
+            if not same:
+                changed.append(name)
+        return changed
+
+
+def _move(files: list[Path], source: Path, target: Path) -> None:
+    """Move files to the same names below another folder, and remove the folders that are left empty."""
+    for file in files:
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+    folders = {parent for file in files for parent in file.relative_to(source).parents} - {Path()}
+    for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
+        _remove_if_empty(source / folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
