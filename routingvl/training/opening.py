@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,17 +82,19 @@ def digest_images(
     """
     before = {image.path: image for image in known}
 
-    def look(record: ImageRecord) -> ImageFile:
-        if record.path is None:
-            return ImageFile(None)
-        path = str(record.path)
+    def unchanged(record: ImageRecord) -> ImageFile | None:
+        found = before.get(str(record.path))
+        with suppress(OSError):
+            return found if found is not None and found.stat == file_stat(record.path) else None
+
+    def read(record: ImageRecord) -> ImageFile:
+        path = None if record.path is None else str(record.path)
         try:
-            check_image_file(record.path)
-            found = file_stat(path)
-            if path in before and before[path].stat == found:
-                return before[path]
-            digest = lookup and lookup(record.path)
-            return ImageFile(path, found, digest.hex() if digest else file_digest(record.path))
+            if path is not None:
+                check_image_file(path)
+                found = file_stat(path)
+                digest = lookup and lookup(record.path)
+                return ImageFile(path, found, digest.hex() if digest else file_digest(record.path))
         except ImageError:
             if must_exist:
                 raise
@@ -100,8 +103,10 @@ def digest_images(
                 raise ImageError(f"image {path} cannot be read: {error.strerror}") from error
         return ImageFile(path)
 
+    files = [unchanged(record) for record in records]
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(look, records))
+        new = pool.map(read, [record for record, file in zip(records, files, strict=True) if file is None])
+        return [file or next(new) for file in files]
 
 
 @dataclass
