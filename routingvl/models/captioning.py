@@ -52,6 +52,9 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         # In place of the backbone's own (generation_config.json), which could hold penalties or a least length.
         tokens = {"bos_token_id": self.start_token, "eos_token_id": self.end_token, "pad_token_id": self.end_token}
         text.generation_config = type(text.generation_config)(**tokens)
+        # A head that is the embeddings once more stands once in the state: transformers' Trainer cannot save it twice.
+        self.register_state_dict_post_hook(_leave_out_tied_head)
+        self.register_load_state_dict_pre_hook(_put_back_tied_head)
 
     def forward(
         self,
@@ -85,8 +88,7 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         if labels is not None and (input_ids is None or labels.shape != input_ids.shape):
             raise ValueError(f"labels {list(labels.shape)} must have the shape of input_ids")
         if labels is not None:
-            known = self.vocabulary_size - 1
-            check_values("labels", labels.masked_fill(labels == IGNORED, 0), 0, known, f"; {IGNORED} does not count")
+            check_values("labels", labels, 0, self.vocabulary_size - 1, f", or {IGNORED}", ignored=IGNORED)
         features = self.visual_features(pixel_values, vision_features)
         inputs = self.text_inputs(features, input_ids, attention_mask)
         with self.context.bind(features):
@@ -166,3 +168,20 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
                 "attention_mask": features.new_ones(features.shape[:2], dtype=torch.long),
             }
         return self.text_inputs(features, input_ids, None)
+
+
+def _tied_head(model: ViTGPT2ForCaptioning, prefix: str) -> tuple[str, str] | None:
+    """The names of head and embeddings in a state, where they are one weight."""
+    tied = model.gpt.lm_head.weight is model.gpt.get_input_embeddings().weight
+    return (f"{prefix}gpt.lm_head.weight", f"{prefix}gpt.transformer.wte.weight") if tied else None
+
+
+def _leave_out_tied_head(model: ViTGPT2ForCaptioning, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    if names := _tied_head(model, prefix):
+        state.pop(names[0], None)
+
+
+def _put_back_tied_head(model: ViTGPT2ForCaptioning, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    names = _tied_head(model, prefix)
+    if names and names[1] in state:
+        state.setdefault(names[0], state[names[1]])

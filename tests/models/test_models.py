@@ -413,3 +413,19 @@ def test_a_text_model_needs_one_end_token_of_its_own(end):
     text.config.eos_token_id = end
     with pytest.raises(ConfigError, match="config must name one end token"):
         ViTGPT2ForCaptioning.from_backbones(small_vit(), text, RoutingConfig(rank=4))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_state_holds_a_tied_head_once(tied):
+    model = randomise(captioner())
+    if not tied:
+        model.gpt.lm_head.weight = nn.Parameter(model.gpt.lm_head.weight.detach() + 1, requires_grad=False)
+    state = model.state_dict()
+    assert ("gpt.lm_head.weight" in state) is not tied
+    pointers = [tensor.data_ptr() for tensor in state.values()]
+    assert len(set(pointers)) == len(pointers)
+    twin = captioner()
+    if not tied:
+        twin.gpt.lm_head.weight = nn.Parameter(torch.zeros(WORDS, WIDTH), requires_grad=False)
+    twin.load_state_dict(state)
+    assert torch.equal(twin.eval()(**batch()).logits, model.eval()(**batch()).logits)
