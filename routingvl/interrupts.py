@@ -72,11 +72,16 @@ def child_deaths_wait() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield
         return
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or signal.SIG_DFL
     try:
         yield
+    except BaseException:
+        # The error may keep a loader with a dead worker alive, for which torch's handler would raise once more.
+        if getattr(previous, "__module__", "").startswith("torch."):
+            previous = signal.SIG_DFL
+        raise
     finally:
-        signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, previous)
 
 
 def ignore_signals(worker: int = 0) -> None:

@@ -143,11 +143,12 @@ class Trainer:
         bar = tqdm(total=self.steps, initial=self.step, desc="train", disable=not self.progress, dynamic_ncols=True)
         if self.step and self.validated_step < self.step and self.validation_due():
             self.validate()  # the run ended between saving and the end of the validation
-        batches = iter(self.loader())
+        loader = self.loader()
+        batches = iter(loader)
         with bar, child_deaths_wait():
             self.stop_if_wanted(stop)
             while self.step < self.steps:
-                self.train_step(self.micro_batches(batches))
+                self.train_step(self.micro_batches(batches, loader.num_workers))
                 bar.update()
                 validate, every = self.validation_due(), self.settings.save_every
                 save = validate or (every is not None and self.step % every == 0)
@@ -163,14 +164,15 @@ class Trainer:
             self.save_adapter("best")
         return self.result(time.perf_counter() - begin)
 
-    def micro_batches(self, batches: Iterator[Batch | None]) -> list[Batch | None]:
+    def micro_batches(self, batches: Iterator[Batch | None], workers: int) -> list[Batch | None]:
         """Those of a step. Where they cannot be had, the steps so far are saved before the error is raised."""
         try:
             return [next(batches) for _ in range(self.settings.accumulation)]
         except Exception as error:
             if self.accelerator.num_processes == 1:  # the others know nothing of it, and would be waited for
                 self.save()
-            if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            # What a worker raises comes with that word; anything else is the loss of one, however it was noticed.
+            if workers and not str(error).startswith("Caught "):
                 raise RunError(
                     f"a data worker was killed after step {self.step} ({error}); continue with --resume "
                     f"{self.folder.path}, with --data.workers 0 if memory was short"
