@@ -197,9 +197,10 @@ class FeatureCache:
         """
         for entry in tuple(self._entries.get(digest, ())):
             path, row, checksum = entry
-            data = os.pread(self._files[path].fileno(), self.row_bytes, row * self.row_bytes)
-            if zlib.crc32(data) == checksum:
-                return torch.frombuffer(bytearray(data), dtype=self.dtype).view(self.shape)
+            data = torch.empty(self.row_bytes, dtype=torch.uint8)
+            read = os.preadv(self._files[path].fileno(), [data.numpy()], row * self.row_bytes)
+            if read == self.row_bytes and zlib.crc32(data.numpy()) == checksum:
+                return data.view(self.dtype).view(self.shape)
             logger.warning("%s: a damaged row is passed over; its image is computed again", path)
             self._entries[digest] = [other for other in self._entries[digest] if other != entry]
         if not self._entries.get(digest):
