@@ -280,7 +280,9 @@ def _named(root: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENOENT:
-            raise FeatureCacheError(f"feature cache {root} was deleted while it was used; start again") from error
+            raise FeatureCacheError(
+                f"feature cache {root} cannot be made, or was deleted while it was used; name another folder"
+            ) from error
         if error.errno not in READ_ONLY:
             raise
         raise FeatureCacheError(
@@ -306,6 +308,8 @@ class FileDigests:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
+        if os.path.lexists(directory) and not self.directory.is_dir():
+            raise FeatureCacheError(f"{directory} is not a folder; remove it")
         self._known: dict[str, tuple[Stat, bytes]] = {}
         for path in sorted(self.directory.glob("*.jsonl")):
             with _open(path) as file:
@@ -371,7 +375,7 @@ def _parse_file_line(line: str) -> tuple[str, tuple[Stat, bytes]] | None:
 
 def _open(path: Path) -> BinaryIO:
     """A regular file of the cache, for reading."""
-    if not path.is_file() and path.exists():
+    if not path.is_file() and os.path.lexists(path):
         raise FeatureCacheError(f"{path} is not a regular file; remove it")
     return path.open("rb", buffering=0)
 

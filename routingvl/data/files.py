@@ -109,8 +109,15 @@ def write_json_files(folder: str | Path, files: Mapping[str, Any]) -> dict[str, 
         DataError: another process writes into the folder.
         OSError: it cannot be written; the error names the file.
     """
+    if not str(folder) or "\0" in str(folder):
+        raise DataError(f"{str(folder)!r} cannot be the name of a folder")
     folder, marker = Path(folder), Path(folder, UNFINISHED)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DataError(f"{folder} is a file, or lies in one; name a folder") from error
+    if odd := [name for name in files if os.path.lexists(folder / name) and not (folder / name).is_file()]:
+        raise DataError(f"{folder / odd[0]} is not a regular file; remove it, or name another folder")
     with _only_writer(folder), contextlib.ExitStack() as stack:
         for leftover in (path for name in (*files, UNFINISHED) for path in folder.glob(f".{name}.*.tmp")):
             leftover.unlink()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from routingvl.data.coco import SPLITS, CaptionSplit, caption_file, load_captions
+from routingvl.data.coco import DATASET_FILE, SPLITS, CaptionSplit, caption_file, load_captions
 from routingvl.data.files import DataError, collection_paused, write_json_files
 from routingvl.data.vocabulary import MIN_QUESTIONS, AnswerVocabulary, soft_scores
 from routingvl.data.vqa import Question, answer_entries, by_karpathy_split, join_official
@@ -33,10 +33,14 @@ def prepare_coco(dataset_coco_json: str | Path, output_dir: str | Path) -> dict[
     Raises:
         DataError: the input is missing, broken or lacks a split; nothing is written then.
     """
+    if not Path(dataset_coco_json).is_file():
+        raise DataError(f"{dataset_coco_json} is not a file; give {DATASET_FILE} of caption_datasets.zip")
     files: dict[str, Any] = {}
     counts: dict[str, Any] = {}
     for name in SPLITS:
         split = load_captions(dataset_coco_json, name)
+        if not split.split_in_file:
+            raise DataError(f"{dataset_coco_json} names no splits; give {DATASET_FILE} of caption_datasets.zip")
         files[caption_file(name)] = _coco_form(split)
         counts[caption_file(name)] = {"images": len(split.images), "captions": len(split.captions)}
     return _write(output_dir, files, CAPTIONS_MANIFEST, [dataset_coco_json], {"files": counts})

@@ -288,13 +288,22 @@ def test_files_that_are_none(tmp_path):
         with pytest.raises(FeatureCacheError, match=f"{name} is not a regular file; remove it"):
             opened(tmp_path) if name == "a.index" else FileDigests(folder)
         (folder / name).unlink()
+    (cache.directory / "a.index").symlink_to("nowhere")
+    with pytest.raises(FeatureCacheError, match=r"a.index is not a regular file"):
+        opened(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FeatureCacheError, match="file is not a folder; remove it"):
+        FileDigests(tmp_path / "file")
+    with pytest.raises(FeatureCacheError, match="/proc/cache cannot be made"):
+        opened("/proc/cache")
+    (cache.directory / "a.index").unlink()
     path = cache.directory / "features.json"
     path.unlink()
     path.mkdir()
     with pytest.raises(FeatureCacheError, match=r"features.json is not a regular file"):
         opened(tmp_path)
     shutil.rmtree(cache.directory)
-    with pytest.raises(FeatureCacheError, match="was deleted while it was used"):
+    with pytest.raises(FeatureCacheError, match="cannot be made, or was deleted while it was used"):
         cache.add([digest(9)], rows(9))
 
 

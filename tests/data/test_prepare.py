@@ -263,3 +263,31 @@ def test_dataset_coco_with_faults_writes_nothing(tmp_path, change, message):
 def test_a_vocabulary_of_every_answer_is_refused(tmp_path):
     with pytest.raises(DataError, match="min_questions=0 must be at least 1"):
         prepare_vqa([QUESTIONS], [ANNOTATIONS], KARPATHY, tmp_path / "out", min_questions=0)
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "captions_train_karpathy.json").mkdir()
+    for output, message in (
+        ("", "'' cannot be the name of a folder"),
+        ("a\0b", "cannot be the name of a folder"),
+        (tmp_path / "file", "file is a file, or lies in one; name a folder"),
+        (tmp_path / "file" / "below", "is a file, or lies in one"),
+        (tmp_path, r"captions_train_karpathy\.json is not a regular file; remove it"),
+    ):
+        with pytest.raises(DataError, match=message):
+            prepare_coco(KARPATHY, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions_train_karpathy.json", "file"]
+
+
+def test_captions_without_splits_are_no_input(tmp_path):
+    own = tmp_path / "own.json"
+    own.write_bytes((FIXTURES / "captions_val_karpathy.json").read_bytes())
+    for path, message in (
+        (own, r"own\.json names no splits; give dataset_coco\.json"),
+        (FIXTURES / "captions_val_karpathy.json", "holds the split 'val'"),
+        (tmp_path, r"is not a file; give dataset_coco\.json"),
+    ):
+        with pytest.raises(DataError, match=message):
+            prepare_coco(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
