@@ -153,6 +153,8 @@ class RoutedVLModel(nn.Module):
         """
         if self.vit is None:
             raise ValueError("the model was built without a ViT: pass vision_features= instead of pixel_values=")
+        if not len(pixel_values):
+            raise ValueError("the batch is empty: there is no image in pixel_values")
         check_finite("pixel_values", pixel_values)
         return image_features(self.vit, pixel_values, self.vision_features)
 
@@ -172,7 +174,7 @@ class RoutedVLModel(nn.Module):
             have = list(vision_features.shape)
             raise ValueError(f"vision_features must be [batch, visual tokens, {self.vision_width}], not {have}")
         if not len(vision_features):
-            raise ValueError("the batch is empty: there is no image in it")
+            raise ValueError("the batch is empty: there is no image in vision_features")
         check_finite("vision_features", vision_features)
         _check_tokens(self.routing, vision_features.shape[1])
         features = vision_features.to(self.dtype)

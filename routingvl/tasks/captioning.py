@@ -39,6 +39,9 @@ class CaptionTask(Task):
     def use_model(self, model: ViTGPT2ForCaptioning) -> None:
         """Take ``model``; ConfigError unless it begins and ends captions with the tokens that the tokenizer gives."""
         super().use_model(model)
+        if (longest := self.config.eval.max_new_tokens) > model.max_positions:
+            known = model.max_positions
+            raise ConfigError(f"eval.max_new_tokens={longest} is more than the language model's {known} positions")
         names = self.tokenizer
         end, start = names.eos_token_id, names.eos_token_id if names.bos_token_id is None else names.bos_token_id
         pairs = [("end", "eos_token_id", end, model.end_token)]
@@ -130,10 +133,7 @@ class CaptionTask(Task):
         if not described:
             return {"missing": {"captions": f"split {split.name!r} has no reference captions"}}
         references = {image_id: split.references[image_id] for image_id in described}
-        scores = caption_scores(described, references, metrics=metrics, tokenizer=tokenizer)
-        if rest := len(predictions) - len(described):
-            scores["missing"]["captions"] = f"{rest} of {len(predictions)} images have no reference captions"
-        return scores
+        return caption_scores(described, references, metrics=metrics, tokenizer=tokenizer)
 
     def write_predictions(self, folder: Path, split: str, method: str, predictions: Mapping[int, str]) -> Path:
         """Captions in COCO's form, under its name."""

@@ -318,7 +318,8 @@ OUTSIDE = {
     "NaN pixels": ({"pixel_values": float("nan")}, "pixel_values must be finite"),
     "infinite features": ({"vision_features": float("inf")}, "vision_features must be finite"),
     "NaN features": ({"vision_features": float("nan")}, "vision_features must be finite"),
-    "no image": ({"vision_features": None}, "the batch is empty"),
+    "no image": ({"vision_features": None}, "the batch is empty: there is no image in vision_features"),
+    "no pixels": ({"pixel_values": None}, "the batch is empty: there is no image in pixel_values"),
     "no token": ({"input_ids": [[]]}, "with a token at least"),
 }
 
@@ -331,6 +332,8 @@ def test_what_lies_outside_of_the_inputs_is_named(build, changes, message):
     for name, value in changes.items():
         if name == "input_ids":
             inputs |= {"input_ids": torch.tensor(value, dtype=torch.long), "attention_mask": None}
+        elif name == "pixel_values" and value is None:
+            inputs = {key: tensor[:0] for key, tensor in inputs.items()}
         elif name == "pixel_values":
             inputs[name][0, 0, 0, 0] = value
         else:
