@@ -104,5 +104,5 @@ def _leave_process_group() -> None:
 
 
 def _fail(message: str, status: int = USAGE_ERROR) -> int:
-    print(f"routingvl: {message}", file=sys.stderr)
+    print(f"routingvl: {message.removeprefix('routingvl ')}", file=sys.stderr)  # a parser's begins with its command
     return status

@@ -11,6 +11,7 @@ import torch
 
 from routingvl.backbones.loading import hide_loading_bars
 from routingvl.config import ConfigError
+from routingvl.data.files import one_line
 from routingvl.data.images import ImageError
 from routingvl.evaluate import evaluation_config, load_run
 from routingvl.training.run_folder import RunFolder
@@ -68,9 +69,11 @@ class Predictor:
         """As :meth:`predict`, a batch at a time; for a file that cannot be read comes its ImageError."""
         if self.task.takes_text is (text is None):
             raise ConfigError(f"a run of task {self.task.name!r} needs {'a' if self.task.takes_text else 'no'} text")
-        sentences = [text] if isinstance(text, str) else list(text or ())
-        if len(sentences) > 2 or not all(part.strip() for part in sentences):
+        sentences = [one_line(part) for part in ([text] if isinstance(text, str) else text or ())]
+        if len(sentences) > 2 or not all(sentences):
             raise ConfigError(f"the text must be a sentence or two, none of them empty, not {text!r}")
+        if any("\ud800" <= character <= "\udfff" for part in sentences for character in part):
+            raise ConfigError(f"the text holds bytes that are no UTF-8: {text!r}")
         if top < 1:
             raise ConfigError(f"top={top} must be at least 1")
         item, size, collate = self.task.single_item(*sentences), self.config.eval.batch_size, self.task.collator()

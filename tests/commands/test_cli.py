@@ -72,6 +72,7 @@ def test_bare_and_unknown_commands(capsys):
 def test_bad_flags(capsys, runs):
     assert "unknown flag --train.lrr; did you mean '--train.lr'" in fails(capsys, "train", "--train.lrr", "3")
     assert "unknown flag --quite; did you mean '--quiet'" in fails(capsys, "train", "--quite")
+    assert fails(capsys, "caption", "x", "y", "--quite").startswith("routingvl: caption: unknown flag --quite")
     assert "unknown flag --splt; did you mean '--split'" in fails(capsys, "evaluate", str(runs / "vqa"), "--splt", "x")
     run = str(runs / "vqa")
     assert "did you mean '--eval.num_beams'" in fails(capsys, "evaluate", run, "--eval.num_beem", "2")

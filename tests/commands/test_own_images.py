@@ -168,3 +168,13 @@ def test_flags_of_evaluate(runs, capsys, tmp_path, task, flags, message):
 def test_benchmark_refuses_as_all_commands_do(capsys):
     assert "unknown flag --bogus" in fails(capsys, "benchmark", "--bogus")
     assert "invalid choice: 'x'" in fails(capsys, "benchmark", "--suite", "x")
+
+
+def test_questions_are_one_line_of_utf8(runs, images, capsys):
+    run = str(runs / "vqa")
+    assert main(["answer", run, images[0], " what color\n\tis it? "]) == 0
+    broken = capsys.readouterr().out
+    assert main(["answer", run, images[0], "what color is it?"]) == 0
+    assert capsys.readouterr().out == broken
+    assert "holds bytes that are no UTF-8" in fails(capsys, "answer", run, images[0], os.fsdecode(b"wh\xe4t?"))
+    assert "the question is empty" in fails(capsys, "answer", run, images[0], "\n")
