@@ -55,10 +55,13 @@ def find_source(name: str | Path) -> tuple[str, bool]:
 @contextlib.contextmanager
 def loading(name: str, local: bool) -> Iterator[dict[str, Any]]:
     """Options for transformers' ``from_pretrained``; an error inside becomes a BackboneError that names ``name``."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its table of missing keys: we say what of that matters
+    # Tables of missing keys, retries without a network: what of that matters is in the error.
+    levels = [(module, module.get_verbosity()) for module in (logging, hub_logging)]
+    for module, _ in levels:
+        module.set_verbosity_error()
     try:
         yield {"trust_remote_code": False, "local_files_only": local}
     except (BackboneError, KeyboardInterrupt):
@@ -71,7 +74,8 @@ def loading(name: str, local: bool) -> Iterator[dict[str, Any]]:
         reason = " ".join(str(error).split())
         raise BackboneError(f"{name} cannot be loaded ({type(error).__name__}: {reason[:300]})") from error
     finally:
-        logging.set_verbosity(verbosity)
+        for module, level in levels:
+            module.set_verbosity(level)
 
 
 def model_type(backbone: nn.Module | str) -> str | None:

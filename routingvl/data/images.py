@@ -263,7 +263,8 @@ def _pretrained_file(name_or_dir: str | os.PathLike[str], file_name: str) -> Pat
         if local:
             return path if (path := Path(source, file_name)).exists() else None
         with loading(source, local):
-            found = cached_file(source, file_name, _raise_exceptions_for_missing_entries=False)
+            needed = file_name == "config.json"  # which every model has: without it there is no model, or no network
+            found = cached_file(source, file_name, _raise_exceptions_for_missing_entries=needed)
     except BackboneError as error:
         raise DataError(str(error)) from error
     return None if found is None else Path(found)
