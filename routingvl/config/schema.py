@@ -93,7 +93,7 @@ class DataConfig:
     answers: str | None = None
     train_split: str = "train"
     val_split: str | None = "val"
-    max_text_length: int | None = setting(None, least=1)
+    max_text_length: int | None = setting(None, least=3)
     padding: str = setting("longest", choices=PADDINGS)
     on_bad_image: str = setting("fail", choices=ON_BAD_IMAGE)
     precompute_features: bool = False

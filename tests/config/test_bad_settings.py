@@ -50,6 +50,7 @@ VALUES = [
     ("routing.layers", "3", "layers=3 must be a list of integers or null"),
     ("routing.targets", "query", "targets='query' must be a list of texts or null"),
     ("data.workers", "100000", "workers=100000 must be at most 256"),
+    ("data.max_text_length", "2", "max_text_length=2 must be at least 3"),
     ("data.images", "''", "images is empty"),
     ("model.vision", "null", "vision=None must be a text"),
     ("model.vision", "''", "vision is empty"),
