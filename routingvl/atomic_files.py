@@ -16,6 +16,8 @@ from typing import Any
 # What a killed program leaves: a file or folder that it was writing, or an old folder that it was about to replace.
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.(?P<kind>tmp|old)")
 
+STANDARD_OUTPUT = Path("standard output")  # for naming
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

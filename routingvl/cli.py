@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from routingvl import __version__
+from routingvl.atomic_files import STANDARD_OUTPUT, naming
 from routingvl.interrupts import message_of, signals_interrupt
 
 # name -> module of routingvl.commands with run(args) -> exit status, and the line of --help
@@ -59,6 +60,28 @@ def main(args: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no program
+    try:
+        with signals_interrupt():
+            status = _run(args)
+        _leave_process_group()
+        with naming(STANDARD_OUTPUT):
+            sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        _drop_output()
+        return 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        # Every error of bad input in this library is one of these; anything else is a fault and shows its traceback.
+        if debug:
+            raise
+        if getattr(error, "filename", None) == str(STANDARD_OUTPUT):
+            _drop_output()
+        return _fail(message_of(error), 1 if isinstance(error, FloatingPointError) else USAGE_ERROR)
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0 if args else USAGE_ERROR
@@ -71,24 +94,7 @@ def main(args: Sequence[str] | None = None) -> int:
         close = get_close_matches(args[0], COMMANDS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "; routingvl --help lists the commands"
         return _fail(f"unknown command {args[0]!r}{hint}")
-    try:
-        with signals_interrupt():
-            status = importlib.import_module(f"routingvl.commands.{COMMANDS[args[0]][0]}").run(args[1:])
-        _leave_process_group()
-        importlib.import_module("routingvl.commands").flush_output()
-        return status
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output (head, less) has gone
-        _drop_output()
-        return 0
-    except (ValueError, OSError, FloatingPointError) as error:
-        # Every error of bad input in this library is one of these; anything else is a fault and shows its traceback.
-        if debug:
-            raise
-        if getattr(error, "filename", None) == "standard output":
-            _drop_output()
-        return _fail(message_of(error), 1 if isinstance(error, FloatingPointError) else USAGE_ERROR)
+    return importlib.import_module(f"routingvl.commands.{COMMANDS[args[0]][0]}").run(args[1:])
 
 
 def _drop_output() -> None:

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from routingvl.atomic_files import STANDARD_OUTPUT, naming
 from routingvl.config.files import CommandParser, add_settings
-
-STDOUT = "standard output"  # its name in errors
 
 
 class RunParser(CommandParser):
@@ -72,15 +71,5 @@ def json_text(data: Any, indent: int | None = None) -> str:
 def say(text: str) -> None:
     """Print a result, once when several processes run the command (``accelerate launch``)."""
     if os.environ.get("RANK", "0") == "0":
-        print(text)
-        flush_output()
-
-
-def flush_output() -> None:
-    """Hand over what was printed; raises OSError, which names standard output, where that cannot be."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, STDOUT) from error
+        with naming(STANDARD_OUTPUT):
+            print(text, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from routingvl.commands import RunParser
+from routingvl.commands import RunParser, say
 from routingvl.config import ConfigError
 
 EXAMPLE = "routingvl export runs/caption-none adapters/caption --format peft"
@@ -25,6 +25,7 @@ def run(args: Sequence[str]) -> int:
     options = parser.parse_args(args)
 
     from routingvl.atomic_files import replacing
+    from routingvl.backbones.loading import hide_loading_bars
     from routingvl.models import load_pretrained
     from routingvl.training.run_folder import RunFolder
 
@@ -33,6 +34,7 @@ def run(args: Sequence[str]) -> int:
     folder.load_config()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} is not an empty folder; choose another one")
+    hide_loading_bars(quiet=False)
     moved = {key.removeprefix("model."): place for key, place in options.settings.items()}
     model = load_pretrained(folder.adapter(options.checkpoint), **moved)
     with replacing(output) as target:
@@ -42,5 +44,5 @@ def run(args: Sequence[str]) -> int:
             export_peft(model, target, base_model=model.backbones["text"])
         else:
             model.save_pretrained(target)
-    print(f"{options.format} adapter of {folder.path} written to {output}")
+    say(f"{options.format} adapter of {folder.path} written to {output}")
     return 0
