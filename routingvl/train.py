@@ -65,7 +65,6 @@ def train(
     config = config.absolute()
     folder = RunFolder(Path(config.output_dir))
     check = partial(folder.check_resumable if resume else partial(folder.check_free, overwrite=overwrite), config)
-    check()
     hide_loading_bars(log is not None)
     check_trackers(config.train.trackers)
     accelerator = make_accelerator(config, config.train.trackers)
@@ -77,9 +76,13 @@ def train(
             held.enter_context(folder.locked())
             check()  # again, because another run may have been here since
 
-        early = folder.path.is_dir()
-        if early:  # before anything is loaded
-            in_first_process(accelerator, lock)
+        def lock_if_there() -> bool:
+            check()
+            if there := folder.path.is_dir():
+                lock()
+            return there
+
+        locked = in_first_process(accelerator, lock_if_there)  # before anything is loaded
         set_seed(config.train.seed)
         task = build_task(config, model=model, tokenizer=tokenizer, device=accelerator.device)
         example = try_example(task, accelerator)
@@ -93,7 +96,7 @@ def train(
         held.callback(accelerator.unwrap_model, trainer.wrapped, keep_fp32_wrapper=False)
         # From here on everything has been read and fits: the folder appears, and what stood in it may go.
         with stop_request() as stop:
-            if not early:
+            if not locked:
                 in_first_process(accelerator, lock)
             try:
                 history = trainer.set_state(run, resume)

@@ -73,7 +73,7 @@ class Trainer:
         config: the run.
         task: with its training data and model.
         accelerator: of the run.
-        folder: the run's; nothing is written into it before :meth:`begin`.
+        folder: the run's; nothing is written into it before :meth:`open_log`.
         example: a batch of one example, which stands in where a process has no readable image in a step.
     """
 
@@ -298,18 +298,25 @@ class Trainer:
         self.logged_time += time.perf_counter() - begin
 
     def validation_scores(self) -> dict[str, float]:
-        """Scores on the validation examples, with a finite value of the task's metric, or an error of any kind."""
+        """Scores on the validation examples, with a finite value of the task's metric, or an error of any kind.
+
+        Every process gets the same.
+        """
         beams, progress = self.config.eval.val_num_beams, self.progress
         with torch.compiler.set_stance("force_eager"):  # train.compile is for training alone
             predictions = predict_dataset(
                 self.task, self.task.val_set, self.accelerator, num_beams=beams, progress=progress
             )
-        if not predictions:
-            raise DataError("no validation example has a readable image")
-        scores = self.task.validation_scores(predictions)
-        if not math.isfinite(scores[self.task.metric]):
-            raise ValueError(f"{self.task.metric} is {scores[self.task.metric]}")
-        return scores
+
+        def checked() -> dict[str, float]:
+            if not predictions:
+                raise DataError("no validation example has a readable image")
+            scores = self.task.validation_scores(predictions)
+            if not math.isfinite(scores[self.task.metric]):
+                raise ValueError(f"{self.task.metric} is {scores[self.task.metric]}")
+            return scores
+
+        return in_first_process(self.accelerator, checked)
 
     def progress_values(self) -> dict[str, Any]:
         """What the state says of how far the run is."""
