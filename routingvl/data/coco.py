@@ -115,7 +115,7 @@ def load_captions(
         raise DataError(
             f"{path}: image {bare[0]} (and {len(bare) - 1} more) has no caption while others have; remove it or add one"
         )
-    if wordless := [caption for caption in captions if not any(map(str.isalnum, caption.text))]:
+    if wordless := [c for c in captions if not (c.text[0].isalnum() or any(map(str.isalnum, c.text)))]:
         text, image_id = wordless[0].text, wordless[0].image_id
         logger.warning("%s: %d captions have no word, first %r of image %s", path, len(wordless), text, image_id)
     return CaptionSplit(split, images, captions, split_in_file=not official or named is not None)
@@ -162,7 +162,7 @@ def _parse_coco(
     known = {image.image_id for image in images}
     for position, entry in enumerate(required_list(content, "annotations", path, _EXPECTED)):
         with required_keys(path, "annotation number", position):
-            image_id = check_id(entry["image_id"], path, f"annotation number {position}: image_id")
+            image_id = check_id(entry["image_id"], path, "annotation number #: image_id", position)
             captions.append(_caption(entry["caption"], entry["id"], image_id, path))
         if image_id not in known:
             raise DataError(f"{path}: caption {entry['id']} belongs to image {image_id}, which is not among the images")
@@ -178,7 +178,7 @@ def karpathy_images(content: Any, path: Path, split: str | None = None) -> Itera
     seen: set[Any] = set()
     for position, entry in enumerate(required_list(content, "images", path, _EXPECTED)):
         with required_keys(path, "image number", position):
-            name, image_id = entry["split"], check_id(entry["cocoid"], path, f"image number {position}: cocoid")
+            name, image_id = entry["split"], check_id(entry["cocoid"], path, "image number #: cocoid", position)
             file = (entry.get("filepath"), entry.get("filename"))
             if not isinstance(name, str) or name not in KARPATHY_SPLITS:
                 raise DataError(f"{path}: image {image_id} has unknown split {name!r}")
@@ -191,10 +191,11 @@ def karpathy_images(content: Any, path: Path, split: str | None = None) -> Itera
             yield {**entry, "split": KARPATHY_SPLITS[name]}
 
 
-def image_splits(dataset_coco: str | Path) -> dict[int | str, str]:
-    """COCO image id -> train, val or test, read from dataset_coco.json."""
+def image_splits(dataset_coco: str | Path) -> dict[int | str, tuple[str, str | None]]:
+    """COCO image id -> (train, val or test; file name), read from dataset_coco.json."""
     path = Path(dataset_coco)
-    return {entry["cocoid"]: entry["split"] for entry in karpathy_images(read_json(path), path)}
+    entries = karpathy_images(read_json(path), path)
+    return {entry["cocoid"]: (entry["split"], entry.get("filename")) for entry in entries}
 
 
 def _caption(raw: str, caption_id: int | str, image_id: int | str, path: Path) -> Caption:

@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from routingvl.atomic_files import replacing, write_json
+from routingvl.atomic_files import recover, remove, write_json, write_text
 from routingvl.config.schema import FEATURE_DTYPES
 from routingvl.json_files import read_json
 
@@ -129,15 +129,14 @@ class FeatureCache:
         except OSError:  # others are at work, or the file system has no locks
             pass
         else:
-            for leftover in (*root.glob("files*/.*.tmp"), *root.glob("*/.features.json.*.tmp")):
-                with suppress(OSError):  # of a folder that may not be written
-                    leftover.unlink()
-            for rows in root.glob("*/*.rows"):
-                index = rows.with_suffix(".index")
-                if not index.exists() or index.stat().st_size == 0:  # rows that no record names
-                    with suppress(OSError):
-                        rows.unlink()
-                        index.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder that may not be written
+                for folder in root.iterdir():
+                    recover(folder)
+                for rows in root.glob("*/*.rows"):
+                    index = rows.with_suffix(".index")
+                    if not index.exists() or index.stat().st_size == 0:  # rows that no record names
+                        remove(rows)
+                        remove(index)
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_SH)
 
@@ -348,9 +347,7 @@ class FileDigests:
         # A file of its own for each call, written whole: many writers never meet.
         target = self.directory / f"{uuid.uuid4().hex}.jsonl"
         try:
-            with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as file:
-                file.writelines(lines)
-                _sync(file)
+            write_text(target, "".join(lines))
         except OSError as error:
             if error.errno not in READ_ONLY:
                 raise

@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from routingvl.atomic_files import replacing, write_text
 
 COCO_PREFIX = re.compile(r"^COCO_([a-z]+\d{4})_")
 _BREAKS = re.compile("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
+_MOST_ID = 2**63
 UNFINISHED = "prepare-data.unfinished"  # file that names those whose renaming was interrupted
 _LONGEST_NAME = 255  # bytes of one part of a path, as file systems have it
 
@@ -53,32 +55,35 @@ def required_list(content: Any, key: str, path: str | Path, expected: str) -> li
     return content[key]
 
 
-def check_id(value: Any, path: str | Path, kind: str) -> int | str:
+def check_id(value: Any, path: str | Path, kind: str, position: int | str = "") -> int | str:
     """``value``, if it can identify something: an integer of 64 bits, or a string that is not empty."""
-    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise DataError(f"{path}: {kind} {value!r:.60} must be an integer or a string that is not empty")
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise DataError(f"{path}: {kind} has more than 64 bits")
-    return value
+    if type(value) is int and -_MOST_ID <= value < _MOST_ID:
+        return value
+    if type(value) is str and value:
+        return value
+    where = f"{path}: {kind}".replace("#", str(position))
+    if type(value) is int:
+        raise DataError(f"{where} has more than 64 bits")
+    raise DataError(f"{where} {value!r:.60} must be an integer or a string that is not empty")
 
 
 def check_ids(ids: Iterable[int | str], path: str | Path, kind: str, *, mixed: bool = False) -> None:
     """Raise :class:`DataError` for an id that occurs twice and, unless ``mixed``, for integers among strings."""
-    seen: dict[int | str, None] = {}
-    for identity in ids:
-        if identity in seen:
-            raise DataError(f"{path}: {kind} {identity} is listed twice")
-        seen[identity] = None
-    if not mixed and len({type(identity) for identity in seen}) > 1:
-        first = next(iter(seen))
-        other = next(identity for identity in seen if type(identity) is not type(first))
+    ids = list(ids)
+    if len(set(ids)) < len(ids):
+        twice = next(identity for identity, count in Counter(ids).items() if count > 1)
+        raise DataError(f"{path}: {kind} {twice} is listed twice")
+    if not mixed and len(set(map(type, ids))) > 1:
+        other = next(identity for identity in ids if type(identity) is not type(ids[0]))
         raise DataError(
-            f"{path}: {kind} ids are partly integers, partly strings: {first!r}, {other!r}; use one of them"
+            f"{path}: {kind} ids are partly integers, partly strings: {ids[0]!r}, {other!r}; use one of them"
         )
 
 
 def one_line(raw: str) -> str:
     """A text without surrounding space; line breaks and tabs in it become single spaces, as in COCO's evaluation."""
+    if raw.isprintable():
+        return raw.strip()
     return " ".join(filter(None, map(str.strip, _BREAKS.split(raw))))
 
 
@@ -166,8 +171,7 @@ class ImageFolders:
     def __init__(self, root: str | Path | None, source: str | Path = "annotations", allow_symlinks: bool = False):
         self.source, self.allow_symlinks = source, allow_symlinks
         self.root = None if root is None else Path(os.path.realpath(root))
-        self._folders: dict[str, Path] = {}
-        self._resolved: dict[Path, Path] = {}
+        self._resolved: dict[tuple[str, str], Path] = {}  # of each folder and sub-folder that names speak of
         if self.root is not None and not self.root.is_dir():
             raise DataError(f"image folder {root} does not exist")
 
@@ -183,16 +187,17 @@ class ImageFolders:
         if self.root is None:
             return None
         prefix = COCO_PREFIX.match(file_name)
-        path = self._folder(prefix.group(1) if prefix else folder) / file_name
-        if path.parent not in self._resolved:
-            self._resolved[path.parent] = self._inside(path.parent)
-        resolved = self._resolved[path.parent] / path.name
-        return self._inside(resolved) if os.path.islink(resolved) else resolved
+        below, name = os.path.split(file_name)
+        where = (prefix.group(1) if prefix else folder, below)
+        if where not in self._resolved:
+            self._resolved[where] = self._inside(self._folder(where[0]) / below)
+        resolved = f"{self._resolved[where]}{os.sep}{name}"  # quicker than Path, for hundreds of thousands
+        return self._inside(resolved) if os.path.islink(resolved) else Path(resolved)
 
     def _check_name(self, name: Any) -> None:
         if not isinstance(name, str):
             reason = "is no text"
-        elif not name or name.endswith("/"):
+        elif name.split("/")[-1] in ("", "."):
             reason = "names no file"
         elif "\0" in name or max(map(_bytes, name.split("/"))) > _LONGEST_NAME:
             reason = "cannot be the name of a file"
@@ -202,7 +207,7 @@ class ImageFolders:
             return
         raise DataError(f"{self.source}: the image name {name!r:.80} {reason}; names are relative to data.images")
 
-    def _inside(self, path: Path) -> Path:
+    def _inside(self, path: str | Path) -> Path:
         """The path without symbolic links; DataError when it leaves the root and may not."""
         resolved = Path(os.path.realpath(path))
         if not self.allow_symlinks and not resolved.is_relative_to(self.root):
@@ -213,10 +218,8 @@ class ImageFolders:
         return resolved
 
     def _folder(self, folder: str) -> Path:
-        if folder not in self._folders:
-            candidates = [self.root / "Images" / folder, self.root / folder]
-            found = next((candidate for candidate in candidates if candidate.is_dir()), None)
-            if found is None:
-                raise DataError(f"no folder {folder!r} of images; looked for {' and '.join(map(str, candidates))}")
-            self._folders[folder] = found
-        return self._folders[folder]
+        candidates = [self.root / "Images" / folder, self.root / folder]
+        found = next((candidate for candidate in candidates if candidate.is_dir()), None)
+        if found is None:
+            raise DataError(f"no folder {folder!r} of images; looked for {' and '.join(map(str, candidates))}")
+        return found

@@ -226,7 +226,13 @@ def by_karpathy_split(joined: Iterable[Question], dataset_coco: str | Path) -> d
     for question in joined:
         if question.image_id not in splits:
             raise DataError(f"{dataset_coco} has no image {question.image_id} of question {question.question_id}")
-        grouped[splits[question.image_id]].append(question)
+        split, file_name = splits[question.image_id]
+        if file_name not in (None, question.file_name):
+            raise DataError(
+                f"{dataset_coco}: image {question.image_id} is {file_name}, but question {question.question_id} asks "
+                f"about {question.file_name}; are the files of the same data set?"
+            )
+        grouped[split].append(question)
     return grouped
 
 
@@ -242,7 +248,7 @@ def _read_entries(paths: Sequence[str | Path], key: str) -> dict[int | str, _Ent
             raise DataError(f"{path}: data_subtype {subset!r:.60} is not the name of an image set, such as val2014")
         for position, fields in enumerate(listed):
             with required_keys(path, f"{key} entry number", position):
-                identity = check_id(fields["question_id"], path, f"{key} entry number {position}: question_id")
+                identity = check_id(fields["question_id"], path, f"{key} entry number #: question_id", position)
             if identity in entries:
                 raise DataError(f"{path}: question {identity} is listed twice")
             entries[identity] = _Entry(fields, subset, path)
@@ -293,7 +299,7 @@ def _load_list(path: Path, split: str, image_root: str | Path | None, allow_syml
     questions = []
     for position, fields in enumerate(read_json(path, kind=list)):
         with required_keys(path, "entry number", position):
-            identity = check_id(fields["question_id"], path, f"entry number {position}: question_id")
+            identity = check_id(fields["question_id"], path, "entry number #: question_id", position)
             image = fields["img_id"]
             if not isinstance(image, str) or (digits := _TRAILING_NUMBER.search(image)) is None:
                 raise DataError(
@@ -329,8 +335,8 @@ def _text_or_none(fields: Mapping[str, Any], key: str, path: Path, question_id: 
 
 
 def _raw_answers(entries: Any, path: Path, question_id: int | str) -> tuple[str, ...]:
-    answers = [entry["answer"] if isinstance(entry, Mapping) else entry for entry in entries]
-    if not isinstance(entries, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+    answers = [entry["answer"] if isinstance(entry, dict) else entry for entry in entries]
+    if not isinstance(entries, list) or set(map(type, answers)) != {str}:
         raise DataError(
             f"{path}: answers of question {question_id} must be a list of strings, or of objects with an answer, one "
             f"for each annotator, not {entries!r:.60}"

@@ -64,7 +64,9 @@ class TestLoadCaptions:
         assert all(path.is_file() for path in paths)
 
     def test_image_splits(self):
-        assert image_splits(KARPATHY) == {9: "train", 42: "train", 73: "val", 74: "test"}
+        found = image_splits(KARPATHY)
+        assert {image: split for image, (split, _) in found.items()} == {9: "train", 42: "train", 73: "val", 74: "test"}
+        assert found[42][1] == "COCO_val2014_000000000042.jpg"
 
 
 class TestBadInput:

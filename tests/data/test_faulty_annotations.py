@@ -91,7 +91,21 @@ def test_captions(tmp_path, change, message):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "/etc/passwd", "../a.jpg", "x/../../a.jpg", "..", "a\0b.jpg", "a" * 5000, "x/" + "é" * 128, "x/", None, 5, []],
+    [
+        "",
+        "/etc/passwd",
+        "../a.jpg",
+        "x/../../a.jpg",
+        "..",
+        "a\0b.jpg",
+        "a" * 5000,
+        "x/" + "é" * 128,
+        "x/",
+        ".",
+        None,
+        5,
+        [],
+    ],
     ids=lambda name: repr(name)[:20],
 )
 @pytest.mark.parametrize("root", [True, False])

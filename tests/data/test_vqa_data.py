@@ -287,3 +287,17 @@ class TestVQADataset:
         dataset = VQADataset(split, AnswerVocabulary.load(FIXTURES), ImagePreprocessor(8), on_bad_image="skip")
         assert [dataset[0], dataset[1]] == [None, None]
         assert dataset.skipped == 2
+
+
+def test_an_image_that_karpathy_knows_as_another_file(official):
+    write_official(official, "train2014", [9, 73])  # 73 is of val2014
+    questions = json.loads((official / "v2_OpenEnded_mscoco_val2014_questions.json").read_text())
+    annotations = json.loads((official / "v2_mscoco_val2014_annotations.json").read_text())
+    for content, key in ((questions, "questions"), (annotations, "annotations")):
+        content[key] = [entry for entry in content[key] if entry["image_id"] != 73]
+    (official / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps(questions))
+    (official / "v2_mscoco_val2014_annotations.json").write_text(json.dumps(annotations))
+    with pytest.raises(
+        DataError, match=r"image 73 is COCO_val2014_0*73\.jpg, but question 73000 asks about COCO_train"
+    ):
+        load_vqa(official, "val")
