@@ -99,7 +99,7 @@ class DataConfig:
     precompute_features: bool = False
     feature_cache: str | None = None
     feature_dtype: str = setting("float32", choices=FEATURE_DTYPES)
-    feature_batch_size: int = setting(64, least=1)
+    feature_batch_size: int = setting(64, least=1, most=65536)
     workers: int = setting(0, least=0, most=256)
     train_limit: int | None = setting(None, least=1)
     val_limit: int | None = setting(None, least=1)
@@ -143,7 +143,7 @@ class TrainConfig:
     lr: float = setting(3e-4, above=0)
     epochs: float = setting(20, above=0, most=1e6)
     max_steps: int | None = setting(None, least=1)
-    batch_size: int = setting(64, least=1)
+    batch_size: int = setting(64, least=1, most=65536)
     accumulation: int = setting(1, least=1)
     warmup: int | float = setting(0.05, least=0)
     group_by_length: bool = True
@@ -191,7 +191,7 @@ class EvalConfig:
         vqa_rule: official VQA accuracy as since 2021 or as before it (2016).
     """
 
-    batch_size: int = setting(64, least=1)
+    batch_size: int = setting(64, least=1, most=65536)
     num_beams: int = setting(5, least=1, most=1000)
     val_num_beams: int = setting(1, least=1, most=1000)
     max_new_tokens: int = setting(20, least=1)

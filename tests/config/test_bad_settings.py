@@ -49,6 +49,7 @@ VALUES = [
     ("routing.layers", "[]", "layers is empty"),
     ("routing.layers", "3", "layers=3 must be a list of integers or null"),
     ("routing.targets", "query", "targets='query' must be a list of texts or null"),
+    ("train.batch_size", "1000000000", "batch_size=1000000000 must be at most 65536"),
     ("data.workers", "100000", "workers=100000 must be at most 256"),
     ("data.max_text_length", "2", "max_text_length=2 must be at least 3"),
     ("data.images", "''", "images is empty"),
