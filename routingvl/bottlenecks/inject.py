@@ -22,6 +22,7 @@ from routingvl.bottlenecks.layers import (
 )
 from routingvl.bottlenecks.report import TrainableReport, trainable_report
 from routingvl.config import RoutingConfig
+from routingvl.kernels import ROUTINGS
 
 
 class SurgeryError(ValueError):
@@ -128,6 +129,10 @@ def _plan_lora(model, family, config, shared) -> dict[str, nn.Module]:
         changes[name] = RoutedLoRALinear(base, alpha=config.alpha, placement=config.placement, slices=slices, **shared)
     if not changes:
         raise SurgeryError(_no_match(model, config))
+    widths = {change.lora_A.shape[-1]: name for name, change in changes.items()}
+    if len(widths) > 1 and ROUTINGS[config.routing].max_visual_tokens != 0:
+        listed = ", ".join(f"{name} takes {width} features" for width, name in widths.items())
+        raise SurgeryError(f"targets={list(config.targets or ())}: {listed}; one image reaches all, so name one width")
     return changes
 
 

@@ -61,7 +61,8 @@ def _texts(rows: Sequence[Sequence[int]], pad: int, length: int | None) -> Batch
 def _check(padding: str, max_length: int, shortest: int) -> None:
     check_choice("padding", padding, PADDINGS)
     if max_length < shortest:
-        raise ValueError(f"max_length={max_length} leaves no room for text; it must be at least {shortest}")
+        need = f"data.max_text_length must be at least {shortest}"
+        raise ValueError(f"max_length={max_length} leaves no room for text; {need}")
 
 
 class TextCollator:
@@ -87,7 +88,7 @@ class TextCollator:
     def __post_init__(self) -> None:
         _check(self.padding, self.max_length, 1 + self.tokenizer.num_special_tokens_to_add())
         if self.tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token before training")
+            raise ValueError("the tokenizer has no padding token; set its pad_token, or another model.tokenizer")
 
     def encode(self, texts: list[Any]) -> list[list[int]]:
         """The token ids of texts or pairs of texts, special tokens included, cut to ``max_length``."""
@@ -182,7 +183,7 @@ class CaptionCollator:
         check_choice("loss", self.loss, CAPTION_LOSSES)
         _check(self.padding, self.max_length, 2 if self.prefix else 3)
         if self.tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no end token; set tokenizer.eos_token before training")
+            raise ValueError("the tokenizer has no end token; set its eos_token, or another model.tokenizer")
 
     def encode(self, captions: list[str]) -> list[list[int]]:
         """The token ids of captions alone, at most ``max_length`` each."""

@@ -184,3 +184,12 @@ def test_deepcopy_gives_an_independent_model():
     with adapters[0].context.bind(features):
         assert torch.equal(twin(input_ids=ids).logits, want)
     assert trainable_report(twin).trainable == trainable_report(model).trainable
+
+
+def test_projections_of_different_widths_are_refused():
+    model, config = small_gpt2(), {"rank": 4, "targets": ["c_attn", "c_proj"]}
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(SurgeryError, match=r"mlp\.c_proj takes 128 features; one image reaches all, so name one width"):
+        inject(model, RoutingConfig(routing="mul", **config))
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert inject(model, RoutingConfig(routing="none", **config)).trainable > 0  # without an image they may be any
