@@ -115,9 +115,10 @@ def check_other_file(data: DataConfig, learned: DataConfig, split: str) -> None:
 
 def check_place(folder: Path) -> None:
     """Raise ConfigError or OSError, naming it, unless files can be written into ``folder``; leaves nothing there."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if not there.is_dir():
-        raise ConfigError(f"{there} is a file; choose another folder for the results")
+        what = "a file" if there.exists() else "a link to nothing"
+        raise ConfigError(f"{there} is {what}; choose another folder for the results")
     try:
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(bytes(4096))

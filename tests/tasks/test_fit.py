@@ -123,6 +123,10 @@ def test_places_that_take_no_results_are_tried_first(run, tmp_path, monkeypatch)
             evaluate(run, "val", output=place, log="quiet")
     with pytest.raises(OSError, match="/proc/results"):
         evaluate(run, "val", output="/proc/results", log="quiet")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="link is a link to nothing"):
+        evaluate(run, "val", output=tmp_path / "link", log="quiet")
+    (tmp_path / "link").unlink()
     assert (tmp_path / "file").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
