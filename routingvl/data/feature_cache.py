@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import struct
 import time
 import uuid
@@ -41,6 +42,7 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in FEATURE
 DESCRIPTION = "features.json"
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 LAYOUT = 1  # of the files; part of every key
+_OWN_FOLDER = re.compile("[0-9a-f]{32}|files|files-exif")
 _RECORD = struct.Struct("<32sQII")
 # A file changed again within the resolution of its times would look unchanged, so younger ones are not remembered.
 _SETTLED_NS = 2_000_000_000
@@ -130,13 +132,13 @@ class FeatureCache:
             pass
         else:
             with suppress(OSError):  # a folder that may not be written
-                for folder in root.iterdir():
-                    recover(folder)
-                for rows in root.glob("*/*.rows"):
-                    index = rows.with_suffix(".index")
-                    if not index.exists() or index.stat().st_size == 0:  # rows that no record names
-                        remove(rows)
-                        remove(index)
+                for folder in filter(_OWN_FOLDER.fullmatch, os.listdir(root)):  # others may keep theirs beside them
+                    recover(root / folder)
+                    for rows in (root / folder).glob("*.rows"):
+                        index = rows.with_suffix(".index")
+                        if not index.exists() or index.stat().st_size == 0:  # rows that no record names
+                            remove(rows)
+                            remove(index)
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_SH)
 

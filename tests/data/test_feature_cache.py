@@ -315,9 +315,14 @@ def test_leftovers_of_killed_writers_go_once_nobody_is_at_work(tmp_path):
     leftovers += [folder / "killed.rows", folder / "killed.index"]
     for path in leftovers:
         path.write_bytes(b"")
+    (tmp_path / "run").mkdir()
+    foreign = [tmp_path / "run" / name for name in (".best.0a1b2c3d4e5f.tmp", "own.rows")]
+    for path in foreign:
+        path.write_bytes(b"")
     opened(tmp_path)
     assert all(path.exists() for path in leftovers), "another process may be writing them"
     del held
     again = opened(tmp_path)
     assert not any(path.exists() for path in leftovers)
+    assert all(path.exists() for path in foreign), "not of the cache"
     assert len(again.digests()) == 5
