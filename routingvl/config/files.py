@@ -103,6 +103,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
             if key in PARTS and not isinstance(value, dict):
                 run_config_from_dict({key: value})  # raises
             parts = {f"{key}.{name}": item for name, item in value.items()} if key in PARTS else {key: value}
+            if twice := settings.keys() & parts.keys():
+                raise ConfigError(f"key {min(twice)!r} stands twice")
             settings |= parts
         for key, value in settings.items():
             if key not in known:
@@ -147,7 +149,8 @@ class CommandParser(argparse.ArgumentParser):
         """Turn argparse's complaint into an exception."""
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
-            name, _, _ = message.removeprefix(prefix).split()[0].partition("=")
+            words = [word for word in message.removeprefix(prefix).split() if word != "--"]
+            name, _, _ = (words or ["--"])[0].partition("=")
             flags = [flag.removeprefix("--") for action in self._actions for flag in action.option_strings]
             message = f"unknown argument {name}"
             if name.startswith("-"):
@@ -177,9 +180,12 @@ class _Setting(argparse.Action):
         try:
             if value == "null" or str not in type_of(self.dest):
                 value = read_yaml(value)
-            check_one(self.dest, value)
         except ConfigError as error:
             raise ConfigError(f"{option_string}: {error}") from error
+        try:
+            check_one(self.dest, value)
+        except ConfigError as error:  # which names the setting
+            raise ConfigError(f"--{error}") from error
         namespace.settings = {**namespace.settings, self.dest: value}
 
 

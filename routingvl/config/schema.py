@@ -30,6 +30,7 @@ MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # -> torc
 FEATURE_DTYPES = ("float32", "float16", "bfloat16")
 TRACKERS = ("tensorboard", "wandb")
 ON_BAD_IMAGE = ("fail", "skip")
+LARGEST_BATCH = 2**16  # examples that are read at once
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class DataConfig:
     precompute_features: bool = False
     feature_cache: str | None = None
     feature_dtype: str = setting("float32", choices=FEATURE_DTYPES)
-    feature_batch_size: int = setting(64, least=1, most=65536)
+    feature_batch_size: int = setting(64, least=1, most=LARGEST_BATCH)
     workers: int = setting(0, least=0, most=256)
     train_limit: int | None = setting(None, least=1)
     val_limit: int | None = setting(None, least=1)
@@ -143,7 +144,7 @@ class TrainConfig:
     lr: float = setting(3e-4, above=0)
     epochs: float = setting(20, above=0, most=1e6)
     max_steps: int | None = setting(None, least=1)
-    batch_size: int = setting(64, least=1, most=65536)
+    batch_size: int = setting(64, least=1, most=LARGEST_BATCH)
     accumulation: int = setting(1, least=1)
     warmup: int | float = setting(0.05, least=0)
     group_by_length: bool = True
@@ -191,7 +192,7 @@ class EvalConfig:
         vqa_rule: official VQA accuracy as since 2021 or as before it (2016).
     """
 
-    batch_size: int = setting(64, least=1, most=65536)
+    batch_size: int = setting(64, least=1, most=LARGEST_BATCH)
     num_beams: int = setting(5, least=1, most=1000)
     val_num_beams: int = setting(1, least=1, most=1000)
     max_new_tokens: int = setting(20, least=1)
@@ -315,7 +316,7 @@ def check_one(key: str, value: Any) -> None:
     """Raise :class:`ConfigError` when the setting of this dotted name cannot have this value, whatever the others."""
     part, _, name = key.rpartition(".")
     field = {f.name: f for f in dataclasses.fields(PARTS[part] if part else RunConfig)}[name]
-    check_value(name, value, type_of(key), field.metadata)
+    check_value(key, value, type_of(key), field.metadata)
 
 
 def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -173,7 +173,8 @@ class ImageFolders:
         self.root = None if root is None else Path(os.path.realpath(root))
         self._resolved: dict[tuple[str, str], Path] = {}  # of each folder and sub-folder that names speak of
         if self.root is not None and not self.root.is_dir():
-            raise DataError(f"image folder {root} does not exist")
+            problem = "is no folder" if self.root.exists() else "does not exist"
+            raise DataError(f"image folder {root} {problem}; correct data.images")
 
     def path(self, file_name: str, folder: str = "") -> Path | None:
         """Resolved path of an image, which is its identity; whether the file is there is not looked at.

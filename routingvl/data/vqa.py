@@ -149,7 +149,9 @@ def load_vqa(
         return replace(_load_list(source, split, **images), split_in_file=False)
     name, known = split.removeprefix("karpathy_"), (*SPLITS, *LXMERT_SPLITS, *OFFICIAL_SPLITS)
     if name not in known:
-        raise DataError(f"unknown VQA split {split!r}; the splits are {', '.join(known)}")
+        raise DataError(
+            f"unknown VQA split {split!r} (data.train_split, data.val_split, --split); known are {', '.join(known)}"
+        )
     looked_for: list[Path] = []
 
     def found(*files: str) -> list[Path]:

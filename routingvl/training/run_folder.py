@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from routingvl.atomic_files import is_leftover, naming, recover, remove, write_json, write_text
-from routingvl.config.files import config_to_yaml, load_config
+from routingvl.config.files import config_to_yaml, load_config, read_settings
 from routingvl.config.schema import RunConfig
 from routingvl.digests import file_digest
 from routingvl.json_files import read_json
@@ -60,12 +60,20 @@ class RunFolder:
         return path
 
     def load_config(self) -> RunConfig:
-        """The config the run was started with."""
+        """The config the run was started with; raises :class:`RunError` when a part of it is gone."""
         if not self.config_file.is_file():
             raise RunError(
                 f"{self.path} has no config.yaml, so it is no run folder; give the output_dir of a training run"
             )
-        return load_config(self.config_file)
+        config = load_config(self.config_file)
+        if lost := self._recorded_settings() - read_settings(self.config_file).keys():
+            few = ", ".join(sorted(lost)[:3])
+            raise RunError(f"{self.config_file} lacks {few}: it was cut off or edited; put back the file of this run")
+        return config
+
+    def _recorded_settings(self) -> set[str]:
+        recorded = self.read_identity().get("config") if self.identity_file.is_file() else None
+        return set(recorded) if isinstance(recorded, dict) else set()
 
     # ---------------------------------------------------------------------------------- checks that change nothing
 

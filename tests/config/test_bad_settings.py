@@ -161,10 +161,10 @@ def test_what_is_no_text_file(tmp_path):
         (["--train.lr"], "--train.lr: expected one argument"),
         (["--config"], "--config: expected one argument"),
         (["--train.lr", "1e-3", "1e-4"], "unknown argument 1e-4"),
-        (["--train.lr="], "--train.lr: lr=None must be a finite number"),
+        (["--train.lr="], "--train.lr=None must be a finite number"),
         (["--config="], "--config|does not exist|is not a file"),
         (["--routing.layers", "[" * 5000], "--routing.layers: .*too deeply"),
-        (["--model.vision", ""], "--model.vision: vision is empty"),
+        (["--model.vision", ""], "--model.vision is empty"),
     ],
 )
 def test_flags_without_a_value_or_with_two(args, message):
@@ -201,3 +201,24 @@ def test_what_is_written_is_read_again(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(config_to_yaml(config))
     assert load_config(path) == config
+
+
+def test_a_setting_given_nested_and_dotted_stands_twice(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {lr: 1e-3}\ntrain.lr: 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"c\.yaml: key 'train\.lr' stands twice"):
+        load_config(path)
+
+
+def test_a_setting_out_of_range_is_named_in_full(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("eval: {batch_size: 0}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"c\.yaml: eval\.batch_size=0 must be at least 1"):
+        load_config(path)
+    with pytest.raises(ConfigError, match=r"--train\.batch_size=1000000 must be at most 65536"):
+        parse_config(["--train.batch_size", "1000000"])
+
+
+def test_two_dashes_alone_are_no_flag():
+    with pytest.raises(ConfigError, match="unknown argument x"):
+        parse_config(["--", "x"])

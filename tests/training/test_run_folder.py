@@ -232,3 +232,13 @@ def test_a_folder_made_for_a_lock_goes_again(tmp_path):
     with RunFolder(folder).locked():
         assert folder.is_dir()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.0])
+def test_a_config_of_which_a_part_is_gone_is_refused(folder, keep):
+    path = folder / "config.yaml"
+    text = path.read_text()
+    path.write_text(text[: int(len(text) * keep)] or "{}")
+    with pytest.raises(ValueError, match=r"config\.yaml") as found:
+        RunFolder(folder).load_config()
+    assert keep or "lacks data." in str(found.value)
