@@ -129,6 +129,7 @@ def check_place(folder: Path) -> None:
 def load_run(folder: RunFolder, checkpoint: str, config: RunConfig) -> tuple[Task, Accelerator]:
     """The task of a run with its model, under a config of :func:`evaluation_config`, and the accelerator it is on."""
     adapter, trained, accelerator = folder.adapter(checkpoint), folder.load_config().model, make_accelerator(config)
+    folder.check_unchanged()
     places = {name: getattr(config.model, name) for name in MOVED}
     moved = {name: place for name, place in places.items() if place != getattr(trained, name)}
     return load_task(folder.path, adapter, config, accelerator.device, moved), accelerator

@@ -114,6 +114,20 @@ class RunFolder:
             if changes:
                 raise RunError(f"cannot resume {self.path} with other settings: {'; '.join(changes)}; change them back")
 
+    def check_unchanged(self) -> None:
+        """Raise :class:`RunError` when what predictions depend on was edited or deleted since the run began."""
+        if not self.identity_file.is_file():
+            return
+        began = self.identity()
+        changes = [f"{name} was edited or deleted" for name in self.changed_files() if name != "environment.json"]
+        changes += [
+            change
+            for change in began.changed_settings(self.load_config())
+            if change.startswith(("task", "model.", "routing.", "data."))
+        ]
+        if changes:
+            raise RunError(f"{self.path} is no longer what was trained: {'; '.join(changes)}; put the files back")
+
     def has_state(self) -> bool:
         """Whether a run here has saved once."""
         return any(self.state.glob("training_state.[js]*"))

@@ -1,6 +1,7 @@
 """The run folder: locked, replaced without loss, tidied up after killed runs, never emptied of what is not its own."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from contextlib import nullcontext
 import pytest
 from training_runs import run, weights
 
+from routingvl.predict import Predictor
 from routingvl.training import folder_lock
 from routingvl.training.folder_lock import FolderLock
 from routingvl.training.run_folder import RunError, RunFolder
@@ -242,3 +244,18 @@ def test_a_config_of_which_a_part_is_gone_is_refused(folder, keep):
     with pytest.raises(ValueError, match=r"config\.yaml") as found:
         RunFolder(folder).load_config()
     assert keep or "lacks data." in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["label2ans.json", "tokenizer/tokenizer_config.json", "preprocessor_config.json"])
+def test_a_run_predicts_only_with_the_files_that_it_was_trained_with(folder, name):
+    RunFolder(folder).check_unchanged()
+    (folder / name).write_text("[]")
+    with pytest.raises(RunError, match=f"{name} was edited or deleted; put the files back"):
+        Predictor(folder)
+
+
+def test_a_run_predicts_only_with_the_settings_that_decided_its_training(folder):
+    path = folder / "config.yaml"
+    path.write_text(re.sub("max_text_length: .*", "max_text_length: 5", path.read_text()))
+    with pytest.raises(RunError, match=r"data\.max_text_length was \d+ and is now 5"):
+        Predictor(folder)
