@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from routingvl import __version__
 from routingvl.atomic_files import STANDARD_OUTPUT, naming
-from routingvl.interrupts import message_of, signals_interrupt
+from routingvl.interrupts import INTERRUPTED, message_of, signals_interrupt
 
 # name -> module of routingvl.commands with run(args) -> exit status, and the line of --help
 COMMANDS = {
@@ -29,7 +29,6 @@ COMMANDS = {
     "export": ("export", "copy a run's adapter to a folder, in our format or PEFT's"),
 }
 USAGE_ERROR = 2
-INTERRUPTED = 130
 
 
 def help_text() -> str:

@@ -12,14 +12,23 @@ from contextlib import contextmanager
 from typing import Any
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+INTERRUPTED = 130  # exit status
 SAME_SECONDS = 1.0  # signals that come together are one wish: terminals, shells and schedulers pass them on twice
 
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt in the block."""
+    """Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt in the block.
+
+    While a module is imported they end the program: half-imported packages swallow the exception, or fail later.
+    """
 
     def interrupt(number: int, frame: Any) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                os.write(2, b"routingvl: interrupted\n")
+                os._exit(INTERRUPTED)
+            frame = frame.f_back
         raise KeyboardInterrupt
 
     with _handling(interrupt):

@@ -2,13 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from torch.utils.data import DataLoader
 
 from routingvl import interrupts
 from routingvl.data.images import ImageError
-from routingvl.interrupts import ENDING, ignore_signals, message_of, signals_interrupt, stop_request
+from routingvl.interrupts import ENDING, INTERRUPTED, ignore_signals, message_of, signals_interrupt, stop_request
 
 
 @pytest.mark.parametrize("number", ENDING)
@@ -17,6 +19,20 @@ def test_signals_interrupt(number):
     with pytest.raises(KeyboardInterrupt), signals_interrupt():
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_during_an_import_ends_the_program(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "try:\n    print('here', flush=True)\n    import time; time.sleep(60)\nexcept: pass\n"
+    )
+    program = "from routingvl.interrupts import signals_interrupt\nwith signals_interrupt():\n    import slow"
+    command = [sys.executable, "-c", program]
+    paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with subprocess.Popen(command, env=os.environ | paths, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"here\n"
+        process.terminate()
+        assert process.communicate(timeout=30)[1] == b"routingvl: interrupted\n"
+    assert process.returncode == INTERRUPTED
 
 
 def test_a_stop_request_is_made_once_and_insisted_on_later(monkeypatch):
