@@ -202,6 +202,11 @@ class ImagePreprocessor:
         """
         if not isinstance(config, Mapping):
             raise DataError(f"{source} must hold an object with size, image_mean and image_std")
+        for key in ("do_resize", "do_center_crop", "do_normalize", "do_rescale", "do_flip_channel_order"):
+            if not isinstance(config.get(key), bool | None):
+                raise DataError(f"{source}: {key} must be true or false, not {config[key]!r:.60}")
+        if config.get("do_flip_channel_order"):
+            raise DataError(f"{source}: do_flip_channel_order (channels in the order BGR) is not supported")
         size = config.get("size", 224)
         if isinstance(size, Mapping):
             size = (size.get("height"), size.get("width"))

@@ -281,6 +281,10 @@ def _join(identity: int | str, entry: _Entry, annotation: _Entry | None) -> Ques
         question = Question(identity, image_id, text, file_name=file_name)
     if annotation is None:
         return question
+    if annotation.subset != entry.subset:
+        raise DataError(
+            f"{annotation.path}: data_subtype {annotation.subset!r} is not that of {entry.path}, {entry.subset!r}"
+        )
     with required_keys(annotation.path, "annotation of question", identity):
         if annotation.fields["image_id"] != image_id:
             raise DataError(

@@ -171,7 +171,14 @@ class TestPreprocessor:
 
     @pytest.mark.parametrize(
         "config",
-        [{"size": {"shortest_edge": 224}}, {"do_center_crop": True}, {"do_resize": False}, {"image_mean": [0.5]}],
+        [
+            {"size": {"shortest_edge": 224}},
+            {"do_center_crop": True},
+            {"do_resize": False},
+            {"image_mean": [0.5]},
+            {"do_flip_channel_order": True},
+            {"do_resize": "false"},
+        ],
     )
     def test_unsupported_config_names_its_file(self, config):
         with pytest.raises(DataError, match=r"some/preprocessor_config\.json"):

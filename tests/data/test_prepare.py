@@ -209,6 +209,7 @@ OFFICIAL = [json.loads(path.read_text()) for path in (QUESTIONS, ANNOTATIONS, KA
         (0, lambda c: c["questions"][0].update(image_id=True), "image_id True"),
         (0, lambda c: c.update(data_subtype="../../x"), r"data_subtype '../../x' is not the name of an image set"),
         (0, lambda c: c.update(data_subtype=5), "file .* does not have the expected form"),
+        (1, lambda c: c.update(data_subtype="val2014"), "data_subtype 'val2014' is not that of .*questions.json"),
         (1, lambda c: c.update(annotations=None), r'annotations.json has no "annotations" that is a list'),
         (1, lambda c: c["annotations"][0].update(answers="red"), "answers of question 9000 must be a list of strings"),
         (1, lambda c: c["annotations"][0].update(answers=[]), "answers of question 9000 must be a list of strings"),
