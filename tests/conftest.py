@@ -93,7 +93,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the kernels' tests as ``gpu`` where they will run on one; skip those marked where there is no CUDA device.
+    """Mark the tests of ``reliability/``, and the kernels' as ``gpu`` where they will run on one; skip those marked so
+    where there is no CUDA device.
 
     torch is imported only if there are such tests.
     """
@@ -101,6 +102,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.path.name.startswith(KERNEL_TESTS):
                 item.add_marker(pytest.mark.gpu)
+    for item in items:
+        if "reliability" in item.path.parts:
+            item.add_marker(pytest.mark.reliability)
     needy = [item for item in items if item.get_closest_marker("gpu")]
     if needy:
         import torch
