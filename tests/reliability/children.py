@@ -64,7 +64,6 @@ class Child:
         self.files = [tempfile.TemporaryFile("w+") for _ in range(3)]  # noqa: SIM115 (closed in wait)
         self.files[0].write(stdin)
         self.files[0].seek(0)
-        self.pipe = os.pipe()
         self.process = _forks.Process(target=self._run, args=(list(map(str, args)), task, before))
         self.process.start()
         self.pid = self.process.pid
@@ -74,7 +73,7 @@ class Child:
         for number, file in enumerate(self.files):
             os.dup2(file.fileno(), number)
         # pytest has put objects of its own in their place.
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", errors="backslashreplace")  # noqa: SIM115
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, 0)  # pytest's, for its own process
@@ -87,23 +86,6 @@ class Child:
         from routingvl.cli import main
 
         raise SystemExit(main(args))
-
-    def say(self, word: str) -> None:
-        """From inside the child: tell :meth:`hear`."""
-        os.write(self.pipe[1], f"{word}\n".encode())
-
-    def hear(self) -> str:
-        """The next word that the child says; AssertionError when it ends before."""
-        heard, deadline = b"", time.monotonic() + 60
-        os.set_blocking(self.pipe[0], False)
-        while not heard.endswith(b"\n"):
-            with contextlib.suppress(BlockingIOError):
-                heard += os.read(self.pipe[0], 1)
-                continue
-            assert self.process.is_alive(), self.wait()
-            assert time.monotonic() < deadline, "the child says nothing"
-            time.sleep(0.002)
-        return heard.decode().strip()
 
     def send(self, number: int, group: bool = False) -> None:
         """Send a signal, to its workers as well with ``group``."""
@@ -122,11 +104,53 @@ class Child:
             texts.append(file.read())
         for file in self.files:
             file.close()
-        for end in self.pipe:
-            os.close(end)
         outcome = Outcome(self.process.exitcode, *texts)
         assert not hung, f"hung for {seconds} s: {outcome}"
         return outcome
+
+
+class Meeting:
+    """A place in a child's work at which the test waits for it, and it for the test."""
+
+    def __init__(self) -> None:
+        self._here, self._free = os.pipe(), os.pipe()
+
+    def reach(self, seconds: float | None = None) -> None:
+        """In the child: say so, and wait so long, or until :meth:`let_go`."""
+        os.close(self._free[1])
+        os.write(self._here[1], b"x")
+        if seconds is None:
+            os.read(self._free[0], 1)
+        else:
+            time.sleep(seconds)
+
+    def wait_for(self, child: Child) -> None:
+        """In the test: until the child is there; AssertionError when it ends before."""
+        os.close(self._here[1])
+        os.close(self._free[0])
+        assert os.read(self._here[0], 1) == b"x", child.wait()
+        os.close(self._here[0])
+
+    def let_go(self) -> None:
+        os.close(self._free[1])
+
+
+def at_step(step: int, then: Callable[[], object]) -> Task:
+    """A patch that calls ``then`` when this training step has been logged."""
+
+    def patch() -> None:
+        from routingvl.training.log import RunLog
+
+        record = RunLog.record
+
+        def watched(self, kind, at, values):
+            record(self, kind, at, values)
+            if kind == "train" and at == step:
+                then()
+
+        RunLog.record = watched
+
+    return patch
 
 
 def command(*args: str | Path, before: Task | None = None, stdin: str = "", seconds: float = 60) -> Outcome:

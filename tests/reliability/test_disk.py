@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from children import Child, command, config_file, files_below, leftovers, obey_permissions
+from children import Child, at_step, command, config_file, files_below, leftovers, obey_permissions
 from training_runs import assert_same_weights, weights
 
 SHORT = {"max_steps": 4, "save_every": 1, "eval_every": 2}
@@ -151,21 +151,12 @@ def test_a_run_folder_that_becomes_read_only(tiny: Path, tmp_path: Path) -> None
     run = tmp_path / "place" / "run"
     config = config_file(tiny, run, **SHORT)
 
-    def lock_at_step_two() -> None:
-        from routingvl.training.log import RunLog
-
+    def lock() -> None:
         obey_permissions()
-        record = RunLog.record
+        for folder in (run, *(path for path in run.iterdir() if path.is_dir())):
+            folder.chmod(0o555)
 
-        def locking(self, kind, step, values):
-            record(self, kind, step, values)
-            if step == 2:
-                for folder in (run, *(path for path in run.iterdir() if path.is_dir())):
-                    folder.chmod(0o555)
-
-        RunLog.record = locking
-
-    stopped = command("train", "--config", config, before=lock_at_step_two)
+    stopped = command("train", "--config", config, before=at_step(2, lock))
     for folder in (run, *(path for path in run.iterdir() if path.is_dir())):
         folder.chmod(0o755)
     stopped.assert_refused(str(run))

@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM, SIGHUP and dead workers: what there is gets saved, one sentence, exit status 130."""
 
+import importlib
 import json
 import os
 import signal
@@ -7,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from children import Child, command, config_file, leftovers
+from children import Child, Meeting, at_step, command, config_file, leftovers
 from training_runs import assert_same_weights, weights
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -34,35 +35,29 @@ def assert_finishes_as(run: Path, whole: Path) -> None:
     assert_same_weights(weights(run), weights(whole))
 
 
-def stops_at_step(child_of: list, step: int):
-    """In a child: say so at this step, and give the test time to send its signal."""
+def started(run: Path, tiny: Path, step: int, **settings: object) -> Child:
+    """A run that is at ``step`` for half a second."""
+    config, meeting = config_file(tiny, run, **{**SETTINGS, **settings}), Meeting()
+    child = Child("train", "--config", config, before=at_step(step, lambda: meeting.reach(0.5)))
+    meeting.wait_for(child)
+    meeting.let_go()
+    return child
+
+
+def slow(module: str, name: str, meeting: Meeting):
+    """A patch: this function of this module waits for a while before it does its work."""
 
     def patch() -> None:
-        from routingvl.training.log import RunLog
+        place = importlib.import_module(module)
+        original = getattr(place, name)
 
-        record = RunLog.record
+        def waiting(*args, **kwargs):
+            meeting.reach(2)
+            return original(*args, **kwargs)
 
-        def telling(self, kind, at, values):
-            record(self, kind, at, values)
-            if kind == "train" and at == step:
-                os.write(child_of[0], b"here\n")
-                time.sleep(0.5)
-
-        RunLog.record = telling
+        setattr(place, name, waiting)
 
     return patch
-
-
-def started(run: Path, tiny: Path, step: int, **settings: object) -> Child:
-    """A run that is at ``step``."""
-    config = config_file(tiny, run, **{**SETTINGS, **settings})
-    ends = os.pipe()
-    child = Child("train", "--config", config, before=stops_at_step([ends[1]], step))
-    os.close(ends[1])
-    word = os.read(ends[0], 5)
-    os.close(ends[0])
-    assert word == b"here\n", child.wait()
-    return child
 
 
 @by_signal
@@ -90,25 +85,9 @@ def test_the_whole_group_with_workers(number: signal.Signals, tiny: Path, tmp_pa
 @pytest.mark.parametrize("place", ["build_task", "make_accelerator"])
 def test_before_the_first_step(number: signal.Signals, place: str, tiny: Path, tmp_path: Path, whole: Path) -> None:
     run = tmp_path / "place" / "run"
-    config = config_file(tiny, run, **SETTINGS)
-    ends = os.pipe()
-
-    def patch() -> None:
-        import routingvl.train as module
-
-        original = getattr(module, place)
-
-        def slow(*args, **kwargs):
-            os.write(ends[1], b"here\n")
-            time.sleep(2)
-            return original(*args, **kwargs)
-
-        setattr(module, place, slow)
-
-    child = Child("train", "--config", config, before=patch)
-    assert os.read(ends[0], 5) == b"here\n"
-    for end in ends:
-        os.close(end)
+    config, meeting = config_file(tiny, run, **SETTINGS), Meeting()
+    child = Child("train", "--config", config, before=slow("routingvl.train", place, meeting))
+    meeting.wait_for(child)
     child.send(number)
     assert_interrupted(child.wait())
     assert leftovers(run) == []
@@ -119,24 +98,10 @@ def test_before_the_first_step(number: signal.Signals, place: str, tiny: Path, t
 @by_signal
 def test_other_commands(number: signal.Signals, whole: Path, tmp_path: Path) -> None:
     """Evaluation writes nothing when it is stopped."""
-    ends = os.pipe()
-
-    def patch() -> None:
-        import routingvl.evaluate as module
-
-        predict = module.predict_dataset
-
-        def slow(*args, **kwargs):
-            os.write(ends[1], b"here\n")
-            time.sleep(2)
-            return predict(*args, **kwargs)
-
-        module.predict_dataset = slow
-
+    meeting = Meeting()
+    patch = slow("routingvl.evaluate", "predict_dataset", meeting)
     child = Child("evaluate", whole, "--output", tmp_path / "out", "--quiet", before=patch)
-    assert os.read(ends[0], 5) == b"here\n"
-    for end in ends:
-        os.close(end)
+    meeting.wait_for(child)
     child.send(number)
     assert_interrupted(child.wait())
     assert not (tmp_path / "out").exists() or leftovers(tmp_path / "out") == []
