@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -261,6 +262,20 @@ def test_odd_names_of_images(name: str, captioner: Path, tmp_path: Path) -> None
     outcome = command("caption", captioner, "--json", "--", name, before=there).assert_fine()
     lines = outcome.out.splitlines()
     assert [json.loads(line)["image"] for line in lines] == [name]
+
+
+def test_an_ascii_terminal(captioner: Path, tmp_path: Path) -> None:
+    """Other letters are written as well as can be, in results and in messages."""
+
+    def ascii_only() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(encoding="ascii")
+
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "ü.jpg")
+    for more in ((), ("--json",)):
+        outcome = command("caption", captioner, tmp_path / "ü.jpg", *more, before=ascii_only).assert_fine()
+        assert len(outcome.out.splitlines()) == 1
+    command("caption", captioner, tmp_path / "missing-ü.jpg", before=ascii_only).assert_refused("missing-")
 
 
 def test_a_missing_name_that_is_not_utf8(captioner: Path, tmp_path: Path) -> None:

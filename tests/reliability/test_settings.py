@@ -126,15 +126,3 @@ def test_files_have_the_users_mode(run: Path) -> None:
     os.umask(umask)
     for file in (run / "last").iterdir():
         assert file.stat().st_mode & 0o777 == 0o666 & ~umask, file
-
-
-def test_an_ascii_terminal(run: Path, tmp_path: Path) -> None:
-    """A message with other letters is written as well as it can be."""
-    import io
-    import sys
-
-    def ascii_only() -> None:
-        sys.stdout = io.TextIOWrapper(open(1, "wb"), encoding="ascii", errors="strict", write_through=True)  # noqa: SIM115
-        sys.stderr = io.TextIOWrapper(open(2, "wb"), encoding="ascii", errors="backslashreplace")  # noqa: SIM115
-
-    command("evaluate", tmp_path / "läuft", before=ascii_only).assert_refused()
