@@ -28,7 +28,7 @@ from routingvl.kernels.routing import routing_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/NOTES.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/NOTES.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 FOLDERS = ("kernels", "routingvl", "benchmarks", "configs", "docs", "examples", "tests", ".ci")
@@ -413,6 +413,19 @@ def test_the_documented_settings_are_the_schemas():
     defaults = flatten(RunConfig())
     assert set(documented) == set(known_keys()) == set(defaults)
     assert documented == {key: json.dumps(value) for key, value in defaults.items()}
+
+
+def test_the_reliability_table_names_tests_that_are_there():
+    """Each row has its test, and no file of tests is left out."""
+    table = re.findall(r"^\|.*\|$", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = [row for row in table if row.count("|") == 4 and not row.startswith(("| fault", "|---", "| **"))]
+    named = [re.findall(r"`(test_\w+\.py)::(test_\w+)`", row) for row in rows]
+    assert len(rows) > 40
+    assert [row for row, tests in zip(rows, named, strict=True) if not tests] == []
+    folder = ROOT / "tests" / "reliability"
+    for file, test in {pair for tests in named for pair in tests}:
+        assert f"def {test}(" in (folder / file).read_text(encoding="utf-8"), f"{file}::{test}"
+    assert {file for tests in named for file, _ in tests} == {path.name for path in folder.glob("test_*.py")}
 
 
 def test_the_example_runs(monkeypatch, capsys):

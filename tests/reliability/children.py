@@ -43,10 +43,10 @@ class Outcome:
         """It ended with one clear sentence that holds ``words``, without a traceback."""
         assert self.status == status, self
         assert "Traceback" not in self.err, self
-        sentences = [line for line in self.err.splitlines() if line.startswith("routingvl: ")]
-        assert len(sentences) == 1, self
-        missing = [word for word in words if word.lower() not in sentences[0].lower()]
-        assert not missing, f"{missing} not in {sentences[0]}"
+        sentence = (self.err.splitlines() or [""])[-1]
+        assert sentence.startswith("routingvl: "), self
+        missing = [word for word in words if word.lower() not in sentence.lower()]
+        assert not missing, f"{missing} not in {sentence}"
         return self
 
 

@@ -253,7 +253,7 @@ def test_a_moved_run_is_told_its_backbones(tiny: Path, finished: Path, tmp_path:
     command("evaluate", run, "--quiet").assert_refused()
     command(*line).assert_fine()
     edit_tensors(moved / "roberta" / "model.safetensors", one(lambda tensor: tensor + 1))
-    command(*line).assert_refused("roberta")
+    command(*line).assert_refused("text backbone")
 
 
 # ----------------------------------------------------------------------------------------------- PEFT, published code
