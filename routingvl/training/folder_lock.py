@@ -8,6 +8,8 @@ import socket
 import time
 from pathlib import Path
 
+from routingvl.atomic_files import naming
+
 try:
     import fcntl
 except ImportError:  # not a POSIX system: the file's text alone decides
@@ -43,9 +45,15 @@ class FolderLock:
             os.close(descriptor)
             if holder is not None:
                 return holder
-        os.ftruncate(descriptor, 0)
         begin = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {begin}".encode(), 0)
+        try:
+            with naming(self.path):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {begin}".encode(), 0)
+        except OSError:  # a full disk
+            self.path.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
         self._descriptor = descriptor
         _held.add(key)
         return None

@@ -87,6 +87,8 @@ class RunFolder:
         if self.identity_file.is_file() and not (adapters or self.has_state() or self.untidy()):
             overwrite = True  # a run that ended before it saved anything
         if not overwrite:
+            with suppress(OSError):  # a folder that may not be read or written says so later
+                self.acquire().release()
             raise RunError(
                 f"run folder {self.path} is not empty; choose another output_dir, "
                 "continue it with --resume, or replace it with --overwrite"
@@ -159,12 +161,16 @@ class RunFolder:
             for folder in [folder for folder in (*reversed(self.path.parents), self.path) if not folder.exists()]:
                 undo.callback(_remove_if_empty, folder)
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FolderLock(self.path / ".lock")
-            if (holder := lock.acquire()) is not None:
-                raise RunError(f"run folder {self.path} is in use by {holder}; wait for its end, or stop it")
-            undo.callback(lock.release)
+            undo.callback(self.acquire().release)
             self.tidy()
             yield
+
+    def acquire(self) -> FolderLock:
+        """The lock of the folder, in hand. Raises :class:`RunError` naming the holder when another process has it."""
+        lock = FolderLock(self.path / ".lock")
+        if (holder := lock.acquire()) is not None:
+            raise RunError(f"run folder {self.path} is in use by {holder}; wait for its end, or stop it")
+        return lock
 
     def tidy(self) -> None:
         """Remove what killed runs left, and put an older run back that was to be replaced but was not."""

@@ -4,14 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 from processes import needs_gloo, run_in_processes
 from tiny import tiny_config
 
 from routingvl.train import train
 
 pytestmark = [pytest.mark.slow, needs_gloo]
-WORDS = "image"
 
 
 def damaged(tiny: Path, folder: Path, split: str, good: int) -> Path:
@@ -26,13 +24,13 @@ def damaged(tiny: Path, folder: Path, split: str, good: int) -> Path:
 
 def fails_in_words(rank: int, folder: Path) -> None:
     config = tiny_config(folder / "inputs", folder / "run", "vqa", **{"data.on_bad_image": "skip", "eval_every": 2})
+    message = None
     try:
         train(config, log="quiet")
     except (ValueError, OSError) as error:
-        assert WORDS in str(error), error
+        message = str(error)
         (folder / f"refused-{rank}").touch()
-    if dist.is_initialized():
-        dist.barrier()
+    assert message is None or "image" in message, message
 
 
 @pytest.mark.parametrize(("split", "good"), [("train", 1), ("train", 0), ("val", 0)], ids=str)
