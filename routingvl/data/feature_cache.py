@@ -285,6 +285,7 @@ def _named(root: str | os.PathLike[str]) -> Iterator[None]:
                 f"feature cache {root} cannot be made, or was deleted while it was used; name another folder"
             ) from error
         if error.errno not in READ_ONLY:
+            error.filename = error.filename or str(root)
             raise
         raise FeatureCacheError(
             f"feature cache {root} lacks images and cannot be written ({error.strerror}): make it writable, or give "
