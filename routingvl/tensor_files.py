@@ -67,6 +67,12 @@ def tensor_kinds(path: Path) -> dict[str, str]:
         return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
 def listed(names: Iterable[str], shown: int = 4) -> str:
     """The first names, and how many more there are."""
     names = list(names)

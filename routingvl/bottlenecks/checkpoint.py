@@ -99,10 +99,10 @@ def save_adapter(model: Any, directory: str | Path) -> None:
         write_json(directory / CONFIG, config)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, put in its place when it is complete."""
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
 def read_adapter_config(directory: str | Path, model_class: str | None = None) -> dict[str, Any]:

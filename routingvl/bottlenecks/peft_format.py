@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,12 +13,15 @@ from torch import nn
 from routingvl.atomic_files import write_json
 from routingvl.bottlenecks import checkpoint
 from routingvl.bottlenecks.checkpoint import CONFIG, WEIGHTS, CheckpointError, write_tensors
-from routingvl.bottlenecks.layers import RoutedLoRALinear
-from routingvl.config.checks import shown
+from routingvl.bottlenecks.layers import RoutedLoRALinear, is_projection
+from routingvl.config import ConfigError, from_dict
+from routingvl.config.checks import check_settings, setting, shown
+from routingvl.digests import file_digest
 from routingvl.json_files import read_json
-from routingvl.tensor_files import check_floats, listed, read_tensors
+from routingvl.tensor_files import check_floats, listed, read_metadata, read_tensors
 
 EXTRA = "extra_parameters.safetensors"
+EXTRA_DIGEST = "extra_parameters"  # in the metadata of the matrices' file, which PEFT does not look at
 
 
 def export_peft(model: nn.Module, directory: str | Path, base_model: str | None = None) -> None:
@@ -72,9 +76,13 @@ def export_peft(model: nn.Module, directory: str | Path, base_model: str | None 
     }
     check_floats(tensors | extra, "the trained parameters", CheckpointError)
     directory.mkdir(parents=True, exist_ok=True)
+    metadata = {}
     if extra:
         write_tensors(directory / EXTRA, extra)
-    write_tensors(directory / WEIGHTS, tensors)
+        metadata[EXTRA_DIGEST] = file_digest(directory / EXTRA)
+    else:
+        (directory / EXTRA).unlink(missing_ok=True)  # of an earlier export
+    write_tensors(directory / WEIGHTS, tensors, metadata)
     write_json(directory / CONFIG, config)
 
 
@@ -85,15 +93,14 @@ def import_peft(model: nn.Module, directory: str | Path) -> None:
     changes no output, stays the model's. ``extra_parameters.safetensors`` of :func:`export_peft` is read too.
 
     Raises:
-        CheckpointError: the files are damaged, are not a plain PEFT LoRA (DoRA, ranks or alphas by pattern, trained
-            biases or modules, an initialisation that changes the frozen weights), or do not fit; nothing is loaded
-            then.
+        CheckpointError: the files are damaged or gone, are not a plain PEFT LoRA (DoRA, ranks or alphas by pattern,
+            trained biases or modules, an initialisation that changes the frozen weights), the config names other
+            modules than there are tensors of, or they do not fit; nothing is loaded then.
     """
     directory = Path(directory)
-    config = read_json(directory / CONFIG, CheckpointError, dict)
+    config = _read_config(directory / CONFIG)
     source = str(directory / WEIGHTS)
     tensors = read_tensors(source, CheckpointError)
-    scaling = _peft_scaling(config, str(directory / CONFIG))
     layers, root = _lora_layers(model), _language_model_root(model)
     if not layers:
         raise CheckpointError("the model has no LoRA: call inject with method='lora' and routing='none' first")
@@ -105,13 +112,15 @@ def import_peft(model: nn.Module, directory: str | Path) -> None:
         a, b = tensors.pop(f"{key}.lora_A.weight", None), tensors.pop(f"{key}.lora_B.weight", None)
         if a is None or b is None:
             raise CheckpointError(f"{source} has no LoRA for {name}")
-        if a.shape[:1] != (config["r"],):
-            raise CheckpointError(f"{source}: {key}.lora_A {list(a.shape)} is not of the rank r {config['r']}")
+        if a.shape[:1] != (config.r,):
+            raise CheckpointError(f"{source}: {key}.lora_A {list(a.shape)} is not of the rank r {config.r}")
         values[f"{name}.lora_A"] = a
-        values[f"{name}.lora_B"] = _gather(layer, b, f"{source}: {name}") * (scaling / layer.scaling)
+        values[f"{name}.lora_B"] = _gather(layer, b, f"{source}: {name}") * (config.scaling / layer.scaling)
     if tensors:
         raise CheckpointError(f"{source} holds tensors for which the model has no place: {listed(sorted(tensors))}")
+    _check_targets(model, config, str(directory / CONFIG))
     trained = checkpoint.trained_parameters(model)
+    _check_extra(directory)
     if (directory / EXTRA).exists():
         values |= read_tensors(directory / EXTRA, CheckpointError)
     else:
@@ -119,33 +128,104 @@ def import_peft(model: nn.Module, directory: str | Path) -> None:
     checkpoint.copy_strictly(trained, values, str(directory))
 
 
-# Keys of PEFT's LoraConfig that change nothing in what the adapter computes, or that its tensors show.
+@dataclasses.dataclass(frozen=True)
+class _PeftConfig:
+    """The keys of PEFT's LoraConfig that decide what a plain LoRA computes, and where; null and [] are left out."""
+
+    r: int = setting(dataclasses.MISSING, least=1)
+    lora_alpha: float = setting(dataclasses.MISSING, above=0, most=1e6)
+    target_modules: str | tuple[str, ...]
+    lora_dropout: float = setting(0.0, least=0, below=1)
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False  # PEFT corrects it to what the layer is
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: int | tuple[int, ...] | None = setting(None, least=0)
+    layers_pattern: str | tuple[str, ...] | None = None
+    __post_init__ = check_settings
+
+    @property
+    def scaling(self) -> float:
+        """The factor on the update."""
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    def adapts(self, name: str) -> bool:
+        """Whether PEFT puts a LoRA on the projection of this name: its check_target_module_exists."""
+        if self.exclude_modules is not None and _names(self.exclude_modules, name):
+            return False
+        if not _names(self.target_modules, name):
+            return False
+        if self.layers_to_transform is None:
+            return True
+        layers = (self.layers_to_transform,) if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        patterns = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
+        starts = [r".*?\.[^.]*"] if patterns is None else [rf"(?:^|.*?\.){pattern}" for pattern in patterns]
+        found = next(filter(None, (re.match(rf"{start}\.(\d+)\.", name) for start in starts)), None)
+        return found is not None and int(found.groups()[-1]) in layers
+
+
+# Keys that change nothing in what the adapter computes.
 HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
-    "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config", "target_modules", "task_type",
-    "use_rslora",
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "inference_mode", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
 # What others may hold beside nothing (null, false, an empty list or object). The initialisations of other names change
 # the frozen weights.
 PLAIN = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal")}
 
 
-def _peft_scaling(config: Mapping[str, Any], source: str) -> float:
-    """The factor on the update of a plain LoRA; CheckpointError for a key that asks for more than we compute."""
+def _read_config(path: Path) -> _PeftConfig:
+    """The config of a plain LoRA; CheckpointError for a key that asks for more than we compute, or PEFT refuses."""
+    config = read_json(path, CheckpointError, dict)
     if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{source}: peft_type {config.get('peft_type')!r} is not LORA")
-    for key in sorted(config.keys() - HARMLESS):
+        raise CheckpointError(f"{path}: peft_type {shown(config.get('peft_type'))} is not LORA")
+    known = {field.name for field in dataclasses.fields(_PeftConfig)}
+    for key in sorted(config.keys() - HARMLESS - known):
         if config[key] and config[key] not in PLAIN.get(key, ()):
-            raise CheckpointError(f"{source}: {key} {shown(config[key])} is more than the plain LoRA that loads here")
-    rank, alpha, rslora = config.get("r"), config.get("lora_alpha"), config.get("use_rslora") or False
-    if type(rank) is not int or rank < 1:
-        raise CheckpointError(f"{source}: r {shown(rank)} must be an integer of at least 1")
-    if type(alpha) not in (int, float) or not 0 < alpha <= 1e6:
-        raise CheckpointError(f"{source}: lora_alpha {shown(alpha)} must be a number above 0")
-    if type(rslora) is not bool:
-        raise CheckpointError(f"{source}: use_rslora {shown(rslora)} must be true or false")
-    return alpha / (rank**0.5 if rslora else rank)
+            raise CheckpointError(f"{path}: {key} {shown(config[key])} is more than the plain LoRA that loads here")
+    try:
+        given = {key: config[key] for key in known & config.keys() if config[key] not in (None, [])}
+        found = from_dict(_PeftConfig, given, str(path))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    if found.layers_to_transform is not None and isinstance(found.target_modules, str):
+        raise CheckpointError(f"{path}: layers_to_transform needs target_modules that is a list of names")
+    if found.layers_pattern is not None and found.layers_to_transform is None:
+        raise CheckpointError(f"{path}: layers_pattern needs layers_to_transform")
+    return found
+
+
+def _names(modules: str | tuple[str, ...], name: str) -> bool:
+    """Whether a pattern, or a list of names or of their last parts, is of the module ``name``."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, name) is not None
+    return any(name == module or name.endswith(f".{module}") for module in modules)
+
+
+def _check_targets(model: nn.Module, config: _PeftConfig, source: str) -> None:
+    """Refuse a config that puts LoRA on other projections than those that have one in ``model``."""
+    root, layers = _language_model_root(model), _lora_layers(model)
+    modules = [
+        n for n, module in model.named_modules() if n.startswith(root) and (n in layers or is_projection(module))
+    ]
+    try:
+        wanted = {name for name in modules if config.adapts(name.removeprefix(root))}
+    except re.error as error:
+        raise CheckpointError(f"{source}: a pattern of modules or layers cannot be read: {error}") from error
+    keys = ("target_modules", "exclude_modules", "layers_to_transform")
+    said = " with ".join(key for key in keys if getattr(config, key) is not None)
+    if others := sorted(layers.keys() - wanted):
+        raise CheckpointError(f"{source}: {said} leaves out {listed(others)}, of which {WEIGHTS} holds a LoRA")
+    if others := sorted(wanted - layers.keys()):
+        raise CheckpointError(f"{source}: {said} takes in {listed(others)}, of which {WEIGHTS} holds no LoRA")
+
+
+def _check_extra(directory: Path) -> None:
+    """Refuse an export whose extra parameters are gone, or are those of another."""
+    digest = read_metadata(directory / WEIGHTS).get(EXTRA_DIGEST)
+    if digest is not None and not (directory / EXTRA).exists():
+        raise CheckpointError(f"{directory / EXTRA} is gone, without which {WEIGHTS} is half of the adapter")
+    if digest is not None and file_digest(directory / EXTRA) != digest:
+        raise CheckpointError(f"{directory / EXTRA} was not written together with {WEIGHTS}: export the adapter again")
 
 
 def _lora_layers(model: nn.Module) -> dict[str, RoutedLoRALinear]:

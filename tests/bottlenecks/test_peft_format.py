@@ -97,6 +97,13 @@ def test_a_foreign_lora_computes_what_peft_does(adapter):
         ("lora_alpha", 0), ("lora_alpha", None), ("use_dora", True), ("use_rslora", "no"),
         ("rank_pattern", {"query": 8}), ("alpha_pattern", {"query": 8}), ("bias", "all"),
         ("modules_to_save", ["pooler"]), ("lora_bias", True),
+        ("lora_dropout", 2), ("lora_dropout", -0.1), ("lora_dropout", "0"), ("target_modules", ["dense"]),
+        ("target_modules", ["query"]),
+        ("target_modules", "all-linear"), ("target_modules", ["query", "value", "key"]), ("target_modules", None),
+        ("target_modules", "(query"), ("target_modules", r".*query"), ("target_modules", 3), ("target_modules", []),
+        ("exclude_modules", ["encoder.layer.0.attention.self.query"]), ("exclude_modules", r".*\.1\..*"),
+        ("exclude_modules", 3), ("layers_to_transform", [0]), ("layers_to_transform", 1),
+        ("layers_to_transform", "0"), ("layers_pattern", "layer"), ("fan_in_fan_out", "no"),
         ("init_lora_weights", "pissa"), ("layer_replication", [[0, 2]]), ("something_new", 3), ("peft_type", "IA3"),
     ],
 )  # fmt: skip
@@ -104,9 +111,37 @@ def test_keys_that_cannot_be_honoured_are_refused_before_the_model_changes(adapt
     folder, model = adapter[0], injected()
     change_config(folder, **{key: value})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=rf"adapter_config\.json.*{key}|{key}.* NaN|of the rank {key}|holds NaN"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"adapter_config\.json.*{key}|a pattern of modules|{key}.* NaN|of the rank {key}|holds NaN",
+    ):
         import_peft(model, folder)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("layers", "changes"),
+    [
+        (None, {"target_modules": r"encoder\..*\.(query|value)"}),
+        (None, {"exclude_modules": ["pooler.dense"], "layers_to_transform": [0, 1], "layers_pattern": "layer"}),
+        (None, {"layers_to_transform": [], "layers_pattern": [], "exclude_modules": [], "lora_dropout": 0.5}),
+        ((1,), {"layers_to_transform": 1}),
+        ((1,), {"layers_to_transform": [1], "layers_pattern": ["layer", "h"]}),
+        ((1,), {"exclude_modules": r".*\.0\..*"}),
+    ],
+)
+def test_targets_choose_what_they_do_in_peft(tmp_path, layers, changes):
+    chosen = {"layers_to_transform": list(layers) if layers else None}
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["query", "value"], init_lora_weights=False, **chosen)
+    peft.get_peft_model(small_roberta(), config).save_pretrained(tmp_path)
+    change_config(tmp_path, layers_to_transform=None)
+    change_config(tmp_path, **changes)
+    model = small_roberta().eval()
+    inject(model, RoutingConfig(**PLAIN, layers=layers))
+    import_peft(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(small_roberta().eval(), tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(model(input_ids=ids)[0], theirs(input_ids=ids)[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -164,9 +199,21 @@ def test_trained_norms_and_biases_come_back(tmp_path):
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(again(input_ids=ids)[0], model(input_ids=ids)[0])
     other = small_gpt2()
-    inject(other, RoutingConfig(rank=4, alpha=6, routing="none", train_layer_norm=False))
+    plain = RoutingConfig(rank=4, alpha=6, routing="none", train_layer_norm=False, train_bias=False)
+    inject(other, plain)
     with pytest.raises(CheckpointError, match=r"unexpected .*ln_1"):
         import_peft(other, tmp_path)
+    extra = tmp_path / "extra_parameters.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(extra).items()}, extra)
+    with pytest.raises(CheckpointError, match=r"extra_parameters\.safetensors was not written together with"):
+        import_peft(again, tmp_path)
+    extra.unlink()
+    with pytest.raises(CheckpointError, match=r"extra_parameters\.safetensors is gone"):
+        import_peft(again, tmp_path)
+    export_peft(model, tmp_path)
+    export_peft(other, tmp_path)  # in its place, without norms and biases
+    assert not extra.exists()
+    import_peft(other, tmp_path)
 
 
 def test_export_refuses_what_one_peft_config_cannot_say(tmp_path):
