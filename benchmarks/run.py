@@ -164,6 +164,11 @@ def main(argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | No
         parser.error(f"--clock gpu needs a CUDA device, not {device}: use --clock cpu or wall")
     if device.type != "cuda" and args.cuda_graphs:
         parser.error(f"--cuda-graphs needs a CUDA device, not {device}: leave it out, or use --suite gpu")
+    for flag, number in (("--threads", args.threads), ("--repeats", args.repeats)):
+        if number is not None and number < 1:
+            parser.error(f"{flag} {number} must be at least 1")
+    if args.output is not None and not args.output.absolute().parent.is_dir():
+        parser.error(f"--output {args.output}: there is no folder {args.output.absolute().parent}; make it first")
     if args.resume and args.output is None:
         parser.error("--resume needs --output, the file to go on with")
     try:

@@ -70,6 +70,9 @@ def evaluate(
         raise ConfigError(f"limit={limit} must be at least 1; leave it out for all examples")
     config.check_files()
     target = Path(output) if output is not None else folder.path / f"eval-{split}"
+    for part in (folder.path, folder.checkpoint("best"), folder.checkpoint("last"), folder.state):
+        if target.resolve() == part.resolve():
+            raise ConfigError(f"{target} is a part of the run, whose files change with it; name another folder")
     check_place(target)
     hide_loading_bars(log == "quiet")
     task, accelerator = load_run(folder, checkpoint, config)

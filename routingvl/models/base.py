@@ -22,7 +22,7 @@ from routingvl.bottlenecks.report import TrainableReport, trainable_report
 from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict, nearest
 from routingvl.config.checks import check_value, types_of
 from routingvl.kernels import ROUTINGS
-from routingvl.models.checks import check_finite, check_values
+from routingvl.models.checks import check_finite, check_tensor, check_values, check_zeros_and_ones
 
 
 class ModelOutput(NamedTuple):
@@ -153,6 +153,7 @@ class RoutedVLModel(nn.Module):
         """
         if self.vit is None:
             raise ValueError("the model was built without a ViT: pass vision_features= instead of pixel_values=")
+        check_tensor("pixel_values", pixel_values, 4)
         if not len(pixel_values):
             raise ValueError("the batch is empty: there is no image in pixel_values")
         check_finite("pixel_values", pixel_values)
@@ -170,6 +171,7 @@ class RoutedVLModel(nn.Module):
             raise ValueError("pass either pixel_values= (images) or vision_features= (encoded images)")
         if vision_features is None:
             vision_features = self.encode_images(pixel_values)
+        check_tensor("vision_features", vision_features)
         if vision_features.dim() != 3 or vision_features.shape[-1] != self.vision_width:
             have = list(vision_features.shape)
             raise ValueError(f"vision_features must be [batch, visual tokens, {self.vision_width}], not {have}")
@@ -192,6 +194,10 @@ class RoutedVLModel(nn.Module):
         A mask of None reads every token. Raises ValueError unless text and image belong together, fit the position
         embeddings, and the token ids (looked at on the CPU only) are of the vocabulary.
         """
+        if input_ids is not None:
+            check_tensor("input_ids", input_ids, integers=True)
+        if attention_mask is not None:
+            check_tensor("attention_mask", attention_mask)
         if input_ids is None or input_ids.dim() != 2 or not (input_ids.shape[1] or self.visual_prefix):
             raise ValueError("input_ids must be [batch, tokens], with a token at least where there is no visual prefix")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -208,6 +214,7 @@ class RoutedVLModel(nn.Module):
         check_values("input_ids", input_ids, 0, self.vocabulary_size - 1, ", which are the ids the model knows")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        check_zeros_and_ones("attention_mask", attention_mask)
         if not self.visual_prefix:
             return {"input_ids": input_ids, "attention_mask": attention_mask}
         embedded = self.embed_text(input_ids)

@@ -12,7 +12,7 @@ from routingvl.config import ConfigError, RoutingConfig, check_choice
 from routingvl.config.schema import CAPTION_LOSSES
 from routingvl.data.collate import IGNORED
 from routingvl.models.base import ModelOutput, RoutedVLModel
-from routingvl.models.checks import check_values
+from routingvl.models.checks import check_tensor, check_values
 from routingvl.models.losses import caption_loss, caption_loss_without_logits, caption_targets
 
 
@@ -85,6 +85,8 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         """
         if labels is None and not return_logits:
             raise ValueError("return_logits=False leaves only the loss: pass labels=")
+        if labels is not None:
+            check_tensor("labels", labels, integers=True)
         if labels is not None and (input_ids is None or labels.shape != input_ids.shape):
             raise ValueError(f"labels {list(labels.shape)} must have the shape of input_ids")
         if labels is not None:

@@ -6,6 +6,16 @@ import torch
 from torch import Tensor
 
 
+def check_tensor(name: str, value: object, dimensions: int | None = None, *, integers: bool = False) -> None:
+    """Raise ValueError unless ``value`` is a tensor of so many dimensions, of integers (or booleans) where asked."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, not a {type(value).__name__}")
+    if integers and (value.is_floating_point() or value.is_complex()):
+        raise ValueError(f"{name} must hold integers, not {value.dtype}")
+    if dimensions is not None and value.dim() != dimensions:
+        raise ValueError(f"{name} must have {dimensions} dimensions, not the shape {list(value.shape)}")
+
+
 def check_values(
     name: str, values: Tensor, least: float, most: float, rest: str = "", ignored: int | None = None
 ) -> None:
@@ -29,3 +39,11 @@ def check_finite(name: str, values: Tensor) -> None:
         return
     if values.numel() and not all(bound.isfinite() for bound in values.detach().aminmax()):
         raise ValueError(f"{name} must be finite; they hold NaN or an infinity")
+
+
+def check_zeros_and_ones(name: str, values: Tensor) -> None:
+    """Raise ValueError when ``values`` on the CPU hold anything but 0 and 1."""
+    if values.device.type != "cpu" or torch.compiler.is_compiling() or values.dtype == torch.bool:
+        return
+    if not ((values == 0) | (values == 1)).all():
+        raise ValueError(f"{name} must hold nothing but 0 and 1")

@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from routingvl.atomic_files import write_json
-from routingvl.backbones.loading import find_source, loading
+from routingvl.backbones.loading import BackboneError, find_source, loading
 from routingvl.backbones.vision import check_image_size
 from routingvl.bottlenecks.checkpoint import CheckpointError
 from routingvl.config import ConfigError, check_choice
@@ -356,4 +356,7 @@ def load_tokenizer(name: str) -> Any:
 
     source, local = find_source(name)
     with loading(f"the tokenizer of {name}", local) as options:
-        return AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
+        raise BackboneError(f"the tokenizer of {name} knows no token beside its special ones; its files are damaged")
+    return tokenizer

@@ -344,6 +344,24 @@ def test_what_lies_outside_of_the_inputs_is_named(build, changes, message):
         model(**inputs)
 
 
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("input_ids", torch.Tensor.float, "input_ids must hold integers, not torch.float32"),
+        ("input_ids", torch.Tensor.tolist, "input_ids must be a tensor, not a list"),
+        ("attention_mask", lambda mask: mask * 2, "attention_mask must hold nothing but 0 and 1"),
+        ("attention_mask", lambda mask: mask * 0.5, "attention_mask must hold nothing but 0 and 1"),
+        ("pixel_values", torch.Tensor.tolist, "pixel_values must be a tensor, not a list"),
+        ("pixel_values", lambda pixels: pixels[0], "pixel_values must have 4 dimensions, not the shape"),
+    ],
+)
+def test_inputs_of_another_kind_are_named(build, name, change, message):
+    model, inputs = build(), batch()
+    with pytest.raises(ValueError, match=message):
+        model(**inputs | {name: change(inputs[name])})
+
+
 def test_labels_outside_are_named():
     inputs, captions, answers = batch(), captioner(), answerer()
     labels = labels_of(captions, inputs)

@@ -79,6 +79,17 @@ def test_a_tokenizer_with_code_of_its_own_is_refused_and_nobody_is_asked(home, m
         load_tokenizer(str(folder))
 
 
+@pytest.mark.parametrize("name", ["roberta", "gpt2"])
+def test_a_tokenizer_without_words_is_refused(tiny, tmp_path, name):
+    folder = shutil.copytree(tiny / name, tmp_path / name)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"].update(vocab={}, merges=[])
+    path.write_text(json.dumps(content))
+    with pytest.raises(BackboneError, match=f"the tokenizer of {folder} knows no token beside its special ones"):
+        load_tokenizer(str(folder))
+
+
 DAMAGE = {
     "tokenizer/tokenizer.json": ("{", BackboneError, "the tokenizer of .*tokenizer cannot be loaded"),
     "tokenizer/tokenizer_config.json": ("[" * 100_000, BackboneError, "the tokenizer of .*tokenizer cannot be loaded"),
@@ -122,6 +133,9 @@ def test_places_that_take_no_results_are_tried_first(run, tmp_path, monkeypatch)
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ConfigError, match="file is a file; choose another folder for the results"):
             evaluate(run, "val", output=place, log="quiet")
+    for part in (run, run / "best", run / "state"):
+        with pytest.raises(ConfigError, match="is a part of the run"):
+            evaluate(run, "val", output=part, log="quiet")
     with pytest.raises(OSError, match="/proc/results"):
         evaluate(run, "val", output="/proc/results", log="quiet")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
