@@ -61,10 +61,11 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return tensor.numel() == 0 or all(math.isfinite(end) for end in torch.aminmax(tensor.detach()))
 
 
-def tensor_kinds(path: Path) -> dict[str, str]:
-    """The type of each tensor of a safetensors file, as the file names it (F32, I64)."""
+def tensor_kinds(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Type, as the file names it (F32, I64), and shape of each tensor of a safetensors file, from its header."""
     with safe_open(path, "pt") as file:
-        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: (found.get_dtype(), found.get_shape()) for name, found in slices.items()}
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ and UNUSED name.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import sys
@@ -23,8 +24,8 @@ from routingvl.tensor_files import check_kinds, is_finite, listed, tensor_kinds
 
 # Weights of checkpoints that no backbone here uses: other heads, and buffers that older versions of transformers saved.
 UNUSED = re.compile(
-    r"(?:lm_head|classifier|qa_outputs|score|cls|multiple_choice_head|decoder)\..*|embeddings\.mask_token"
-    r"|(?:.*\.)?(?:position_ids|token_type_ids|masked_bias|attn\.bias)"
+    r"(?:lm_head|classifier|qa_outputs|score|cls|multiple_choice_head|decoder)\..*"
+    r"|(?:.*\.)?(?:embeddings\.mask_token|position_ids|token_type_ids|masked_bias|attn\.bias)"
 )
 
 
@@ -108,15 +109,28 @@ def load_float32(class_name: str, name: str, optional: str = "") -> tuple[nn.Mod
         The model, and the names of the ``optional`` weights that the checkpoint lacks.
 
     Raises:
-        BackboneError: the checkpoint cannot be read, a weight is missing, in excess or of another shape, is no
-            floating-point number, NaN or infinite, or a special token is not in the vocabulary.
+        BackboneError: the checkpoint cannot be read, its config is of a far larger model or of impossible heads, a
+            weight is missing, in excess or of another shape, is no floating-point number, NaN or infinite, or a
+            special token is not in the vocabulary.
     """
     import transformers
 
     source, local = find_source(name)
+    model_class = getattr(transformers, class_name)
     with loading(source, local) as options:
-        model, found = getattr(transformers, class_name).from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        config = model_class.config_class.from_pretrained(source, **options)
+        _check_heads(name, config)
+        # What a caller of transformers may choose; the models here read outputs by name, and whole texts.
+        config.return_dict, config.chunk_size_feed_forward = True, 0
+        if local:
+            _check_size(name, model_class, config, Path(source))
+        model, found = model_class.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
         missing = sorted(found["missing_keys"])
         lacking = [key for key in missing if optional and key.startswith(optional)]
@@ -130,7 +144,7 @@ def load_float32(class_name: str, name: str, optional: str = "") -> tuple[nn.Mod
         }
         if said := [f"{what}: {listed(keys)}" for what, keys in problems.items() if keys]:
             raise BackboneError(f"{name}: the weights are not those of its config.json; {'; '.join(said)}")
-        _check_types(name, Path(source) if local else _snapshot(source))
+        _check_types(Path(source) if local else _snapshot(source))
         if bad := [key for key, weight in model.named_parameters() if not is_finite(weight)]:
             raise BackboneError(f"{name}: {listed(bad)} holds NaN or infinity")
     return model, lacking
@@ -143,15 +157,47 @@ def _snapshot(name: str) -> Path:
     return Path(cached_file(name, "config.json", local_files_only=True)).parent
 
 
-def _check_types(name: str, folder: Path) -> None:
+def _check_heads(name: str, config: Any) -> None:
+    """Refuse attention heads that do not divide the width; transformers fails at the first batch, or goes on."""
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    if heads is not None and width is not None and (heads < 1 or width < 1 or width % heads):
+        keys = [config.attribute_map.get(key, key) for key in ("num_attention_heads", "hidden_size")]
+        raise BackboneError(
+            f"{name}: config.json: {keys[0]} {heads} must be at least 1 and divide the width, {keys[1]} {width}"
+        )
+
+
+def _check_size(name: str, model_class: Any, config: Any, folder: Path) -> None:
+    """Refuse a config of a far larger model than the weights are, before transformers fills the memory with it."""
+    tensors = [kind for kinds in _weight_files(folder).values() for kind in kinds.values()]
+    if not tensors:
+        return
+    layers = getattr(config, "num_hidden_layers", 0)
+    if layers > len(tensors):
+        key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        raise BackboneError(f"{name}: config.json: {key} {layers} is more than the weights hold tensors")
+    held = sum(math.prod(shape) for _, shape in tensors)
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in model_class(config).parameters())
+    if wanted > 4 * held + 10**7:  # what is missing from less is found by name
+        raise BackboneError(f"{name}: config.json is of a model of {wanted:,} weights, but the files hold {held:,}")
+
+
+def _weight_files(folder: Path) -> dict[Path, dict[str, tuple[Any, list[int]]]]:
+    """Type and shape of each tensor, by the file of weights that holds it."""
+    if files := sorted(folder.glob("model*.safetensors")):
+        return {path: tensor_kinds(path) for path in files}
+    return {
+        path: {key: (v.dtype, list(v.shape)) for key, v in torch.load(path, "meta", weights_only=True).items()}
+        for path in sorted(folder.glob("pytorch_model*.bin"))
+    }
+
+
+def _check_types(folder: Path) -> None:
     """Refuse weights that are not floating-point numbers, which transformers converts without a word."""
-    files = sorted(folder.glob("model*.safetensors"))
-    for path in files or sorted(folder.glob("pytorch_model*.bin")):
-        if files:
-            kinds = tensor_kinds(path)
-        else:
-            kinds = {k: v.dtype for k, v in torch.load(path, map_location="meta", weights_only=True).items()}
-        check_kinds({k: kind for k, kind in kinds.items() if not UNUSED.fullmatch(k)}, str(path), BackboneError)
+    for path, kinds in _weight_files(folder).items():
+        used = {key: kind for key, (kind, _) in kinds.items() if not UNUSED.fullmatch(key)}
+        check_kinds(used, str(path), BackboneError)
 
 
 def hide_loading_bars(quiet: bool) -> None:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from routingvl.backbones.loading import BackboneError, load_float32, model_type
 
+NO_POOLER = "has no pooler, which vision_features='pooler' reads: set model.vision_features=cls or mean"
+
 
 def _pooler(output: Any, prefix_tokens: int) -> Tensor:
     if output.pooler_output is None:
-        raise BackboneError("this vision tower has no pooler: choose vision_features='cls', 'mean' or 'tokens'")
+        raise BackboneError(f"this vision tower {NO_POOLER}")
     return output.pooler_output[:, None]
 
 
@@ -71,10 +73,14 @@ def load_tower(name: str) -> nn.Module:
     return tower
 
 
-def tower_features(vision: nn.Module) -> list[str]:
-    """What can be taken of a loaded tower's output, by the names of ``model.vision_features``."""
-    features = list(tower_of(vision).features)
-    return features if getattr(vision, "pooler", None) is not None else [name for name in features if name != "pooler"]
+def check_features(vision: nn.Module, kind: str) -> None:
+    """Raise :class:`BackboneError` unless features of this ``kind`` can be taken of a loaded tower's output."""
+    tower, name = tower_of(vision), getattr(vision.config, "_name_or_path", "")
+    if kind not in tower.features:
+        known = ", ".join(map(repr, tower.features))
+        raise BackboneError(f"vision_features={kind!r}: a {tower.model_type} has only {known}")
+    if kind == "pooler" and getattr(vision, "pooler", None) is None:
+        raise BackboneError(f"model.vision: the checkpoint {name} {NO_POOLER}")
 
 
 def check_image_size(vision: nn.Module, size: tuple[int, int]) -> None:

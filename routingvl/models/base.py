@@ -14,7 +14,7 @@ from torch import nn
 from routingvl.backbones.dropout import lighten_dropout
 from routingvl.backbones.loading import BackboneError
 from routingvl.backbones.text import drawn_weights, load_text, position_limit, text_body
-from routingvl.backbones.vision import FEATURES, image_features, load_tower, tower_features, tower_width
+from routingvl.backbones.vision import FEATURES, check_features, image_features, load_tower, tower_width
 from routingvl.bottlenecks import checkpoint
 from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.inject import inject
@@ -61,7 +61,9 @@ class RoutedVLModel(nn.Module):
     ) -> None:
         super().__init__()
         text = text_body(self.model_type, text)
-        check_choice("vision_features", vision_features, FEATURES if vision is None else tower_features(vision))
+        check_choice("vision_features", vision_features, FEATURES)
+        if vision is not None:
+            check_features(vision, vision_features)
         if vision is None and vision_width is None:
             vision_width = text.config.hidden_size
         # Checked here for the kind of feature, and again for the tensor of each call.
@@ -289,7 +291,11 @@ class RoutedVLModel(nn.Module):
             raise checkpoint.CheckpointError(f"{directory}: adapter_config.json: model lacks, or has in excess, {keys}")
         cls.check_options(saved["model"], f"{directory}: adapter_config.json: model")
         backbones = checkpoint.resolve_backbones(directory, saved, vision=vision, text=text)
-        model = cls.from_backbones(backbones["vision"], backbones["text"], routing, backend=backend, **saved["model"])
+        options = {"backend": backend, **saved["model"]}
+        try:
+            model = cls.from_backbones(backbones["vision"], backbones["text"], routing, **options)
+        except ConfigError as error:
+            raise ConfigError(f"{Path(directory) / checkpoint.CONFIG}: {error}") from error
         checkpoint.load_adapter(model, directory, saved)
         return model.eval()
 

@@ -9,7 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import small_vit, tiny_config, write_tiny
-from transformers import RobertaConfig, RobertaForMaskedLM, ViTForImageClassification, ViTModel
+from transformers import (
+    RobertaConfig,
+    RobertaForMaskedLM,
+    ViTForImageClassification,
+    ViTForMaskedImageModeling,
+    ViTModel,
+)
 
 from routingvl import RoutingConfig, ViTRobertaForVQA
 from routingvl.backbones.loading import BackboneError, find_source
@@ -178,6 +184,51 @@ def test_old_buffers_and_other_heads_are_known(copy):
         load(copy(kind, lambda saved, new=tensors: saved | {k: v for k, v in new.items() if v is not None}))
 
 
+def test_a_masked_image_model_is_a_tower(tmp_path):
+    torch.manual_seed(0)
+    saved = ViTForMaskedImageModeling(small_vit().config)
+    saved.save_pretrained(tmp_path / "vit-masked")
+    tower = load_tower(str(tmp_path / "vit-masked"))
+    assert torch.equal(tower.embeddings.cls_token, saved.vit.embeddings.cls_token)
+    assert tower.pooler is None
+
+
+HEADS = {"vit": "num_attention_heads", "roberta": "num_attention_heads", "gpt2": "n_head"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [-1, 0, 3, 64, 10**7])
+def test_heads_divide_the_width(copy, kind, value):
+    with pytest.raises(BackboneError, match=rf"{kind}-copy: config.json: {HEADS[kind]} {value} must be at least 1"):
+        load(copy(kind, config={HEADS[kind]: value}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", [{"return_dict": False}, {"chunk_size_feed_forward": 3}])
+def test_how_a_config_would_return_its_output_does_not_count(tiny, copy, kind, config):
+    given = torch.zeros(1, 3, 16, 16) if kind == "vit" else torch.arange(5, 10)[None]
+    outputs = [load(folder)(given) for folder in (tiny / kind, copy(kind, config=config))]
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    assert outputs[1].keys() == outputs[0].keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_config_of_a_far_larger_model_is_refused_before_it_is_built(copy, kind, pickled, monkeypatch):
+    wide = {"n_inner": 10**7} if kind == "gpt2" else {"intermediate_size": 10**7}
+    folder = copy(kind, config={LAYERS[kind]: 10**7})
+    if pickled:
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("it was built"))
+    with pytest.raises(BackboneError, match=rf"{kind}-copy: config.json: {LAYERS[kind]} 10000000 is more than"):
+        load(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wide | {LAYERS[kind]: 2}))
+    with pytest.raises(BackboneError, match=r"config.json is of a model of [\d,]+ weights, but the files hold [\d,]+"):
+        load(folder)
+
+
 @pytest.mark.parametrize("key", ["eos_token_id", "bos_token_id", "pad_token_id"])
 @pytest.mark.parametrize("value", [50256, -1])
 def test_special_tokens_are_of_the_vocabulary(copy, key, value):
@@ -209,7 +260,9 @@ def test_a_vit_without_pooler_has_its_other_features(copy, tiny, tmp_path):
     ViTForImageClassification(small_vit().config).save_pretrained(folder)
     tower = load_tower(str(folder))
     assert tower.pooler is None
-    with pytest.raises(ConfigError, match="vision_features='pooler' is not one of 'cls', 'mean', 'tokens'"):
+    with pytest.raises(
+        ConfigError, match=r"model.vision: .*vit-classifier has no pooler, .*set model.vision_features=cls"
+    ):
         ViTRobertaForVQA.from_backbones(tower, str(tiny / "roberta"), RoutingConfig(rank=2))
     ViTRobertaForVQA.from_backbones(tower, str(tiny / "roberta"), RoutingConfig(rank=2), vision_features="cls")
 

@@ -187,6 +187,8 @@ def path_of(*keys):
         (["backbones", "text"], {"name": "gpt2"}, "backbones.text: model_type, .* missing"),
         (["backbones", "text", "hidden_size"], "32", "hidden_size='32' must be an integer"),
         (["backbones", "vision", "name"], 3, "name=3 must be a text or null"),
+        (["model", "vision_features"], "x", r"adapter_config\.json: vision_features='x' is not one of"),
+        (["model", "caption_loss"], "x", r"adapter_config\.json: caption_loss='x' is not one of"),
     ],
 )
 def test_every_key_of_the_configuration_is_checked(tmp_path, keys, value, message):
