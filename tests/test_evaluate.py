@@ -51,6 +51,17 @@ def test_captions(tiny, runs):
     assert (runs / "caption" / "eval-val" / "metrics.json").is_file()
 
 
+def test_an_adapter_without_its_vision_tower_is_named(runs, tmp_path):
+    run = shutil.copytree(runs / "vqa", tmp_path / "run")
+    path = run / "best" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["backbones"]["vision"] = None
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"best/adapter_config\.json: backbones\.vision is null"):
+        evaluate(run, log="quiet", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_unavailable_metrics_are_named(runs, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))  # no Java there
     metrics = evaluate(runs / "caption", limit=3, log="quiet", output=tmp_path / "out")

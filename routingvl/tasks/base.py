@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from routingvl.atomic_files import write_json
 from routingvl.backbones.loading import BackboneError, find_source, loading
 from routingvl.backbones.vision import check_image_size
-from routingvl.bottlenecks.checkpoint import CheckpointError
+from routingvl.bottlenecks.checkpoint import CONFIG, CheckpointError
 from routingvl.config import ConfigError, check_choice
 from routingvl.config.schema import RunConfig
 from routingvl.data.examples import ExampleDataset, check_separate
@@ -343,6 +343,8 @@ def load_task(
     """
     task = find_task(config.task).from_folder(folder, config)
     model = task.model_class.from_pretrained(adapter, backend=config.model.backend, **(backbones or {}))
+    if model.vit is None:
+        raise CheckpointError(f"{adapter / CONFIG}: backbones.vision is null, but a run has a vision tower")
     task.use_model(model.to(device))
     return task
 
