@@ -290,3 +290,17 @@ def test_gpu_suite_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--clock gpu needs a CUDA device" in capsys.readouterr().err
     with pytest.raises(ValueError, match="needs a CUDA device"):
         Timer(torch.device("cpu"), 1, "gpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--threads", "0"], "--threads 0 must be at least 1"),
+        (["--repeats", "-1"], "--repeats -1 must be at least 1"),
+        (["--output", "/nowhere/rows.jsonl"], "there is no folder /nowhere; make it first"),
+    ],
+)
+def test_flags_that_cannot_be_meant(capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert message in capsys.readouterr().err
