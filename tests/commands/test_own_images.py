@@ -155,7 +155,7 @@ def test_export_through_a_link(runs, tmp_path):
         (["--eval.num_beams"], "expected one argument"),
         (["--eval.x", "3"], "unknown flag --eval.x"),
         (["--eval.num_beans", "3"], "unknown flag --eval.num_beans; did you mean '--eval.num_beams'"),
-        (["--eval.metrics", "[]"], "--eval.metrics: metrics is empty"),
+        (["--eval.metrics", "[]"], "--eval.metrics is empty"),
         (["--eval.metrics", "[CIDER]"], "eval.metrics='CIDER' is not one of"),
     ],
 )
