@@ -285,17 +285,18 @@ class RoutedVLModel(nn.Module):
                 was trained with, or the parameters do not fit.
         """
         saved = checkpoint.read_adapter_config(directory, cls.__name__)
-        routing = from_dict(RoutingConfig, saved["routing"], f"{directory}: routing")
+        source = Path(directory) / checkpoint.CONFIG
         if saved["model"].keys() != (known := set(cls.option_names()) - {"backend"}):
             keys = ", ".join(sorted(known ^ saved["model"].keys()))
-            raise checkpoint.CheckpointError(f"{directory}: adapter_config.json: model lacks, or has in excess, {keys}")
-        cls.check_options(saved["model"], f"{directory}: adapter_config.json: model")
-        backbones = checkpoint.resolve_backbones(directory, saved, vision=vision, text=text)
-        options = {"backend": backend, **saved["model"]}
+            raise checkpoint.CheckpointError(f"{source}: model lacks, or has in excess, {keys}")
         try:
+            routing = from_dict(RoutingConfig, saved["routing"], "routing")
+            cls.check_options(saved["model"], "model")
+            backbones = checkpoint.resolve_backbones(directory, saved, vision=vision, text=text)
+            options = {"backend": backend, **saved["model"]}
             model = cls.from_backbones(backbones["vision"], backbones["text"], routing, **options)
         except ConfigError as error:
-            raise ConfigError(f"{Path(directory) / checkpoint.CONFIG}: {error}") from error
+            raise checkpoint.CheckpointError(f"{source}: {error}") from error
         checkpoint.load_adapter(model, directory, saved)
         return model.eval()
 
