@@ -28,6 +28,8 @@ UNUSED = re.compile(
     r"|(?:.*\.)?(?:embeddings\.mask_token|position_ids|token_type_ids|masked_bias|attn\.bias)"
 )
 
+WeightFiles = dict[Path, dict[str, tuple[Any, list[int]]]]  # file -> name -> type and shape of a tensor
+
 
 class BackboneError(ValueError):
     """A backbone cannot be loaded, is of a kind that has no row, or lacks what is asked of it; the message names it."""
@@ -122,8 +124,9 @@ def load_float32(class_name: str, name: str, optional: str = "") -> tuple[nn.Mod
         _check_heads(name, config)
         # What a caller of transformers may choose; the models here read outputs by name, and whole texts.
         config.return_dict, config.chunk_size_feed_forward = True, 0
-        if local:
-            _check_size(name, model_class, config, Path(source))
+        files = _weight_files(Path(source)) if local else {}
+        if files:
+            _check_size(name, model_class, config, files)
         model, found = model_class.from_pretrained(
             source,
             config=config,
@@ -144,7 +147,7 @@ def load_float32(class_name: str, name: str, optional: str = "") -> tuple[nn.Mod
         }
         if said := [f"{what}: {listed(keys)}" for what, keys in problems.items() if keys]:
             raise BackboneError(f"{name}: the weights are not those of its config.json; {'; '.join(said)}")
-        _check_types(Path(source) if local else _snapshot(source))
+        _check_types(files if local else _weight_files(_snapshot(source)))
         if bad := [key for key, weight in model.named_parameters() if not is_finite(weight)]:
             raise BackboneError(f"{name}: {listed(bad)} holds NaN or infinity")
     return model, lacking
@@ -167,11 +170,9 @@ def _check_heads(name: str, config: Any) -> None:
         )
 
 
-def _check_size(name: str, model_class: Any, config: Any, folder: Path) -> None:
+def _check_size(name: str, model_class: Any, config: Any, files: WeightFiles) -> None:
     """Refuse a config of a far larger model than the weights are, before transformers fills the memory with it."""
-    tensors = [kind for kinds in _weight_files(folder).values() for kind in kinds.values()]
-    if not tensors:
-        return
+    tensors = [kind for kinds in files.values() for kind in kinds.values()]
     layers = getattr(config, "num_hidden_layers", 0)
     if layers > len(tensors):
         key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
@@ -183,7 +184,7 @@ def _check_size(name: str, model_class: Any, config: Any, folder: Path) -> None:
         raise BackboneError(f"{name}: config.json is of a model of {wanted:,} weights, but the files hold {held:,}")
 
 
-def _weight_files(folder: Path) -> dict[Path, dict[str, tuple[Any, list[int]]]]:
+def _weight_files(folder: Path) -> WeightFiles:
     """Type and shape of each tensor, by the file of weights that holds it."""
     if files := sorted(folder.glob("model*.safetensors")):
         return {path: tensor_kinds(path) for path in files}
@@ -193,9 +194,9 @@ def _weight_files(folder: Path) -> dict[Path, dict[str, tuple[Any, list[int]]]]:
     }
 
 
-def _check_types(folder: Path) -> None:
+def _check_types(files: WeightFiles) -> None:
     """Refuse weights that are not floating-point numbers, which transformers converts without a word."""
-    for path, kinds in _weight_files(folder).items():
+    for path, kinds in files.items():
         used = {key: kind for key, (kind, _) in kinds.items() if not UNUSED.fullmatch(key)}
         check_kinds(used, str(path), BackboneError)
 

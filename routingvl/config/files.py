@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
@@ -231,7 +231,11 @@ def parse_config(args: Sequence[str]) -> RunConfig:
 
 def load_config(path: str | Path) -> RunConfig:
     """Read a YAML file; raises :class:`ConfigError` naming the file for anything missing, unknown or impossible."""
-    settings = read_settings(path)
+    return config_of(read_settings(path), path)
+
+
+def config_of(settings: Mapping[str, Any], path: str | Path) -> RunConfig:
+    """The config that the settings read from a file make; raises :class:`ConfigError` naming the file."""
     try:
         return override(RunConfig(), **settings)
     except ConfigError as error:

@@ -16,6 +16,10 @@ def check_tensor(name: str, value: object, dimensions: int | None = None, *, int
         raise ValueError(f"{name} must have {dimensions} dimensions, not the shape {list(value.shape)}")
 
 
+def _can_be_looked_at(values: Tensor) -> bool:
+    return values.device.type == "cpu" and not torch.compiler.is_compiling() and values.numel() > 0
+
+
 def check_values(
     name: str, values: Tensor, least: float, most: float, rest: str = "", ignored: int | None = None
 ) -> None:
@@ -24,7 +28,7 @@ def check_values(
     NaN never does; those that are ``ignored`` may be what they are. Only values on the CPU are looked at, and none
     while torch.compile traces.
     """
-    if values.device.type != "cpu" or torch.compiler.is_compiling() or not values.numel():
+    if not _can_be_looked_at(values):
         return
     if ignored is not None:
         values = values.masked_fill(values == ignored, least)
@@ -35,15 +39,15 @@ def check_values(
 
 def check_finite(name: str, values: Tensor) -> None:
     """Raise ValueError when floating-point ``values`` on the CPU hold NaN or an infinity."""
-    if values.device.type != "cpu" or torch.compiler.is_compiling() or not values.is_floating_point():
+    if not values.is_floating_point() or not _can_be_looked_at(values):
         return
-    if values.numel() and not all(bound.isfinite() for bound in values.detach().aminmax()):
+    if not all(bound.isfinite() for bound in values.detach().aminmax()):
         raise ValueError(f"{name} must be finite; they hold NaN or an infinity")
 
 
 def check_zeros_and_ones(name: str, values: Tensor) -> None:
     """Raise ValueError when ``values`` on the CPU hold anything but 0 and 1."""
-    if values.device.type != "cpu" or torch.compiler.is_compiling() or values.dtype == torch.bool:
+    if values.dtype == torch.bool or not _can_be_looked_at(values):
         return
     if not ((values == 0) | (values == 1)).all():
         raise ValueError(f"{name} must hold nothing but 0 and 1")

@@ -53,7 +53,7 @@ class Identity:
 
     def changed_settings(self, config: RunConfig) -> list[str]:
         """What of ``config`` would make it another run."""
-        return _changed(self.config, flatten(config), lambda key: key not in FREE_ON_RESUME)
+        return changed_settings(self.config, config)
 
     def changes(self, now: Identity) -> list[str]:
         """What of ``now`` makes it another run, each with its name."""
@@ -87,6 +87,11 @@ class Identity:
             raise ValueError("environment is damaged")
         if all_images(self.images) != self.content.get(IMAGES):  # edited: all are read again
             self.images.clear()
+
+
+def changed_settings(recorded: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """What of ``config`` would make it another run than one that began with the ``recorded`` settings."""
+    return _changed(recorded, flatten(config), lambda key: key not in FREE_ON_RESUME)
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any], chosen: Callable[[str], bool]) -> list[str]:

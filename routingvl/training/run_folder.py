@@ -10,12 +10,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from routingvl.atomic_files import is_leftover, naming, recover, remove, write_json, write_text
-from routingvl.config.files import config_to_yaml, load_config, read_settings
+from routingvl.config.files import config_of, config_to_yaml, read_settings
 from routingvl.config.schema import RunConfig
 from routingvl.digests import file_digest
 from routingvl.json_files import read_json
 from routingvl.training.folder_lock import FolderLock
-from routingvl.training.identity import Identity, ImageFile, from_lines, to_lines
+from routingvl.training.identity import Identity, ImageFile, changed_settings, from_lines, to_lines
 
 # What a run and its evaluation write, beside the files of its task, which run.json lists.
 WRITTEN = (
@@ -65,15 +65,16 @@ class RunFolder:
             raise RunError(
                 f"{self.path} has no config.yaml, so it is no run folder; give the output_dir of a training run"
             )
-        config = load_config(self.config_file)
-        if lost := self._recorded_settings() - read_settings(self.config_file).keys():
+        settings = read_settings(self.config_file)
+        config = config_of(settings, self.config_file)
+        if lost := self._recorded_settings().keys() - settings.keys():
             few = ", ".join(sorted(lost)[:3])
             raise RunError(f"{self.config_file} lacks {few}: it was cut off or edited; put back the file of this run")
         return config
 
-    def _recorded_settings(self) -> set[str]:
+    def _recorded_settings(self) -> dict[str, Any]:
         recorded = self.read_identity().get("config") if self.identity_file.is_file() else None
-        return set(recorded) if isinstance(recorded, dict) else set()
+        return recorded if isinstance(recorded, dict) else {}
 
     # ---------------------------------------------------------------------------------- checks that change nothing
 
@@ -120,11 +121,12 @@ class RunFolder:
         """Raise :class:`RunError` when what predictions depend on was edited or deleted since the run began."""
         if not self.identity_file.is_file():
             return
-        began = self.identity()
+        if not (recorded := self._recorded_settings()):
+            raise RunError(f"{self.identity_file} is damaged (config); start the run anew")
         changes = [f"{name} was edited or deleted" for name in self.changed_files() if name != "environment.json"]
         changes += [
             change
-            for change in began.changed_settings(self.load_config())
+            for change in changed_settings(recorded, self.load_config())
             if change.startswith(("task", "model.", "routing.", "data."))
         ]
         if changes:
