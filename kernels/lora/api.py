@@ -31,6 +31,7 @@ def routed_lora(
     groups: int = 1,
     columns: Sequence[int] | None = None,
     placement: str = "bottleneck",
+    image: ImageCode | None = None,
 ) -> Tensor:
     """Add a routed bottleneck to the output of a frozen projection.
 
@@ -51,6 +52,7 @@ def routed_lora(
         groups: G, how many projections share the joined bottleneck (GPT-2's query and value: 2).
         columns: for each group the column of base at which its n outputs are added; the rest of base is only copied.
         placement: "bottleneck" routes before the up-projection, "output" after it (all groups together).
+        image: as in :func:`routed_lora_linear`.
 
     Returns:
         [B, T, N] in the dtype of the inputs. Under autocast the products run in its dtype and base keeps its own: the
@@ -73,8 +75,8 @@ def routed_lora(
         # A wider base keeps its precision, as it would in the plain sum.
         with without_autocast(device):
             zeros = torch.zeros_like(base, dtype=x.dtype)
-            return base + _run(backend, x, v, None, (a, b, None, None, zeros), options)
-    return _run(backend, x, v, None, (a, b, None, None, base), options)
+            return base + _run(backend, x, v, image, (a, b, None, None, zeros), options)
+    return _run(backend, x, v, image, (a, b, None, None, base), options)
 
 
 def routed_lora_linear(

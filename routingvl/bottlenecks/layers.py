@@ -24,6 +24,7 @@ from routingvl.kernels import (
     project_lora_image,
     project_lora_images,
     routed_adapter,
+    routed_lora,
     routed_lora_linear,
 )
 from routingvl.kernels.routing import find_routing
@@ -72,11 +73,10 @@ class RoutedLayer(nn.Module):
             self.context.add(self)
 
     def takes(self, v: torch.Tensor) -> bool:
-        """Whether v [B, L, K] fits the weights, under autocast in width and device."""
+        """Whether v [B, L, K] fits the weights, which are cast to its dtype."""
         weights = self.projection
-        dtypes = {v.dtype, *(w.dtype for w in weights)}
-        cast = torch.is_autocast_enabled(v.device.type) and torch.float64 not in dtypes
-        return v.shape[2] == weights[0].shape[1] and v.device == weights[0].device and (cast or len(dtypes) == 1)
+        mixed = torch.float64 in (dtypes := {v.dtype, *(w.dtype for w in weights)}) and len(dtypes) > 1
+        return v.shape[2] == weights[0].shape[1] and v.device == weights[0].device and not mixed
 
     @property
     def drops(self) -> bool:
@@ -112,15 +112,11 @@ class RoutedLayer(nn.Module):
         return f"routing={self.routing.name}, rank={self.rank}{relu}{dropout}"
 
 
-class RoutedLoRALinear(RoutedLayer):
-    """A frozen projection plus a routed low-rank update: ``y = x Wᵀ + bias + (alpha / R) route(x Aᵀ, v Aᵀ) Bᵀ``.
-
-    The module takes over the weight and bias of ``base`` under their own names, so that a model's state dict keeps
-    its keys. At initialisation B is 0 and the output is that of ``base``, bit for bit. The update is never merged into
-    the weight, because it depends on the image (arXiv 2403.09377, section 3).
+class RoutedLoRA(RoutedLayer):
+    """What every routed LoRA is, wherever its weights are and whatever computes the projection beside it.
 
     Args:
-        base: nn.Linear (weight [N, K]) or transformers' Conv1D (weight [K, N]).
+        widths: (K, N), inputs and outputs of the projection.
         rank: R of each slice.
         routing, relu, placement: see :class:`~routingvl.config.RoutingConfig`.
         alpha: the update is scaled by alpha / rank; None for alpha = rank.
@@ -131,7 +127,6 @@ class RoutedLoRALinear(RoutedLayer):
         backend: None, "eager" or "triton", see :func:`routingvl.kernels.lora.api`.
 
     Raises:
-        TypeError: ``base`` is neither nn.Linear nor Conv1D.
         ValueError: slices do not fit the output, or the routing function is not known.
     """
 
@@ -139,7 +134,7 @@ class RoutedLoRALinear(RoutedLayer):
 
     def __init__(
         self,
-        base: nn.Module,
+        widths: tuple[int, int],
         rank: int,
         *,
         routing: str = "add",
@@ -152,60 +147,63 @@ class RoutedLoRALinear(RoutedLayer):
         backend: str | None = None,
     ) -> None:
         super().__init__(routing, dropout, relu, context, backend)
-        if not is_projection(base):
-            raise TypeError(f"LoRA stands beside nn.Linear or transformers' Conv1D, not {type(base).__name__}")
-        self.weight_layout = "kn" if is_conv1d(base) else "nk"
-        self.in_features, self.out_features = projection_widths(base)
+        self.in_features, self.out_features = widths
         self.rank = rank
         self.scaling = (rank if alpha is None else alpha) / rank
         self.placement = placement
-        self.columns, width = _columns(slices, self.out_features)
+        self.columns, self.width = _columns(slices, self.out_features)
         self.groups = 1 if self.columns is None else len(self.columns)  # G, how many slices share the bottleneck
-        self._base = (base,)  # in a tuple: kept for restore(), not registered as a sub-module
-        self.weight = base.weight
-        self.bias = base.bias
-        like = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.lora_A = nn.Parameter(torch.empty(self.groups * rank, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.empty(self.groups * width, rank, **like))
-        self.train(base.training)
+
+    def _make_weights(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.lora_A = nn.Parameter(torch.empty(self.groups * self.rank, self.in_features, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(self.groups * self.width, self.rank, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """A ~ U(-1/sqrt(K), 1/sqrt(K)), B = 0."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
-
-    def forward(self, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., K] (three dimensions when an image is routed in), v [B, L, K] or the context's -> y [..., N]."""
-        v, image = self.read_image(x, v)
-        shape = x.shape
-        rows = x if x.dim() == 3 else x.reshape(1, -1, shape[-1])
-        y = routed_lora_linear(
-            rows,
-            v,
-            self.weight,
-            self.bias,
-            self.lora_A,
-            self.lora_B,
-            columns=self.columns,
-            weight_layout=self.weight_layout,
-            dropout=self.dropout if self.training else 0.0,
-            image=image,
-            **self._options(),
-        )
-        self._watch(y)
-        return y.view(*shape[:-1], self.out_features)
+        a, b = self.projection
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        nn.init.zeros_(b)
 
     @property
     def projection(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A [G*R, K] and B [G*n, R]."""
         return self.lora_A, self.lora_B
 
+    def add_to(self, base_output: torch.Tensor, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
+        """base_output [..., N] plus the update of x [..., K] (three dimensions when an image is routed in).
+
+        v [B, L, K] is the image, or the context's. The result has base_output's dtype, or the wider one under autocast.
+        """
+        v, image = self.read_image(x, v)
+        rows = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
+        base = base_output.reshape(*rows.shape[:-1], self.out_features)
+        v, a, b = in_dtype(rows, v, *self.projection)
+        mixed = base.dtype != rows.dtype and not torch.is_autocast_enabled(rows.device.type)
+        if self.drops:
+            rows, v = F.dropout(rows, self.dropout), None if v is None else F.dropout(v, self.dropout)
+        y = routed_lora(
+            rows,
+            v,
+            a,
+            b,
+            base=torch.zeros_like(base, dtype=rows.dtype) if mixed else base,
+            columns=self.columns,
+            image=image,
+            **self._options(),
+        )
+        y = base + y.to(base.dtype) if mixed else y
+        self._watch(y)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
     def project(self, v: torch.Tensor) -> ImageCode | None:
         """See :class:`RoutedLayer`."""
-        return project_lora_image(v, *self.projection, decoding=True, **self._options())
+        return project_lora_image(*in_dtype(v, v, *self.projection), decoding=True, **self._options())
 
-    project_jointly = staticmethod(project_lora_images)
+    @staticmethod
+    def project_jointly(v: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], **options: Any):
+        """See :class:`RoutedLayer`."""
+        return project_lora_images(v, in_dtype(v, *a), in_dtype(v, *b), **options)
 
     def joint_options(self, v: torch.Tensor) -> dict[str, Any] | None:
         """See :class:`RoutedLayer`."""
@@ -216,16 +214,67 @@ class RoutedLoRALinear(RoutedLayer):
     def _options(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in ("routing", "scaling", "relu", "groups", "placement", "backend")}
 
+    def extra_repr(self) -> str:
+        """What print shows."""
+        columns = "" if self.columns is None else f", columns={self.columns}"
+        return f"{self.in_features} -> {self.out_features}, {super().extra_repr()}{columns}, placement={self.placement}"
+
+
+class RoutedLoRALinear(RoutedLoRA):
+    """A frozen projection plus a routed low-rank update: ``y = x Wᵀ + bias + (alpha / R) route(x Aᵀ, v Aᵀ) Bᵀ``.
+
+    The module takes over the weight and bias of ``base`` under their own names, so that a model's state dict keeps
+    its keys. At initialisation B is 0 and the output is that of ``base``, bit for bit. The update is never merged into
+    the weight, because it depends on the image (arXiv 2403.09377, section 3).
+
+    Args:
+        base: nn.Linear (weight [N, K]) or transformers' Conv1D (weight [K, N]), with a plain dense weight.
+        rank, **options: as for :class:`RoutedLoRA`.
+        dtype: of A, B and the bias; None: the weight's. They are cast to the dtype of x in each call.
+
+    Raises:
+        TypeError: ``base`` is neither nn.Linear nor Conv1D.
+        ValueError: as for :class:`RoutedLoRA`.
+    """
+
+    def __init__(self, base: nn.Module, rank: int, *, dtype: torch.dtype | None = None, **options: Any) -> None:
+        if not is_projection(base):
+            raise TypeError(f"LoRA stands beside nn.Linear or transformers' Conv1D, not {type(base).__name__}")
+        super().__init__(projection_widths(base), rank, **options)
+        self.weight_layout = "kn" if is_conv1d(base) else "nk"
+        self._base = (base,)  # in a tuple: kept for restore(), not registered as a sub-module
+        self.weight = base.weight
+        self.bias = base.bias
+        self._make_weights(base.weight.device, dtype or base.weight.dtype)
+        self.train(base.training)
+
+    def forward(self, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] (three dimensions when an image is routed in), v [B, L, K] or the context's -> y [..., N]."""
+        v, image = self.read_image(x, v)
+        shape = x.shape
+        rows = x if x.dim() == 3 else x.reshape(1, -1, shape[-1])
+        v, bias, a, b = in_dtype(rows, v, self.bias, *self.projection)
+        y = routed_lora_linear(
+            rows,
+            v,
+            self.weight,
+            bias,
+            a,
+            b,
+            columns=self.columns,
+            weight_layout=self.weight_layout,
+            dropout=self.dropout if self.training else 0.0,
+            image=image,
+            **self._options(),
+        )
+        self._watch(y)
+        return y.view(*shape[:-1], self.out_features)
+
     def restore(self) -> nn.Module:
         """The module this one stands in for, with the current weight and bias; the low-rank update is dropped."""
         (base,) = self._base
         base.weight, base.bias = self.weight, self.bias
         return base.train(self.training)
-
-    def extra_repr(self) -> str:
-        """What print shows."""
-        columns = "" if self.columns is None else f", columns={self.columns}"
-        return f"{self.in_features} -> {self.out_features}, {super().extra_repr()}{columns}, placement={self.placement}"
 
 
 class RoutedAdapter(RoutedLayer):
@@ -278,13 +327,10 @@ class RoutedAdapter(RoutedLayer):
         dropped = x
         if self.drops:
             dropped, v = F.dropout(x, self.dropout), None if v is None else F.dropout(v, self.dropout)
+        down, up = self.down_sampler, self.up_sampler
         y = routed_adapter(
             dropped,
-            v,
-            self.down_sampler.weight,
-            self.down_sampler.bias,
-            self.up_sampler.weight,
-            self.up_sampler.bias,
+            *in_dtype(x, v, down.weight, down.bias, up.weight, up.bias),
             routing=self.routing,
             activation=self.activation,
             residual=self.residual and dropped is x,
@@ -303,9 +349,13 @@ class RoutedAdapter(RoutedLayer):
 
     def project(self, v: torch.Tensor) -> ImageCode | None:
         """See :class:`RoutedLayer`."""
-        return project_adapter_image(v, *self.projection, routing=self.routing, relu=self.relu, decoding=True)
+        weights = in_dtype(v, *self.projection)
+        return project_adapter_image(v, *weights, routing=self.routing, relu=self.relu, decoding=True)
 
-    project_jointly = staticmethod(project_adapter_images)
+    @staticmethod
+    def project_jointly(v: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], **options: Any):
+        """See :class:`RoutedLayer`."""
+        return project_adapter_images(v, in_dtype(v, *a), in_dtype(v, *b), **options)
 
     def joint_options(self, v: torch.Tensor) -> dict[str, Any] | None:
         """See :class:`RoutedLayer`."""
@@ -363,6 +413,13 @@ def projection_widths(base: nn.Module) -> tuple[int, int]:
     """(K, N) of an nn.Linear or Conv1D."""
     rows, columns = base.weight.shape
     return (rows, columns) if is_conv1d(base) else (columns, rows)
+
+
+def in_dtype(like: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors in the dtype of ``like``; as they are under autocast, where each operation casts for itself."""
+    if torch.is_autocast_enabled(like.device.type):
+        return list(tensors)
+    return [x if x is None or x.dtype == like.dtype else x.to(like.dtype) for x in tensors]
 
 
 def _columns(slices: Sequence[tuple[int, int]] | None, out_features: int) -> tuple[tuple[int, ...] | None, int]:
