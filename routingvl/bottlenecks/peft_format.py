@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,23 +13,29 @@ from torch import nn
 from routingvl.atomic_files import write_json
 from routingvl.bottlenecks import checkpoint
 from routingvl.bottlenecks.checkpoint import CONFIG, WEIGHTS, CheckpointError, write_tensors
-from routingvl.bottlenecks.layers import RoutedLoRALinear, is_projection
-from routingvl.config import ConfigError, from_dict
-from routingvl.config.checks import check_settings, setting, shown
+from routingvl.bottlenecks.layers import RoutedLoRALinear
+from routingvl.bottlenecks.peft_config import (
+    PeftLora,
+    check_adapted,
+    read_config,
+    saved_modules,
+)
 from routingvl.digests import file_digest
-from routingvl.json_files import read_json
 from routingvl.tensor_files import check_floats, listed, read_metadata, read_tensors
 
 EXTRA = "extra_parameters.safetensors"
 EXTRA_DIGEST = "extra_parameters"  # in the metadata of the matrices' file, which PEFT does not look at
+PREFIX = "base_model.model."  # of PEFT's names
 
 
 def export_peft(model: nn.Module, directory: str | Path, base_model: str | None = None) -> None:
     """Write the LoRA of an unrouted model as a PEFT adapter (``LoraConfig``) that gives the same outputs.
 
     A projection with joined slices (GPT-2's c_attn) becomes one LoRA of rank 2 r with a block-diagonal B and alpha
-    doubled, which is the same function. PEFT's file holds the LoRA matrices only; norms, biases and a head that were
-    trained too go into ``extra_parameters.safetensors`` beside it, under our names.
+    doubled, which is the same function. Layers of other ranks or scales stand in ``rank_pattern`` and
+    ``alpha_pattern``, trained biases of the adapted projections under ``bias="lora_only"``, and every other module
+    with trained parameters, a norm or a head, in ``modules_to_save``. In one of our own models PEFT wraps the language
+    model alone: what trained outside of it goes into ``extra_parameters.safetensors``, which :func:`import_peft` reads.
 
     Args:
         model: a language model (or a model that contains it) after :func:`routingvl.inject`.
@@ -37,10 +43,10 @@ def export_peft(model: nn.Module, directory: str | Path, base_model: str | None 
         base_model: hub name or folder of the backbone, for PEFT's own loading.
 
     Raises:
-        CheckpointError: a bottleneck routes (PEFT would silently drop the image), routes at the output, or is an
-            adapter; PEFT has no place for them.
+        CheckpointError: a bottleneck routes (PEFT would silently drop the image) or is an adapter, or a trained
+            parameter has no place in PEFT's files; nothing is written then.
     """
-    layers = _lora_layers(model)
+    layers, root = _lora_layers(model), _language_model_root(model)
     if not layers:
         raise CheckpointError("the model has no LoRA to export: adapters have no PEFT form")
     for name, layer in layers.items():
@@ -48,57 +54,119 @@ def export_peft(model: nn.Module, directory: str | Path, base_model: str | None 
             raise CheckpointError(
                 f"{name} routes with {layer.routing.name!r}: PEFT would drop the image; only routing 'none' exports"
             )
+    text = model.get_submodule(root.removesuffix("."))
+    layers = {name.removeprefix(root): layer for name, layer in layers.items()}
+    trained = checkpoint.trained_parameters(model)
+    extra = {name: parameter for name, parameter in trained.items() if not name.startswith(root)}
+    biases, saved = _beside_lora(text, layers)
     tensors: dict[str, torch.Tensor] = {}
-    root = _language_model_root(model)
     for name, layer in layers.items():
-        key = f"base_model.model.{name.removeprefix(root)}"
-        tensors[f"{key}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        tensors[f"{key}.lora_B.weight"] = _spread(layer, layer.lora_B).detach().cpu().contiguous()
-    first, *others = layers.values()
-    if any((layer.lora_A.shape[0], layer.scaling) != (first.lora_A.shape[0], first.scaling) for layer in others):
-        raise CheckpointError("the LoRA layers differ in rank or scale, for which one PEFT config has no place")
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base_model,
-        "r": first.lora_A.shape[0],
-        "lora_alpha": first.scaling * first.lora_A.shape[0],
-        "lora_dropout": first.dropout,
-        "target_modules": sorted({name.removeprefix(root) for name in layers}),
-        "fan_in_fan_out": first.weight_layout == "kn",
-        "bias": "none",
-        "inference_mode": True,
-    }
-    directory = Path(directory)
-    bottleneck = {f"{name}.{part}" for name in layers for part in ("lora_A", "lora_B")}
-    extra = {
-        n: p.detach().cpu().contiguous() for n, p in checkpoint.trained_parameters(model).items() if n not in bottleneck
-    }
+        tensors[f"{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{name}.lora_B.weight"] = _spread(layer, layer.lora_B)
+        if biases and layer.bias is not None:
+            tensors[f"{name}.base_layer.bias"] = layer.bias
+    for name, module in saved_modules(text, saved).items():
+        tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    tensors = {f"{PREFIX}{name}": _on_cpu(tensor) for name, tensor in tensors.items()}
+    extra = {name: _on_cpu(tensor) for name, tensor in extra.items()}
     check_floats(tensors | extra, "the trained parameters", CheckpointError)
+    directory, metadata = Path(directory), {}
     directory.mkdir(parents=True, exist_ok=True)
-    metadata = {}
     if extra:
         write_tensors(directory / EXTRA, extra)
         metadata[EXTRA_DIGEST] = file_digest(directory / EXTRA)
     else:
         (directory / EXTRA).unlink(missing_ok=True)  # of an earlier export
     write_tensors(directory / WEIGHTS, tensors, metadata)
-    write_json(directory / CONFIG, config)
+    write_json(directory / CONFIG, _config(layers, base_model, biases, saved))
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, so that no two tensors of a file share their memory."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _config(layers: Mapping[str, RoutedLoRALinear], base_model: str | None, biases: bool, saved: list[str]) -> dict:
+    """PEFT's adapter_config.json."""
+    ranks = {name: layer.lora_A.shape[0] for name, layer in layers.items()}
+    alphas = {name: _whole(layer.scaling * ranks[name]) for name, layer in layers.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    first = next(iter(layers.values()))
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
+        "lora_dropout": first.dropout,
+        "target_modules": sorted(layers),
+        "modules_to_save": saved or None,
+        "fan_in_fan_out": first.weight_layout == "kn",
+        "bias": "lora_only" if biases else "none",
+        "inference_mode": True,
+    }
+
+
+def _whole(number: float) -> float:
+    return int(number) if number == int(number) else number
+
+
+def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Of the layers whose value is not the default: last part of the name -> value where that says it, else names."""
+    pattern = {}
+    for name, value in values.items():
+        last = name.rpartition(".")[2]
+        alike = {other for key, other in values.items() if key.rpartition(".")[2] == last} == {value}
+        if value != default:
+            pattern[last if alike else f"^{name.replace('.', '[.]')}"] = value
+    return pattern
+
+
+def _beside_lora(text: nn.Module, layers: Mapping[str, RoutedLoRALinear]) -> tuple[bool, list[str]]:
+    """Whether biases of adapted projections are trained, and the other modules that hold trained parameters.
+
+    Raises CheckpointError for a parameter for which PEFT has neither.
+    """
+    trained = {id(parameter) for parameter in text.parameters() if parameter.requires_grad}
+    biases, owners = False, {}
+    for name, parameter in text.named_parameters(remove_duplicate=False):  # tied weights under each of their names
+        owner, _, part = name.rpartition(".")
+        if id(parameter) not in trained or (owner in layers and part in ("lora_A", "lora_B")):
+            continue
+        if owner in layers and part == "bias":
+            biases = True
+        elif owner in layers or not owner or isinstance(text.get_submodule(owner), nn.ParameterList | nn.ParameterDict):
+            raise CheckpointError(f"{name} was trained, for which PEFT has no place: freeze it before the training")
+        else:
+            owners[owner] = name
+    saved = [owner for owner in owners if not any(owner.startswith(f"{other}.") for other in owners)]
+    wrapped = saved_modules(text, saved)
+    inside = [*layers, *(name for name in wrapped if name not in layers)]
+    for name in wrapped:
+        if clash := [other for other in inside if other.startswith(f"{name}.") or (other == name and name in layers)]:
+            raise CheckpointError(
+                f"{', '.join(owners.values())[:200]} was trained: PEFT would save {name} whole, and cannot with "
+                f"{clash[0]} adapted too"
+            )
+    return biases, saved
 
 
 def import_peft(model: nn.Module, directory: str | Path) -> None:
-    """Load a PEFT LoRA adapter into a model injected with routing "none" and the same rank and targets.
+    """Load a PEFT LoRA adapter into a model injected with routing "none" and the same ranks and targets.
 
     The scale of PEFT (alpha / r, or alpha / sqrt(r) with ``use_rslora``) is kept by scaling B; ``lora_dropout``, which
-    changes no output, stays the model's. ``extra_parameters.safetensors`` of :func:`export_peft` is read too.
+    changes no output, stays the model's. Saved biases (``bias``) and modules (``modules_to_save``) are loaded and train
+    from then on. ``extra_parameters.safetensors`` of :func:`export_peft` is read too.
 
     Raises:
-        CheckpointError: the files are damaged or gone, are not a plain PEFT LoRA (DoRA, ranks or alphas by pattern,
-            trained biases or modules, an initialisation that changes the frozen weights), the config names other
-            modules than there are tensors of, or they do not fit; nothing is loaded then.
+        CheckpointError: the files are damaged or gone, are not a plain PEFT LoRA (a key of the config asks for more, or
+            for an initialisation that changes the frozen weights), the config names other modules than there are
+            tensors of, or they do not fit; nothing is loaded then.
     """
     directory = Path(directory)
-    config = _read_config(directory / CONFIG)
+    config = read_config(directory / CONFIG)
     source = str(directory / WEIGHTS)
     tensors = read_tensors(source, CheckpointError)
     layers, root = _lora_layers(model), _language_model_root(model)
@@ -108,115 +176,78 @@ def import_peft(model: nn.Module, directory: str | Path) -> None:
         raise CheckpointError(f"{routed[0]} routes with {layers[routed[0]].routing.name!r}; PEFT's LoRA does not route")
     values: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
-        key = f"base_model.model.{name.removeprefix(root)}"
-        a, b = tensors.pop(f"{key}.lora_A.weight", None), tensors.pop(f"{key}.lora_B.weight", None)
+        place = name.removeprefix(root)
+        a, b = (tensors.pop(f"{PREFIX}{place}.{part}.weight", None) for part in ("lora_A", "lora_B"))
         if a is None or b is None:
             raise CheckpointError(f"{source} has no LoRA for {name}")
-        if a.shape[:1] != (config.r,):
-            raise CheckpointError(f"{source}: {key}.lora_A {list(a.shape)} is not of the rank r {config.r}")
+        if a.shape[:1] != (config.rank(place),):
+            key = "r" if config.rank(place) == config.r else "rank_pattern"
+            raise CheckpointError(
+                f"{source}: {place}.lora_A {list(a.shape)} is not of the rank {key} {config.rank(place)} of {CONFIG}"
+            )
         values[f"{name}.lora_A"] = a
-        values[f"{name}.lora_B"] = _gather(layer, b, f"{source}: {name}") * (config.scaling / layer.scaling)
+        values[f"{name}.lora_B"] = _gather(layer, b, f"{source}: {name}") * (config.scaling(place) / layer.scaling)
+    text = model.get_submodule(root.removesuffix("."))
+    adapted = {name.removeprefix(root) for name in layers}
+    beside = _read_beside(text, adapted, config, tensors, source)
     if tensors:
         raise CheckpointError(f"{source} holds tensors for which the model has no place: {listed(sorted(tensors))}")
-    _check_targets(model, config, str(directory / CONFIG))
-    trained = checkpoint.trained_parameters(model)
+    check_adapted(text, adapted, config, directory / CONFIG)
+    values |= {f"{root}{name}": value for name, value in beside.items()}
     _check_extra(directory)
+    places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    wanted = {name: places[name] for name in values}
     if (directory / EXTRA).exists():
-        values |= read_tensors(directory / EXTRA, CheckpointError)
-    else:
-        trained = {name: trained[name] for name in values if name in trained}
-    checkpoint.copy_strictly(trained, values, str(directory))
+        extra = read_tensors(directory / EXTRA, CheckpointError)
+        trained = checkpoint.trained_parameters(model)
+        inside = any(name.startswith(root) for name in extra) if root else True  # exports of before held norms there
+        wanted |= {name: p for name, p in trained.items() if inside or not name.startswith(root)}
+        values |= extra
+    checkpoint.copy_strictly(wanted, values, str(directory))
+    for parameter in wanted.values():
+        if isinstance(parameter, nn.Parameter):
+            parameter.requires_grad_(True)
 
 
-@dataclasses.dataclass(frozen=True)
-class _PeftConfig:
-    """The keys of PEFT's LoraConfig that decide what a plain LoRA computes, and where; null and [] are left out."""
+def _read_beside(
+    text: nn.Module, adapted: set[str], config: PeftLora, tensors: dict[str, torch.Tensor], source: str
+) -> dict[str, torch.Tensor]:
+    """Take the biases and modules that ``config`` says were saved out of ``tensors``, by their names in ``text``.
 
-    r: int = setting(dataclasses.MISSING, least=1)
-    lora_alpha: float = setting(dataclasses.MISSING, above=0, most=1e6)
-    target_modules: str | tuple[str, ...]
-    lora_dropout: float = setting(0.0, least=0, below=1)
-    use_rslora: bool = False
-    fan_in_fan_out: bool = False  # PEFT corrects it to what the layer is
-    exclude_modules: str | tuple[str, ...] | None = None
-    layers_to_transform: int | tuple[int, ...] | None = setting(None, least=0)
-    layers_pattern: str | tuple[str, ...] | None = None
-    __post_init__ = check_settings
+    Raises CheckpointError: one of a saved module is missing, or shares its memory with one that is not saved alike
+    (PEFT gives a saved module weights of its own).
+    """
+    values: dict[str, torch.Tensor] = {}
 
-    @property
-    def scaling(self) -> float:
-        """The factor on the update."""
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+    def take(place: str, name: str, key: str) -> None:
+        if (value := tensors.pop(f"{PREFIX}{place}", None)) is None:
+            raise CheckpointError(f"{source} has no {place}, which {key} of {CONFIG} asks for")
+        values[name] = value
 
-    def adapts(self, name: str) -> bool:
-        """Whether PEFT puts a LoRA on the projection of this name: its check_target_module_exists."""
-        if self.exclude_modules is not None and _names(self.exclude_modules, name):
-            return False
-        if not _names(self.target_modules, name):
-            return False
-        if self.layers_to_transform is None:
-            return True
-        layers = (self.layers_to_transform,) if isinstance(self.layers_to_transform, int) else self.layers_to_transform
-        patterns = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
-        starts = [r".*?\.[^.]*"] if patterns is None else [rf"(?:^|.*?\.){pattern}" for pattern in patterns]
-        found = next(filter(None, (re.match(rf"{start}\.(\d+)\.", name) for start in starts)), None)
-        return found is not None and int(found.groups()[-1]) in layers
-
-
-# Keys that change nothing in what the adapter computes.
-HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "inference_mode", "megatron_core", "peft_type",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
-}  # fmt: skip
-# What others may hold beside nothing (null, false, an empty list or object). The initialisations of other names change
-# the frozen weights.
-PLAIN = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal")}
-
-
-def _read_config(path: Path) -> _PeftConfig:
-    """The config of a plain LoRA; CheckpointError for a key that asks for more than we compute, or PEFT refuses."""
-    config = read_json(path, CheckpointError, dict)
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type {shown(config.get('peft_type'))} is not LORA")
-    known = {field.name for field in dataclasses.fields(_PeftConfig)}
-    for key in sorted(config.keys() - HARMLESS - known):
-        if config[key] and config[key] not in PLAIN.get(key, ()):
-            raise CheckpointError(f"{path}: {key} {shown(config[key])} is more than the plain LoRA that loads here")
-    try:
-        given = {key: config[key] for key in known & config.keys() if config[key] not in (None, [])}
-        found = from_dict(_PeftConfig, given, str(path))
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
-    if found.layers_to_transform is not None and isinstance(found.target_modules, str):
-        raise CheckpointError(f"{path}: layers_to_transform needs target_modules that is a list of names")
-    if found.layers_pattern is not None and found.layers_to_transform is None:
-        raise CheckpointError(f"{path}: layers_pattern needs layers_to_transform")
-    return found
-
-
-def _names(modules: str | tuple[str, ...], name: str) -> bool:
-    """Whether a pattern, or a list of names or of their last parts, is of the module ``name``."""
-    if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
-    return any(name == module or name.endswith(f".{module}") for module in modules)
-
-
-def _check_targets(model: nn.Module, config: _PeftConfig, source: str) -> None:
-    """Refuse a config that puts LoRA on other projections than those that have one in ``model``."""
-    root, layers = _language_model_root(model), _lora_layers(model)
-    modules = [
-        n for n, module in model.named_modules() if n.startswith(root) and (n in layers or is_projection(module))
-    ]
-    try:
-        wanted = {name for name in modules if config.adapts(name.removeprefix(root))}
-    except re.error as error:
-        raise CheckpointError(f"{source}: a pattern of modules or layers cannot be read: {error}") from error
-    keys = ("target_modules", "exclude_modules", "layers_to_transform")
-    said = " with ".join(key for key in keys if getattr(config, key) is not None)
-    if others := sorted(layers.keys() - wanted):
-        raise CheckpointError(f"{source}: {said} leaves out {listed(others)}, of which {WEIGHTS} holds a LoRA")
-    if others := sorted(wanted - layers.keys()):
-        raise CheckpointError(f"{source}: {said} takes in {listed(others)}, of which {WEIGHTS} holds no LoRA")
+    for name, module in saved_modules(text, config.modules_to_save).items():
+        for key in module.state_dict():
+            take(f"{name}.{key}", f"{name}.{key}", "modules_to_save")
+            # With bias "all" PEFT writes the biases of saved modules three times.
+            for copy in ("original_module", "modules_to_save") if config.bias == "all" else ():
+                tensors.pop(f"{PREFIX}{name}.{copy}.{key}", None)
+    names: dict[int, list[str]] = {}
+    for name, parameter in text.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+        owner, _, part = name.rpartition(".")
+        if (
+            part == "bias"
+            and name not in values
+            and config.bias in (("all", "lora_only") if owner in adapted else ("all",))
+        ):
+            take(f"{owner}.base_layer.bias" if owner in adapted else name, name, "bias")
+    for alike in names.values():
+        found = [values[name] for name in alike if name in values]
+        if found and not (len(found) == len(alike) and all(torch.equal(found[0], other) for other in found)):
+            raise CheckpointError(
+                f"{source}: {' and '.join(alike)} are one parameter of the model, which the adapter "
+                "changes in one place only"
+            )
+    return values
 
 
 def _check_extra(directory: Path) -> None:

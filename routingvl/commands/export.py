@@ -39,10 +39,12 @@ def run(args: Sequence[str]) -> int:
     model = load_pretrained(folder.adapter(options.checkpoint), **moved)
     with replacing(output) as target:
         if options.format == "peft":
-            from routingvl.bottlenecks.peft_format import export_peft
+            from routingvl.bottlenecks.peft_format import EXTRA, export_peft
 
             export_peft(model, target, base_model=model.backbones["text"])
         else:
             model.save_pretrained(target)
+    if options.format == "peft" and (output / EXTRA).exists():
+        say(f"what trained outside of the language model is in {output / EXTRA}, which PEFT does not read")
     say(f"{options.format} adapter of {folder.path} written to {output}")
     return 0

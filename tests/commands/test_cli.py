@@ -168,11 +168,22 @@ def test_prepare_data(tiny, tmp_path, capsys):
 
 def test_export(runs, tmp_path, capsys):
     assert main(["export", str(runs / "vqa"), str(tmp_path / "peft"), "--format", "peft"]) == 0
-    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    assert main(["export", str(runs / "caption"), str(tmp_path / "ours")]) == 0
-    capsys.readouterr()
+    assert "extra_parameters.safetensors, which PEFT does not read" in capsys.readouterr().out
+    import peft
+    import torch
+    from transformers import AutoModel
+
     from routingvl.models import load_pretrained
 
+    ours = load_pretrained(runs / "vqa" / "best")
+    base = AutoModel.from_pretrained(
+        json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    )
+    ids, theirs = torch.tensor([[5, 6, 7, 8]]), peft.PeftModel.from_pretrained(base, tmp_path / "peft")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids)[0], ours.roberta.eval()(ids)[0], rtol=1e-5, atol=1e-5)
+    assert main(["export", str(runs / "caption"), str(tmp_path / "ours")]) == 0
+    capsys.readouterr()
     assert load_pretrained(tmp_path / "ours").routing.routing == "mul"
     assert "is not an empty folder" in fails(capsys, "export", str(runs / "vqa"), str(tmp_path / "ours"))
     message = fails(capsys, "export", str(runs / "caption"), str(tmp_path / "refused"), "--format", "peft")
