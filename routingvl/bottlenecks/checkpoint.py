@@ -31,6 +31,8 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PEFT_TYPE = "ROUTINGVL"
 FORMAT_VERSION = 1
+# Settings of the bottlenecks that older adapters lack; their defaults are what those were trained with.
+_LATER = ("exclude", "rank_pattern", "alpha_pattern", "image_projection", "train_modules", "bottleneck_dtype")
 
 
 class CheckpointError(ValueError):
@@ -127,7 +129,7 @@ def read_adapter_config(directory: str | Path, model_class: str | None = None) -
     try:
         from_dict(AdapterConfig, config, str(path))
         from_dict(RoutingConfig, config["routing"], f"{path}: routing")
-        if absent := [f.name for f in fields(RoutingConfig) if f.name not in config["routing"]]:
+        if absent := [f.name for f in fields(RoutingConfig) if f.name not in {*config["routing"], *_LATER}]:
             raise ConfigError(f"{path}: routing: {listed(absent)} missing")
         if config["backbones"].keys() != {"vision", "text"}:
             raise ConfigError(f"{path}: backbones must be vision and text, not {listed(config['backbones']) or 'none'}")

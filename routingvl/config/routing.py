@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from routingvl.config.checks import ConfigError, check_settings, setting
+from routingvl.config.checks import ConfigError, check_settings, check_value, setting
 from routingvl.kernels import ROUTINGS
 from routingvl.kernels.lora.options import PLACEMENTS
 
 METHODS = ("lora", "adapter")
 POSITIONS = ("post_module", "pre_norm", "post_norm")
+IMAGE_PROJECTIONS = ("linear",)
+BOTTLENECK_DTYPES = ("float32", "model")
+ALL_LINEAR = "all-linear"
+T = TypeVar("T")
+
+
+def named(patterns: Iterable[str], name: str) -> bool:
+    """Whether one of ``patterns`` is the module's dotted name, the end of it from a dot on, or a regular expression
+    for the whole of it.
+    """
+    return any(name == p or name.endswith(f".{p}") or re.fullmatch(p, name) for p in patterns)
+
+
+def by_pattern(values: dict[str, T] | None, name: str, default: T) -> T:
+    """The value of the first pattern in ``values`` that fits a module's name as in :func:`named`, else ``default``."""
+    return next((value for pattern, value in (values or {}).items() if named([pattern], name)), default)
 
 
 @dataclass(frozen=True)
@@ -24,7 +43,15 @@ class RoutingConfig:
         alpha: LoRA output is scaled by alpha / rank (adapters are not scaled).
         dropout: probability in [0, 1) of dropping an input component, drawn separately for text and image.
         layers: indices of the transformer layers that get a bottleneck; None for all.
-        targets: name endings of the projections that get LoRA; None for the family's own (query and value).
+        targets: the projections that get LoRA, each by its name, the end of it, or a regular expression for the whole
+            of it; ``all-linear`` for every one but the output embedding; None for the family's own (query and value).
+        exclude: those that do not, in the same way.
+        rank_pattern: {name, end of a name or regular expression: rank} for bottlenecks with another one.
+        alpha_pattern: the same for alpha; None leaves alpha as it is.
+        image_projection: "linear" trains one projection of the image for each input width that is not the image's; None
+            makes such a target an error.
+        train_modules: further modules to train whole (heads), named as in ``targets``.
+        bottleneck_dtype: "float32" holds all that trains in float32 over half-precision weights, "model" as the model.
         placement: where a LoRA routes, "bottleneck" (before the up-projection) or "output" (after it).
         position: where an adapter sits, "post_module" (on the sublayer's output), "pre_norm" or "post_norm".
         relu: ReLU on both factors of vllora's inner product.
@@ -49,15 +76,40 @@ class RoutingConfig:
     adapter_residual: bool | None = None
     train_layer_norm: bool = True
     train_bias: bool = True
+    exclude: tuple[str, ...] | None = None
+    rank_pattern: dict | None = None
+    alpha_pattern: dict | None = None
+    image_projection: str | None = setting(None, choices=IMAGE_PROJECTIONS)
+    train_modules: tuple[str, ...] | None = None
+    bottleneck_dtype: str = setting("float32", choices=BOTTLENECK_DTYPES)
 
     def __post_init__(self) -> None:
+        for key in ("targets", "exclude", "train_modules"):
+            if isinstance(value := getattr(self, key), str):
+                object.__setattr__(self, key, (value,))
         check_settings(self)
+        self._check_patterns()
         if self.relu and not ROUTINGS[self.routing].supports_relu:
             able = [name for name, row in ROUTINGS.items() if row.supports_relu]
             raise ConfigError(f"relu=True is defined for routing {', '.join(able)}, not for {self.routing!r}")
         # A setting that belongs to the other method would silently do nothing.
         other = "adapter" if self.method == "lora" else "lora"
         default = {f.name: f.default for f in dataclasses.fields(self)}
-        for key in {"adapter": ("position", "adapter_residual"), "lora": ("placement", "targets")}[other]:
+        for key in {
+            "adapter": ("position", "adapter_residual"),
+            "lora": ("placement", "targets", "exclude", "alpha_pattern"),
+        }[other]:
             if (value := getattr(self, key)) != default[key]:
                 raise ConfigError(f"{key}={value!r} is defined for method={other!r} only")
+
+    def _check_patterns(self) -> None:
+        for key in ("targets", "exclude", "train_modules", "rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, key) or ():
+                try:
+                    re.compile(pattern)
+                except (re.error, TypeError) as error:
+                    raise ConfigError(f"{key}: {pattern!r} is no name and no regular expression: {error}") from error
+        limits = {f.name: f.metadata["limits"] for f in dataclasses.fields(self) if f.name in ("rank", "alpha")}
+        for key, kind in (("rank", int), ("alpha", float)):
+            for pattern, value in (getattr(self, f"{key}_pattern") or {}).items():
+                check_value(f"{key}_pattern[{pattern!r}]", value, (kind,), {"limits": limits[key]})
