@@ -17,6 +17,8 @@ if (_checkout / "setup.py").is_file() and (_checkout / "kernels" / "__init__.py"
 _PUBLIC = {
     "RoutingConfig": "routingvl.config",
     "VisualContext": "routingvl.bottlenecks.context",
+    "attach": "routingvl.bottlenecks.attach",
+    "bind_image": "routingvl.bottlenecks.attach",
     "inject": "routingvl.bottlenecks.inject",
     "ViTRobertaForClassification": "routingvl.models",
     "ViTRobertaForVQA": "routingvl.models",

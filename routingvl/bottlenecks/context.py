@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,23 @@ from routingvl.bottlenecks.sharding import is_sharded
 from routingvl.kernels import ImageCode
 
 Weights = tuple[torch.Tensor, torch.Tensor]
+TEXT_ONLY = (None, "skip", "zero")
+
+
+class Reading(NamedTuple):
+    """The image as one layer is to read it.
+
+    Attributes:
+        v: features [B, L, K], zero where they are padding; None when the routing reads no image.
+        code: what they come to in the layer where that is kept, see :meth:`VisualContext.image_code`.
+        keep: bool [rows of text, 1, 1] (or [1, 1, 1]), False where the bottleneck adds nothing; None: True everywhere.
+        counted: bool [B, L], False where v is padding; None: True everywhere.
+    """
+
+    v: torch.Tensor | None
+    code: ImageCode | None = None
+    keep: torch.Tensor | None = None
+    counted: torch.Tensor | None = None
 
 
 class VisualContext:
@@ -36,43 +53,99 @@ class VisualContext:
         # Modules of routingvl.bottlenecks.layers, which imports this file; in the order of add().
         self._readers: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()
         self._sharded = False
+        self._recomputed: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()
 
     def add(self, layer: nn.Module) -> None:
         """Count ``layer``, which reads the image here, among those that have it projected together."""
         self._readers[layer] = None
 
+    def follow(self, model: nn.Module) -> None:
+        """Have the layers of ``model`` recomputed with the image of their own forward pass.
+
+        This holds for modules with transformers' switch ``gradient_checkpointing``, whenever it is set, reentrant or
+        not: the function that checkpoints them is wrapped in one that carries the binding along.
+        """
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                self._recomputed[module] = None
+
     def bind(
-        self, features: torch.Tensor | None, *, beams: int = 1, decoding: bool = False
+        self,
+        features: torch.Tensor | None,
+        *,
+        mask: torch.Tensor | None = None,
+        beams: int | None = 1,
+        decoding: bool = False,
+        text_only: str | None = None,
     ) -> AbstractContextManager[None]:
         """Make ``features`` readable inside the ``with`` block, in this thread.
 
+        A routing function of one visual token reads the mean of each image's own tokens.
+
         Args:
-            features: [B, L, d], one entry per image; None hides what is bound around the block.
-            beams: how many consecutive rows of text belong to each image; the text's batch is then B*beams.
+            features: [B, L, d], one entry per image (or per text, with the tokens of all its images); None hides what
+                is bound around the block or, with ``text_only``, says that no text has an image.
+            mask: bool [B, L], False where the tokens are padding; a row of False alone belongs to a text without image.
+            beams: how many consecutive rows of text belong to each entry; the text's batch is then B*beams. None: each
+                layer finds it by itself, as encoder and decoder may differ; it must be a whole number.
             decoding: many calls without gradients will follow, each with a few tokens of the same texts: what a layer
                 makes of the image is kept until the block ends, see :meth:`image_code`.
+            text_only: what becomes of a text without an image. None: it is an error. "skip": the bottlenecks add
+                nothing to it. "zero": its image is zero in every layer (v = 0).
 
         Raises:
-            ValueError: features are not a tensor of three dimensions, or ``beams`` is below 1.
+            ValueError: features are not a tensor of three dimensions, the mask does not fit them, a text has no image
+                and ``text_only`` is None, or ``beams`` is below 1.
         """
         if features is not None and features.dim() != 3:
             raise ValueError(
                 f"visual features must be [batch, visual tokens, width], not {list(features.shape)}; "
                 "for one pooled vector per image use features[:, None]"
             )
-        if beams < 1:
-            raise ValueError(f"beams={beams} must be at least 1")
-        return self._bound(_Binding(features, beams, decoding))
+        if beams is not None and beams < 1:
+            raise ValueError(f"beams={beams} must be at least 1, or None to find it in each layer")
+        if text_only not in TEXT_ONLY:
+            raise ValueError(f"text_only={text_only!r} is not one of {', '.join(map(repr, TEXT_ONLY))}")
+        binding = _Binding(features, features, beams, decoding, text_only)
+        if features is None:
+            if mask is not None:
+                raise ValueError("mask= belongs to features, and features is None")
+        elif mask is not None:
+            _apply_mask(binding, mask)
+        elif features.shape[1] > 1:
+            binding.pooled = features.mean(1, keepdim=True)
+        if self._recomputed and not torch.compiler.is_compiling():
+            for module in self._recomputed:
+                _carry_along(self, module)
+        return self._bound(binding)
 
     @contextlib.contextmanager
     def _bound(self, binding: _Binding) -> Iterator[None]:
         previous, self._thread.binding = self._thread.binding, binding
+        hidden = self._thread.hidden
+        if previous is not None:
+            self._thread.hidden |= previous.hidden  # its layers are not to be recomputed with this binding
         try:
             yield
         finally:
             self._thread.binding = previous
             binding.kept = {}  # a new one: recomputations may still read the old
-            self._thread.hidden |= binding.hidden
+            self._thread.hidden = hidden or binding.hidden
+
+    def rows(self, index: torch.Tensor, of: int) -> AbstractContextManager[None]:
+        """Bind, for a call with some rows of the text, what is bound for all of them.
+
+        Args:
+            index: long [n], the rows that the call has.
+            of: how many rows the whole text has.
+        """
+        binding = self._current()
+        if binding is None or binding.features is None:
+            return contextlib.nullcontext()
+        images = index // max(1, of // binding.features.shape[0])
+        at = {name: getattr(binding, name) for name in ("features", "pooled", "mask", "counted", "present")}
+        at = {name: None if value is None else value[images.to(value.device)] for name, value in at.items()}
+        return self._bound(replace(binding, **at, beams=1, kept={}, hidden=False))
 
     @property
     def features(self) -> torch.Tensor | None:
@@ -87,20 +160,60 @@ class VisualContext:
             RuntimeError: nothing is bound, or a backward pass recomputes the layer and may do so with another image.
             ValueError: the batch of ``x`` is not that of the features, times the beams.
         """
+        return self._checked(x).features
+
+    def reading(self, x: torch.Tensor, *, pooled: bool, width: int) -> Reading:
+        """What a layer reads for the text ``x``, see :meth:`read`.
+
+        Args:
+            pooled: the mean of each image's tokens.
+            width: K, for the zeros that stand for the image in a batch without one.
+        """
+        binding = self._thread.binding
+        if binding is not None and binding.features is None and binding.text_only is not None:
+            keep = None if binding.text_only == "zero" else x.new_zeros(1, 1, 1, dtype=torch.bool)
+            return Reading(x.new_zeros(1, 1, width), None, keep)
+        binding = self._checked(x)
+        v = binding.pooled if pooled else binding.features
+        if binding.mask is None:
+            return Reading(v)
+        keep = binding.present
+        if keep is not None:
+            beams = x.shape[0] // v.shape[0]
+            keep = (keep if beams == 1 else keep.repeat_interleave(beams)).view(-1, 1, 1)
+        return Reading(v, None, keep, None if v.shape[1] == 1 else binding.counted)
+
+    def blank(self, v: torch.Tensor) -> torch.Tensor:
+        """``v`` [B, L, K], made of what :meth:`reading` gave, with zeros where that is padding."""
+        binding = self._current()
+        if binding is None or binding.mask is None:
+            return v
+        mask = binding.mask if v.shape[1] == binding.mask.shape[1] else binding.mask.any(1, keepdim=True)
+        return v.masked_fill(~mask.unsqueeze(2), 0)
+
+    def _checked(self, x: torch.Tensor) -> _Binding:
+        """The binding to read for ``x``."""
         binding = self._current()
         if binding is None or binding.features is None:
             raise RuntimeError(
                 "a routed layer ran with no visual features bound: call the model inside "
-                "`with context.bind(features):`, or pass pixel_values= or vision_features= to a routingvl model"
+                "`with context.bind(features):` or `with routingvl.bind_image(model, features):`, attach its image "
+                "once with routingvl.attach(model, ...), or pass pixel_values= or vision_features= to a routingvl model"
             )
-        images = binding.features.shape[0]
-        if images * binding.beams != x.shape[0]:
+        images, rows = binding.features.shape[0], x.shape[0]
+        if binding.beams is None:
+            if not images or rows % images:
+                raise ValueError(
+                    f"features have batch {images}, and the text of a routed layer has batch {rows}: not a whole "
+                    "number of rows for each image"
+                )
+        elif images * binding.beams != rows:
             times = f" and {binding.beams} beams each" if binding.beams > 1 else ""
             raise ValueError(
-                f"features have batch {images}{times}, text has batch {x.shape[0]}; with beams, bind "
+                f"features have batch {images}{times}, text has batch {rows}; with beams, bind "
                 "context.bind(features, beams=num_beams)"
             )
-        return binding.features
+        return binding
 
     def _current(self) -> _Binding | None:
         """The binding to read: this thread's, but in a backward pass that of the forward pass being recomputed."""
@@ -158,7 +271,11 @@ class VisualContext:
             return None
         if torch._C._are_functorch_transforms_active():  # torch.func: its tensors have no address
             return None
-        features = binding.features
+        if binding.features is None:  # no text has an image
+            return None
+        features = binding.pooled if layer.pooled else binding.features
+        if recording and layer.image_projection is not None:
+            return None
         options = layer.joint_options(features) if recording else None
         if recording and (options is None or features.is_inference()):
             return None
@@ -169,7 +286,7 @@ class VisualContext:
             together = self._like(layer, weights, features, options) if recording else {layer: weights}
             codes = [None]  # one that is trained and has none like it makes its code in its call
             if not recording:
-                codes = [layer.project(features)]
+                codes = [layer.project(layer.to_own_width(features))]
             elif len(together) > 1:
                 codes = layer.project_jointly(features, *zip(*together.values(), strict=True), **options)
             for (reader, own), code in zip(together.items(), codes, strict=True):
@@ -191,13 +308,22 @@ class VisualContext:
         return {
             reader: own
             for reader, own in readers.items()
-            if (reader.kind, *map(_traits, own)) == alike and reader.joint_options(features) == options
+            if (reader.kind, *map(_traits, own)) == alike
+            and reader.joint_options(features) == options
+            and reader.image_projection is None
         }
 
     def checkpoint_context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """``context_fn`` for non-reentrant ``torch.utils.checkpoint``: the recomputation sees the same features."""
-        binding = self._thread.binding or _Binding(None)
-        return contextlib.nullcontext(), self._bound(binding.again())
+        return contextlib.nullcontext(), self.bound_again(self._thread.binding or _Binding())
+
+    def bound(self) -> _Binding | None:
+        """What is bound here, to be handed to :meth:`bound_again`; None for nothing."""
+        return self._current() if self._thread.binding is not None else None
+
+    def bound_again(self, binding: _Binding) -> AbstractContextManager[None]:
+        """Bind for a recomputation what :meth:`bound` gave."""
+        return self._bound(binding.again())
 
     def __reduce__(self):
         return type(self), ()
@@ -216,22 +342,103 @@ class _Binding:
     """What :meth:`VisualContext.bind` was given, and what became of it.
 
     Attributes:
+        features: [B, L, d], zero where they are padding; None: no image.
+        pooled: their mean over each entry's own tokens [B, 1, d].
+        mask: bool [B, L], True for tokens; None for all.
+        counted: the same, but that an entry without tokens (``text_only="zero"``) counts its first.
+        present: bool [B], False where the bottleneck adds nothing; None: True everywhere.
         kept: {layer: (state that its code was made in, its weights, its code or None)}. The weights are there so that
             no other tensor can come to stand at their addresses.
         recomputes: whether it is that of a recomputation.
         hidden: whether layers ran in it that a reentrant checkpoint may recompute.
     """
 
-    features: torch.Tensor | None
-    beams: int = 1
+    features: torch.Tensor | None = None
+    pooled: torch.Tensor | None = None
+    beams: int | None = 1
     decoding: bool = False
+    text_only: str | None = None
+    mask: torch.Tensor | None = None
+    counted: torch.Tensor | None = None
+    present: torch.Tensor | None = None
     kept: dict[nn.Module, tuple[tuple, Weights, ImageCode | None]] = field(default_factory=dict)
     recomputes: bool = False
     hidden: bool = False
 
     def again(self) -> _Binding:
         """The same for a recomputation, which also sees what was made of the features."""
-        return _Binding(self.features, self.beams, self.decoding, self.kept, recomputes=True)
+        return replace(self, recomputes=True, hidden=False)
+
+
+class _CarriesImage:
+    """transformers' function that checkpoints a layer; what it runs, and runs again, reads the image of that call.
+
+    Features that need gradients go through the checkpoint as an argument of the layer: a reentrant one has its
+    gradients from its arguments alone.
+    """
+
+    def __init__(self, function: Callable[..., Any], context: VisualContext) -> None:
+        self.function, self.context = function, context
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.function(run, *args, **options)
+        binding = self.context.bound()
+        if binding is None:
+            return self.function(run, *args, **options)
+        tensors = [t for t in (binding.features, binding.pooled) if t is not None and t.requires_grad]
+        if not tensors:
+            return self.function(lambda *given: self._run(binding, run, given), *args, **options)
+
+        def with_features(features: torch.Tensor, pooled: torch.Tensor, *given: Any) -> Any:
+            if features is binding.features:
+                return self._run(binding, run, given)
+            return self._run(replace(binding, features=features, pooled=pooled, kept={}), run, given)
+
+        return self.function(with_features, binding.features, binding.pooled, *args, **options)
+
+    def _run(self, binding: _Binding, run: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+        with self.context.bound_again(binding):
+            return run(*given)
+
+
+def _carry_along(context: VisualContext, module: nn.Module) -> None:
+    """Wrap the function that checkpoints ``module``, if there is one that is not wrapped."""
+    function = module.__dict__.get("_gradient_checkpointing_func")
+    if function is None or not module.gradient_checkpointing:
+        return
+    known = function
+    while isinstance(known, _CarriesImage):
+        if known.context is context:
+            return
+        known = known.function
+    module._gradient_checkpointing_func = _CarriesImage(function, context)
+
+
+def _apply_mask(binding: _Binding, mask: torch.Tensor) -> None:
+    """Fill what depends on ``mask`` [B, L]."""
+    features = binding.features
+    if mask.dtype != torch.bool or mask.shape != features.shape[:2]:
+        have = f"{mask.dtype} {list(mask.shape)}"
+        raise ValueError(f"mask must be torch.bool {list(features.shape[:2])} like the features' tokens, not {have}")
+    present = mask.any(1)
+    everywhere, somewhere = torch.stack([mask.all(), present.all()]).tolist()
+    if everywhere:
+        binding.pooled = features if features.shape[1] == 1 else features.mean(1, keepdim=True)
+        return
+    if not somewhere and binding.text_only is None:
+        rows = (~present).nonzero().flatten().tolist()
+        raise ValueError(f"rows {rows} of the mask have no visual token: say text_only='skip' or 'zero' for such texts")
+    binding.mask = binding.counted = mask = mask.to(features.device)
+    present = present.to(features.device)
+    binding.features = features = features.masked_fill(~mask.unsqueeze(2), 0)
+    total = features.sum(1, keepdim=True, dtype=torch.promote_types(features.dtype, torch.float32))
+    binding.pooled = (total / mask.sum(1).clamp(min=1).view(-1, 1, 1)).to(features.dtype)
+    if not somewhere and binding.text_only == "skip":
+        binding.present = present
+    elif not somewhere:
+        first = torch.arange(mask.shape[1], device=mask.device) == 0
+        binding.counted = mask | (first & ~present.unsqueeze(1))
 
 
 def _state(recording: bool, features: torch.Tensor, weights: Weights) -> tuple:

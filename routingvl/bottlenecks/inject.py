@@ -52,6 +52,7 @@ def inject(
     shared |= {key: getattr(config, key) for key in ("rank", "routing", "dropout", "relu")}
     changes = plan(model, config, shared)
     # Everything was built before anything is touched, so an error leaves the model as it was.
+    context.follow(model)
     model.requires_grad_(False)
     for name, module in changes.items():
         _replace(model, name, module)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from routingvl.bottlenecks.context import VisualContext
+from routingvl.bottlenecks.context import Reading, VisualContext
 from routingvl.kernels import (
     ImageCode,
     can_project_jointly,
@@ -40,6 +40,9 @@ def is_projection(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_conv1d(module)
 
 
+_NO_IMAGE = Reading(None)
+
+
 class RoutedLayer(nn.Module):
     """What both bottlenecks share: the routing function, and how the image reaches them.
 
@@ -62,6 +65,7 @@ class RoutedLayer(nn.Module):
 
     def __init__(self, routing: str, dropout: float, relu: bool, context: VisualContext | None, backend: str | None):
         super().__init__()
+        self._image_projection: tuple[nn.Module, ...] = ()
         self.routing = find_routing(routing)
         self.dropout, self.relu, self.context, self.backend = dropout, relu, context, backend
         if context is not None:
@@ -83,23 +87,52 @@ class RoutedLayer(nn.Module):
         """Whether the layer's own dropout draws in this call."""
         return self.training and self.dropout > 0
 
-    def read_image(self, x: torch.Tensor, v: torch.Tensor | None) -> tuple[torch.Tensor | None, ImageCode | None]:
-        """The features [B, L, K] to route ``x`` with, and what they come to in this layer where that is kept.
+    @property
+    def pooled(self) -> bool:
+        """Whether the routing takes one visual token, which is then the mean of an image's."""
+        return self.routing.max_visual_tokens == 1
 
-        The features are the argument ``v``, else the context's; None when the routing reads no image.
+    @property
+    def image_projection(self) -> nn.Module | None:
+        """What brings the context's features to the width K of this layer, registered elsewhere; None: they have it."""
+        return self._image_projection[0] if self._image_projection else None
+
+    def project_image_by(self, projection: nn.Module | None) -> None:
+        """Set :attr:`image_projection`, [..., d] -> [..., K]."""
+        self._image_projection = () if projection is None else (projection,)
+
+    def to_own_width(self, v: torch.Tensor) -> torch.Tensor:
+        """The context's features [B, L, d] in the width of this layer [B, L, K]; padding stays zero."""
+        if not self._image_projection or v.shape[2] == self.projection[0].shape[1]:
+            return v
+        (projection,) = self._image_projection
+        return self.context.blank(projection(v.to(projection.weight.dtype)).to(v.dtype))
+
+    def read_image(self, x: torch.Tensor, v: torch.Tensor | None) -> Reading:
+        """The image to route ``x`` with: the argument ``v`` [B, L, K], else the context's.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`VisualContext.read`; padding for a routing that it would change.
         """
         if not self.routing.uses_image:
-            return None, None
+            return _NO_IMAGE
         if v is not None:
-            return v, None
+            return Reading(v)
         if self.context is None:
             raise RuntimeError(f"{type(self).__name__} has no context: pass the visual features as second argument")
-        v = self.context.read(x)
         weights = self.projection
+        width = weights[0].shape[1]
+        v, _, keep, counted = self.context.reading(x, pooled=self.pooled, width=width)
+        if counted is not None and not self.routing.inner_product:
+            raise ValueError(
+                f"routing {self.routing.name!r} may read something in zero padding: bind as many visual tokens for "
+                "every image, without mask="
+            )
+        projected = self.to_own_width(v)
         # What does not fit the weights is left to the call, which says so.
-        if self.drops or v.shape[2] != weights[0].shape[1]:
-            return v, None
-        return v, self.context.image_code(self, weights)
+        if self.drops or projected.shape[2] != width or (counted is not None and self.kind != "lora"):
+            return Reading(projected, None, keep, counted)
+        return Reading(projected, self.context.image_code(self, weights), keep, counted)
 
     def _watch(self, y: torch.Tensor) -> None:
         if self.context is not None and self.routing.uses_image and self.training:
@@ -175,7 +208,7 @@ class RoutedLoRA(RoutedLayer):
 
         v [B, L, K] is the image, or the context's. The result has base_output's dtype, or the wider one under autocast.
         """
-        v, image = self.read_image(x, v)
+        v, image, keep, _ = self.read_image(x, v)
         rows = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
         base = base_output.reshape(*rows.shape[:-1], self.out_features)
         v, a, b = in_dtype(rows, v, *self.projection)
@@ -193,6 +226,7 @@ class RoutedLoRA(RoutedLayer):
             **self._options(),
         )
         y = base + y.to(base.dtype) if mixed else y
+        y = y if keep is None else torch.where(keep, y, base)
         self._watch(y)
         return y.reshape(*x.shape[:-1], self.out_features)
 
@@ -250,7 +284,7 @@ class RoutedLoRALinear(RoutedLoRA):
 
     def forward(self, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] (three dimensions when an image is routed in), v [B, L, K] or the context's -> y [..., N]."""
-        v, image = self.read_image(x, v)
+        v, image, keep, _ = self.read_image(x, v)
         shape = x.shape
         rows = x if x.dim() == 3 else x.reshape(1, -1, shape[-1])
         v, bias, a, b = in_dtype(rows, v, self.bias, *self.projection)
@@ -267,6 +301,9 @@ class RoutedLoRALinear(RoutedLoRA):
             image=image,
             **self._options(),
         )
+        if keep is not None:
+            weight = self.weight if self.weight_layout == "nk" else self.weight.t()
+            y = torch.where(keep, y, F.linear(rows, weight, bias))
         self._watch(y)
         return y.view(*shape[:-1], self.out_features)
 
@@ -323,10 +360,12 @@ class RoutedAdapter(RoutedLayer):
 
     def forward(self, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, T, K], v [B, L, K] or the context's -> y [B, T, K]."""
-        v, image = self.read_image(x, v)
+        v, image, keep, counted = self.read_image(x, v)
         dropped = x
         if self.drops:
             dropped, v = F.dropout(x, self.dropout), None if v is None else F.dropout(v, self.dropout)
+        if counted is not None:  # the bias would stand where there is no token
+            image = ImageCode(self.project(v).u.masked_fill(~counted.unsqueeze(2), 0))
         down, up = self.down_sampler, self.up_sampler
         y = routed_adapter(
             dropped,
@@ -340,7 +379,8 @@ class RoutedAdapter(RoutedLayer):
         )
         self._watch(y)
         # The residual path carries the input itself, without the bottleneck's dropout.
-        return y + x if self.residual and dropped is not x else y
+        y = y + x if self.residual and dropped is not x else y
+        return y if keep is None else torch.where(keep, y, x)
 
     @property
     def projection(self) -> tuple[torch.Tensor, torch.Tensor]:
