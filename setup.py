@@ -11,6 +11,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+PEFT = "peft>=0.21,<0.22"  # routingvl.peft extends its inner parts and refuses any other
 MOVED = ("kernels", "benchmarks")  # packages with an __init__.py; configs is a folder of data
 
 
@@ -62,7 +63,7 @@ setup(
             "build",
             "hypothesis",
             "ninja",
-            "peft",
+            PEFT,
             "pre-commit",
             "pytest>=8",
             "pytest-timeout",
@@ -71,6 +72,7 @@ setup(
             "setuptools>=77",  # tests build a wheel without build isolation, that is without network
             "tensorboard",
         ],
+        "peft": [PEFT],
         "tracking": ["tensorboard", "wandb"],
         "web": ["gradio"],
     },

@@ -1,0 +1,168 @@
+"""A projection with routed LoRAs beside it, one per adapter, in PEFT's form."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from routingvl.bottlenecks.beside import LoRAUpdate
+from routingvl.bottlenecks.context import VisualContext
+from routingvl.bottlenecks.layers import is_conv1d, is_projection
+from routingvl.kernels.routing import Routing
+from routingvl.peft.config import PeftMethodError, RoutedLoraConfig
+
+
+class AdapterUpdate(LoRAUpdate):
+    """What one adapter adds to a layer's output; its weights, scaling and dropout stay where PEFT keeps them."""
+
+    def __init__(self, layer: RoutedLinear, adapter: str, rank: int, **options: Any) -> None:
+        widths = layer.in_features, layer.out_features
+        super().__init__(widths, rank, partial(layer.weights_of, adapter), context=layer.context, **options)
+        self._layer, self.adapter = (layer,), adapter  # in a tuple: not a sub-module
+
+    def joint_options(self, v: torch.Tensor) -> dict[str, Any] | None:
+        """See :class:`~routingvl.bottlenecks.layers.RoutedLayer`; only adapters that run are projected with others."""
+        (layer,) = self._layer
+        self.refresh()
+        runs = self.adapter in layer.active_adapters and not layer.disable_adapters
+        return super().joint_options(v) if runs else None
+
+    def refresh(self) -> AdapterUpdate:
+        """Itself, with what PEFT may have changed since the last call: scaling, dropout and mode."""
+        (layer,) = self._layer
+        drop = layer.lora_dropout[self.adapter]
+        self.scaling = float(layer.scaling[self.adapter])
+        self.dropout, self.training = getattr(drop, "p", 0.0), drop.training
+        return self
+
+
+class RoutedLinear(Linear):
+    """PEFT's LoRA layer, which calls its base layer, whatever that is, and adds the active adapters' routed updates.
+
+    The same class stands beside plain, quantised and foreign projections.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: RoutedLoraConfig, **kwargs: Any) -> None:
+        # nn.Module's own attributes do not exist yet, and update_layer runs inside PEFT's constructor.
+        self.__dict__.update(routed={}, context=VisualContext())
+        super().__init__(base_layer, adapter_name, config, **kwargs)
+        base = self.get_base_layer()
+        self.is_target_conv_1d_layer = self.fan_in_fan_out = is_conv1d(base)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: RoutedLoraConfig, **kwargs: Any) -> None:
+        """Add an adapter, as PEFT does; with slices, of joined rank G*r."""
+        if not isinstance(config, RoutedLoraConfig):
+            raise PeftMethodError(
+                f"adapter {adapter_name!r} is a {type(config).__name__} and the model has routed adapters: PEFT cannot "
+                "keep both; use RoutedLoraConfig(routing='none'), which is the plain LoRA"
+            )
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        columns = None
+        if isinstance(config.slices, dict):
+            key = get_pattern_key(config.slices.keys(), kwargs.get("target_name", ""))
+            columns = config.slices.get(key)
+        update = AdapterUpdate(
+            self, adapter_name, r, routing=config.routing, relu=config.relu, placement=config.placement, slices=columns
+        )
+        self.routed[adapter_name] = update
+        if columns is None:
+            return
+        self.lora_A[adapter_name] = nn.Linear(self.in_features, update.groups * r, bias=False)
+        self.lora_B[adapter_name] = nn.Linear(r, update.groups * update.width, bias=False)
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def resolve_lora_variant(self, *, config: RoutedLoraConfig, **kwargs: Any) -> None:
+        """None: variants are refused by the config."""
+        return None
+
+    def set_context(self, context: VisualContext) -> None:
+        """Read the image from ``context`` from now on."""
+        self.context = context
+        for update in self.routed.values():
+            update.context = context
+            context.add(update)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, as PEFT does."""
+        super().delete_adapter(adapter_name)
+        self.routed.pop(adapter_name, None)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x [..., K] (three dimensions when an image is routed in) -> y [..., N] in the base layer's dtype."""
+        names = kwargs.get("adapter_names")
+        if names is None and (self.disable_adapters or self.merged):
+            return super().forward(x, *args, **kwargs)
+        self._check_forward_args(x, *args, **kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("adapter_names", "alora_offsets")}
+        y = self.base_layer(x, *args, **kwargs)
+        dtype = y.dtype
+        if names is not None:
+            return self._add_by_row(y.clone(), x, names)
+        for name in self.active_adapters:
+            if name in self.routed:
+                y = self.routed[name].refresh()(x, y)
+        return y.to(dtype)
+
+    def _add_by_row(self, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+        """y [B, T, N] with each row's adapter added, in place; names [B], each row meets its own image."""
+        for name in dict.fromkeys(names):
+            if (update := self.routed.get(name)) is None:
+                continue
+            rows = [row for row, other in enumerate(names) if other == name]
+            v = None
+            if update.routing.uses_image:
+                v = self.context.read(x)
+                v = v[[row * len(v) // len(names) for row in rows]]  # beams of one image are neighbours
+            y[rows] = update.refresh()(x[rows], y[rows], v).to(y.dtype)
+        return y
+
+    def weights_of(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [G*R, K] and B [G*n, R] of an adapter."""
+        return self.lora_A[adapter].weight, self.lora_B[adapter].weight
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters of routing "none" into a plain weight.
+
+        Raises:
+            PeftMethodError: an adapter is routed, or the base layer's weight is not a plain one.
+        """
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name not in self.routed:
+                continue
+            check_linear(name, self.routed[name].routing, "merged into the weight")
+            base = self.get_base_layer()
+            if not (is_projection(base) and base.weight.is_floating_point()):
+                raise PeftMethodError(f"adapter {name!r} cannot be merged into a {type(base).__name__}")
+        super().merge(safe_merge, adapter_names)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What an adapter of routing "none" adds to the weight, in the weight's layout."""
+        update = self.routed[adapter]
+        check_linear(adapter, update.routing, "written as a change of the weight")
+        if update.columns is None:
+            return super().get_delta_weight(adapter)
+        a, b = (weight.unflatten(0, (update.groups, -1)) for weight in update.projection)
+        delta = a.new_zeros(self.out_features, self.in_features)
+        for start, part in zip(update.columns, b @ a, strict=True):
+            delta[start : start + update.width] = part * self.scaling[adapter]
+        return delta.T if self.fan_in_fan_out else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter is a plain LoRA: routing "none"."""
+        return adapter_name not in self.routed or not self.routed[adapter_name].routing.uses_image
+
+
+def check_linear(adapter: str, routing: Routing, done: str) -> None:
+    """Raise PeftMethodError if what ``adapter`` adds depends on the image, so that it cannot be ``done``."""
+    if routing.uses_image:
+        raise PeftMethodError(
+            f"adapter {adapter!r} routes the image in ({routing.name}): what it adds differs from image to image, so "
+            f"it cannot be {done}; an adapter of routing 'none' can"
+        )

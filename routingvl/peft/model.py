@@ -1,0 +1,226 @@
+"""The tuner: where PEFT's LoRA model puts routed layers, what it refuses, and how the image is attached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft import mapping
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import PeftType, hotswap
+from torch import nn
+
+from routingvl.bottlenecks.beside import callable_widths
+from routingvl.bottlenecks.layers import RoutedLayer, is_projection, projection_widths
+from routingvl.bottlenecks.places import lora_places
+from routingvl.config import RoutingConfig
+from routingvl.kernels import ROUTINGS
+from routingvl.peft.config import PeftMethodError, RoutedLoraConfig, RoutedType
+from routingvl.peft.layer import RoutedLinear, check_linear
+
+HANDLE = "_routingvl_image_from"  # attribute of a model: what attach() returned
+SETTINGS = ("routing", "relu", "placement", "slices", "image_from", "image_pooling", "text_only")
+
+
+def register() -> None:
+    """Write the method into PEFT's tables: of configs, tuners and parameter prefixes, and of hot-swapping's checks."""
+    name = RoutedType.ROUTED_LORA
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = RoutedLoraConfig
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = RoutedLoraModel
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = RoutedLoraModel.prefix
+    hotswap.CONFIG_KEYS_TO_CHECK[name] = [*hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA], *SETTINGS]
+
+
+class RoutedLoraModel(LoraModel):
+    """PEFT's LoraModel with :class:`RoutedLinear` as its only layer; all layers of a model share one VisualContext."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, as PEFT does, and connect its layers to the model's context.
+
+        Raises:
+            PeftMethodError: the model has adapters of another method, a target cannot take a routed LoRA, targets of
+                different input widths would share one image, or adapters disagree on where the image comes from. The
+                model is left as it was.
+        """
+        config = self.peft_config[adapter_name]
+        try:
+            _check_neighbours(model, self.peft_config)
+            source = _image_source(self.peft_config)
+            self._settle_targets(model, config)
+        except ValueError:
+            self.peft_config.pop(adapter_name, None)  # PEFT entered it already; transformers would count it
+            raise
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = list(routed_layers(model))
+        context = layers[0].context if layers else None
+        for layer in layers:
+            layer.set_context(context)
+        if source is not None and not hasattr(model, HANDLE):
+            from routingvl.bottlenecks.attach import attach
+
+            setattr(model, HANDLE, attach(model, source[0], image_pooling=source[1], text_only=source[2]))
+
+    def _settle_targets(self, model: nn.Module, config: RoutedLoraConfig) -> None:
+        """Decide which modules ``config`` means, write that into it, and check them."""
+        named = config.target_modules
+        self._unasked = _unasked(model, config)
+        self._prepare_adapter_config(config, self.get_model_config(model))
+        _maybe_include_all_linear_layers(config, model)
+        if isinstance(named, str) and not isinstance(config.target_modules, str):  # it was "all-linear"
+            config.target_modules = set(config.target_modules) - self._unasked
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        targets = {
+            name: module
+            for name, module in model.named_modules()
+            if name and not name.startswith(inside) and self._check_target_module_exists(config, name)
+        }
+        _check_targets(model, targets, config)
+        if config.slices == "family":
+            config.slices = _family_slices(model, list(targets))
+
+    def _check_target_module_exists(self, peft_config: RoutedLoraConfig, key: str) -> Any:
+        """As PEFT's, but without the vision tower's modules where nobody asked for them."""
+        return False if key in self._unasked else LoraModel._check_target_module_exists(peft_config, key)
+
+    @staticmethod
+    def _create_new_module(config: RoutedLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        return RoutedLinear(target, adapter_name, config=config, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, as PEFT does, and with the last that has one its ``image_from``."""
+        super().delete_adapter(adapter_name)
+        if _image_source(self.peft_config) is None:
+            detach(self.model)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        detach(model)
+        return model
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, for adapters of routing "none"."""
+        for name in adapters:
+            if name in self.peft_config:
+                check_linear(name, ROUTINGS[self.peft_config[name].routing], "averaged with others")
+        super().add_weighted_adapter(adapters, *args, **kwargs)
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        raise PeftMethodError(
+            "path_initial_model_for_weight_conversion is for adapters that started from a changed base weight; no routed "
+            "LoRA does: save without it"
+        )
+
+
+def routed_layers(model: nn.Module) -> Iterator[RoutedLinear]:
+    """The layers of ``model`` with routed adapters."""
+    return (module for module in model.modules() if isinstance(module, RoutedLinear))
+
+
+def detach(model: nn.Module) -> None:
+    """End the binding of ``image_from`` to the calls of ``model``, if there is one."""
+    if hasattr(model, HANDLE):
+        getattr(model, HANDLE).remove()
+        delattr(model, HANDLE)
+
+
+def _check_neighbours(model: nn.Module, configs: dict[str, Any]) -> None:
+    """Raise if the model has adapters of another method than ours."""
+    for name, config in configs.items():
+        if not isinstance(config, RoutedLoraConfig):
+            raise PeftMethodError(
+                f"adapter {name!r} of the model is a {type(config).__name__}, and PEFT keeps one method a model: "
+                "delete it, or make it a RoutedLoraConfig(routing='none'), which is the plain LoRA"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, RoutedLinear):
+            raise PeftMethodError(f"{name} is PEFT's {type(module).__name__} already: unload that adapter first")
+
+
+def _image_source(configs: dict[str, RoutedLoraConfig]) -> tuple[Any, str, str | None] | None:
+    """image_from, image_pooling and text_only of the adapters, which must agree; None: all are bound by hand."""
+    routed = [config for config in configs.values() if ROUTINGS[config.routing].uses_image]
+    sources = {(c.image_from, c.image_pooling, c.text_only) for c in routed if c.image_from is not None}
+    if len(sources) > 1:
+        raise PeftMethodError(
+            f"the adapters {', '.join(configs)} differ in image_from, image_pooling or text_only: one image reaches "
+            "all adapters of a model"
+        )
+    return next(iter(sources), None)
+
+
+def _unasked(model: nn.Module, config: RoutedLoraConfig) -> set[str]:
+    """Names inside the vision tower, and inside ``image_from``, that ``target_modules`` does not ask for.
+
+    A regular expression asks for all that it matches. A name in a list asks when it says which tower it means: when it
+    is longer than the module's name within the tower.
+    """
+    towers = list(vision_modules(model))
+    if isinstance(config.image_from, str):
+        towers.append(config.image_from)
+    named = config.target_modules or ()
+    if isinstance(named, str) and named.lower() != "all-linear":
+        return set()
+    unasked = set()
+    for name, _ in model.named_modules():
+        tower = next((tower for tower in towers if name == tower or name.startswith(f"{tower}.")), None)
+        if tower is None:
+            continue
+        least = len(name) - len(tower)
+        asked = not isinstance(named, str) and any(
+            name == target or (name.endswith(f".{target}") and len(target) >= least) for target in named
+        )
+        if not asked:
+            unasked.add(name)
+    return unasked
+
+
+def _check_targets(model: nn.Module, targets: dict[str, nn.Module], config: RoutedLoraConfig) -> None:
+    """Raise for modules that cannot have a routed LoRA, and for several widths where one image reaches all."""
+    widths = {}
+    for layer in routed_layers(model):
+        if any(update.routing.uses_image for update in layer.routed.values()):
+            widths[layer.in_features] = "a layer of another adapter"
+    for name, module in targets.items():
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(base, RoutedLayer):
+            raise PeftMethodError(f"{name} has a bottleneck of routingvl.inject already: remove(model) takes them out")
+        found = projection_widths(base) if is_projection(base) else callable_widths(base)
+        if found is None:
+            raise PeftMethodError(
+                f"{name} is a {type(base).__name__}: a routed LoRA stands beside projections with in_features and "
+                "out_features; leave it out of target_modules, or add it to exclude_modules"
+            )
+        widths[found[0]] = name
+    if len(widths) > 1 and ROUTINGS[config.routing].uses_image:
+        listed = ", ".join(f"{name} takes {width} features" for width, name in widths.items())
+        raise PeftMethodError(
+            f"the target modules differ in width: {listed}. One image reaches all, so leave those of another width "
+            "than the image's out of target_modules (or name them in exclude_modules)"
+        )
+
+
+def _family_slices(model: nn.Module, names: list[str]) -> dict[str, list[list[int]]] | None:
+    """What routingvl's families know of the projections: {name: columns to adapt}, for those that are fused."""
+    places = lora_places(model, RoutingConfig(targets=tuple(names)))
+    slices = {place.name: [list(part) for part in place.slices] for place in places if place.slices is not None}
+    if not slices:
+        raise PeftMethodError(
+            "slices='family': none of the target modules is a fused projection of a family that routingvl knows; leave "
+            "slices out, or give the columns as {name: [[start, stop], ...]}"
+        )
+    by_ending = {name.rpartition(".")[2]: parts for name, parts in slices.items()}
+    alike = all(by_ending[name.rpartition(".")[2]] == parts for name, parts in slices.items())
+    return by_ending if alike else slices
+
+
+def vision_modules(model: nn.Module) -> list[str]:
+    """Names of the sub-models that take images and no text."""
+    parts = []
+    for name, module in model.named_modules():
+        takes = getattr(module, "input_modalities", None)
+        inside = name.startswith(tuple(f"{part}." for part in parts))
+        if name and not inside and takes and "image" in takes and "text" not in takes:
+            parts.append(name)
+    return parts
