@@ -108,8 +108,8 @@ class RoutedLoraModel(LoraModel):
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         raise PeftMethodError(
-            "path_initial_model_for_weight_conversion is for adapters that started from a changed base weight; no routed "
-            "LoRA does: save without it"
+            "path_initial_model_for_weight_conversion is for adapters that started from a changed base weight; no "
+            "routed LoRA does: save without it"
         )
 
 
