@@ -154,7 +154,8 @@ def read_config(path: Path) -> PeftLora:
 
 def check_adapted(model: nn.Module, adapted: set[str], config: PeftLora, path: Path) -> None:
     """Refuse a config that puts a LoRA on other projections of ``model`` than the ``adapted`` ones."""
-    modules = [name for name, module in model.named_modules() if name in adapted or is_projection(module)]
+    named = {name: module for name, module in model.named_modules() if name.removesuffix(".base_layer") not in adapted}
+    modules = adapted | {name for name, module in named.items() if is_projection(module)}
     wanted = config.adapted(model, modules)
     keys = ("target_modules", "exclude_modules", "layers_to_transform")
     said = " with ".join(key for key in keys if getattr(config, key) is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from routingvl.atomic_files import write_json
 from routingvl.bottlenecks import checkpoint
 from routingvl.bottlenecks.checkpoint import CONFIG, WEIGHTS, CheckpointError, write_tensors
-from routingvl.bottlenecks.layers import RoutedLoRALinear
+from routingvl.bottlenecks.layers import RoutedLoRA
 from routingvl.bottlenecks.peft_config import (
     PeftLora,
     check_adapted,
@@ -63,7 +63,7 @@ def export_peft(model: nn.Module, directory: str | Path, base_model: str | None 
     for name, layer in layers.items():
         tensors[f"{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{name}.lora_B.weight"] = _spread(layer, layer.lora_B)
-        if biases and layer.bias is not None:
+        if biases and isinstance(layer.bias, torch.Tensor):
             tensors[f"{name}.base_layer.bias"] = layer.bias
     for name, module in saved_modules(text, saved).items():
         tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
@@ -86,7 +86,7 @@ def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def _config(layers: Mapping[str, RoutedLoRALinear], base_model: str | None, biases: bool, saved: list[str]) -> dict:
+def _config(layers: Mapping[str, RoutedLoRA], base_model: str | None, biases: bool, saved: list[str]) -> dict:
     """PEFT's adapter_config.json."""
     ranks = {name: layer.lora_A.shape[0] for name, layer in layers.items()}
     alphas = {name: _whole(layer.scaling * ranks[name]) for name, layer in layers.items()}
@@ -103,7 +103,7 @@ def _config(layers: Mapping[str, RoutedLoRALinear], base_model: str | None, bias
         "lora_dropout": first.dropout,
         "target_modules": sorted(layers),
         "modules_to_save": saved or None,
-        "fan_in_fan_out": first.weight_layout == "kn",
+        "fan_in_fan_out": getattr(first, "weight_layout", "nk") == "kn",
         "bias": "lora_only" if biases else "none",
         "inference_mode": True,
     }
@@ -124,7 +124,7 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     return pattern
 
 
-def _beside_lora(text: nn.Module, layers: Mapping[str, RoutedLoRALinear]) -> tuple[bool, list[str]]:
+def _beside_lora(text: nn.Module, layers: Mapping[str, RoutedLoRA]) -> tuple[bool, list[str]]:
     """Whether biases of adapted projections are trained, and the other modules that hold trained parameters.
 
     Raises CheckpointError for a parameter for which PEFT has neither.
@@ -132,7 +132,7 @@ def _beside_lora(text: nn.Module, layers: Mapping[str, RoutedLoRALinear]) -> tup
     trained = {id(parameter) for parameter in text.parameters() if parameter.requires_grad}
     biases, owners = False, {}
     for name, parameter in text.named_parameters(remove_duplicate=False):  # tied weights under each of their names
-        owner, _, part = name.rpartition(".")
+        owner, part = _owner(name, layers)
         if id(parameter) not in trained or (owner in layers and part in ("lora_A", "lora_B")):
             continue
         if owner in layers and part == "bias":
@@ -233,12 +233,9 @@ def _read_beside(
     names: dict[int, list[str]] = {}
     for name, parameter in text.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-        owner, _, part = name.rpartition(".")
-        if (
-            part == "bias"
-            and name not in values
-            and config.bias in (("all", "lora_only") if owner in adapted else ("all",))
-        ):
+        owner, part = _owner(name, adapted)
+        asked = config.bias == "all" or (config.bias == "lora_only" and owner in adapted)
+        if asked and part == "bias" and name not in values:
             take(f"{owner}.base_layer.bias" if owner in adapted else name, name, "bias")
     for alike in names.values():
         found = [values[name] for name in alike if name in values]
@@ -259,11 +256,18 @@ def _check_extra(directory: Path) -> None:
         raise CheckpointError(f"{directory / EXTRA} was not written together with {WEIGHTS}: export the adapter again")
 
 
-def _lora_layers(model: nn.Module) -> dict[str, RoutedLoRALinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedLoRALinear)}
+def _owner(name: str, adapted: Collection[str]) -> tuple[str, str]:
+    """A parameter's module and its name there; that of a layer that is called within ours belongs to ours."""
+    owner, _, part = name.rpartition(".")
+    within = owner.removesuffix(".base_layer")
+    return (within if within in adapted else owner), part
 
 
-def _blocks(layer: RoutedLoRALinear) -> Iterator[tuple[slice, slice, slice]]:
+def _lora_layers(model: nn.Module) -> dict[str, RoutedLoRA]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedLoRA)}
+
+
+def _blocks(layer: RoutedLoRA) -> Iterator[tuple[slice, slice, slice]]:
     """For each slice of a layer: its rows in the grouped B [G * n, R], its outputs, and its part of the joined rank."""
     width, rank = layer.lora_B.shape[0] // layer.groups, layer.rank
     for group, start in enumerate(layer.columns):
@@ -274,7 +278,7 @@ def _blocks(layer: RoutedLoRALinear) -> Iterator[tuple[slice, slice, slice]]:
         )
 
 
-def _spread(layer: RoutedLoRALinear, grouped: torch.Tensor) -> torch.Tensor:
+def _spread(layer: RoutedLoRA, grouped: torch.Tensor) -> torch.Tensor:
     """The up-projection [N, G * R] over the whole output that acts like the grouped one [G * n, R] on its slices."""
     if layer.columns is None:
         return grouped
@@ -284,7 +288,7 @@ def _spread(layer: RoutedLoRALinear, grouped: torch.Tensor) -> torch.Tensor:
     return full
 
 
-def _gather(layer: RoutedLoRALinear, full: torch.Tensor, source: str) -> torch.Tensor:
+def _gather(layer: RoutedLoRA, full: torch.Tensor, source: str) -> torch.Tensor:
     """The inverse of :func:`_spread`; an error where ``full`` has entries that the groups cannot hold."""
     if layer.columns is None:
         return full

@@ -11,6 +11,7 @@ from tiny import answerer, randomise, small_gpt2, small_roberta
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from routingvl import RoutingConfig, inject
+from routingvl.bottlenecks.beside import RoutedLoRABeside
 from routingvl.bottlenecks.checkpoint import CheckpointError
 from routingvl.bottlenecks.peft_config import HARMLESS, INITIALISATIONS, REFUSED, PeftLora
 from routingvl.bottlenecks.peft_format import export_peft, import_peft
@@ -250,3 +251,34 @@ def test_half_of_a_tied_pair_is_refused(tmp_path):
     refused(tmp_path / "theirs", tmp_path / "ours", {}, message, tied_llama, ("q_proj",))
     model = ours(small_llama, ("q_proj",))
     import_peft(model, tmp_path / "theirs")
+
+
+def test_layers_that_are_called_within_ours(tmp_path):
+    """Their weights stand one level deeper, as they do in PEFT."""
+
+    class Own(torch.nn.Linear):
+        pass
+
+    def other():
+        model = small_roberta()
+        for layer in model.encoder.layer:
+            own = Own(32, 32)
+            own.load_state_dict(layer.attention.self.query.state_dict())
+            layer.attention.self.query = own
+        return model
+
+    def beside():
+        model = other().requires_grad_(False)
+        for layer in model.encoder.layer:
+            layer.attention.self.query = RoutedLoRABeside(layer.attention.self.query, 4, routing="none", alpha=6)
+            layer.attention.self.query.base_layer.bias.requires_grad_(True)
+            layer.output.LayerNorm.requires_grad_(True)
+        return model
+
+    model = randomise(beside())
+    export_peft(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(other(), tmp_path)
+    torch.testing.assert_close(output(theirs), output(model), rtol=1e-5, atol=1e-5)
+    again = beside()
+    import_peft(again, tmp_path)
+    assert torch.equal(output(again), output(model))
