@@ -67,10 +67,16 @@ def gelu_new_gate(z):
 
 
 @jit
+def rectified(z):
+    """max(z, 0), NaN where z is NaN."""
+    return tl.where(z < 0, 0.0, z)
+
+
+@jit
 def act_fwd(z, ACT: constexpr):
     """h = f(z), elementwise in float32; ACT is the code of a row of ``ACTIVATIONS``."""
     if ACT == 1:
-        h = tl.maximum(z, 0.0)
+        h = rectified(z)
     elif ACT == 2:
         h = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))  # 1 / sqrt(2)
     elif ACT == 3:
@@ -87,7 +93,7 @@ def act_fwd(z, ACT: constexpr):
 def act_bwd(dh, z, ACT: constexpr):
     """dz = dh f'(z), elementwise in float32."""
     if ACT == 1:
-        dz = tl.where(z > 0, dh, 0.0)
+        dz = tl.where(z <= 0, 0.0, dh)
     elif ACT == 2:
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)  # 1 / sqrt(2 pi)
         dz = dh * (0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density)

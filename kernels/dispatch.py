@@ -6,11 +6,12 @@ import os
 
 import torch
 
+from .float32_precision import tf32_allowed
 from .optional_triton import interpreted, triton
 from .routing import Routing, find_routing
 from .triton_common.launch import interpreter_lock, unfit_kernels, unfit_message
 from .triton_common.products import bfloat16_dot_error
-from .triton_common.tiles import MAX_RANK
+from .triton_common.tiles import MAX_RANK, arch_of, before_ampere
 
 BACKENDS = ("eager", "triton")
 BACKEND_VARIABLE = "ROUTINGVL_BACKEND"
@@ -122,6 +123,8 @@ def _device_backend(device_type: str, backend: str | None) -> tuple[str, str]:
         return asked, source + place + (_unfit_note() if asked == "triton" else "")
     if obstacle or device_type not in GPU_TYPES:
         return "eager", obstacle or f"default on {device_type!r} devices"
+    if device_type == "cuda" and torch.cuda.is_available() and before_ampere(arch := _current_arch()):
+        return "eager", f"the Triton kernels have no matrix instructions on {arch}; backend='triton' overrides this"
     untested = device_type == "xpu" or torch.version.hip is not None
     return "triton", f"default on {device_type!r} devices" + (", untested there" if untested else "") + _unfit_note()
 
@@ -130,7 +133,11 @@ def _device_backend(device_type: str, backend: str | None) -> tuple[str, str]:
 def _left_to_torch(device_type: str, backend: str | None) -> bool:
     """Whether exact products of float32 are torch's: on a GPU, where nobody asked for a backend or allowed tf32."""
     asked = backend or os.environ.get(BACKEND_VARIABLE)
-    return not asked and device_type in GPU_TYPES and not torch.backends.cuda.matmul.allow_tf32
+    return not asked and device_type in GPU_TYPES and not tf32_allowed()
+
+
+def _current_arch() -> str:
+    return arch_of(torch.device("cuda", torch.cuda.current_device()))
 
 
 def _unfit_note() -> str:

@@ -51,6 +51,15 @@ def check_dtypes(**tensors: Tensor | None) -> None:
             raise ValueError(f"{first} is {expected} and {name} is {dtype}: cast one, or run under torch.autocast")
 
 
+def check_devices(**tensors: Tensor | None) -> None:
+    """Raise ``ValueError`` when the given tensors are on several devices: a kernel would read foreign addresses."""
+    present = [(name, tensor.device) for name, tensor in tensors.items() if tensor is not None]
+    first, expected = present[0]
+    for name, device in present[1:]:
+        if device != expected:
+            raise ValueError(f"{first} is on {expected} and {name} on {device}: move one")
+
+
 def cast_for_autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in the dtype that autocast runs matrix products in; as they are when it is off or they are
     float64.

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from .float32_precision import exact_on_cpu
+
 CPU_LIST = Path("/proc/cpuinfo")
 
 
@@ -125,7 +127,7 @@ def _through_onednn(*operands: Tensor) -> bool:
     if torch.compiler.is_compiling() or not _mkl_leaves_avx512_unused():
         return False
     # At other precisions torch itself gives float32 products to oneDNN.
-    wanted = torch.backends.mkldnn.enabled and torch.get_float32_matmul_precision() == "highest"
+    wanted = torch.backends.mkldnn.enabled and exact_on_cpu()
     # Subclasses of tensors (fake, distributed) may not know the operation.
     return wanted and all(
         type(x) in (Tensor, Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0

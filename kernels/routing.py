@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import rectified
 from .find_by_name import find_by_name
 from .linear import inner_products
 from .optional_triton import constexpr, jit, tl
@@ -248,7 +249,7 @@ def route_fwd(t, u, ROUTING: tl.constexpr, RELU: tl.constexpr):
         z = tl.sum(t, 1)[:, None] * u
     elif ROUTING == VLLORA:
         if RELU:
-            z = tl.sum(tl.maximum(t, 0.0) * tl.maximum(u, 0.0), 1)[:, None] * u
+            z = tl.sum(rectified(t) * rectified(u), 1)[:, None] * u
         else:
             z = tl.sum(t * u, 1)[:, None] * u
     else:
@@ -274,8 +275,8 @@ def route_bwd(dz, t, u, ROUTING: tl.constexpr, RELU: tl.constexpr):
     elif ROUTING == VLLORA:
         dc = tl.sum(dz * u, 1)[:, None]
         if RELU:
-            left = tl.maximum(t, 0.0)
-            right = tl.maximum(u, 0.0)
+            left = rectified(t)
+            right = rectified(u)
             c = tl.sum(left * right, 1)[:, None]
             dt = tl.where(t > 0, dc * right, 0.0)
             du = c * dz + tl.where(u > 0, dc * left, 0.0)

@@ -7,7 +7,15 @@ from torch import Tensor
 from ..activations import find_activation
 from ..dispatch import select_backend
 from ..image_code import ImageCode, adapter_image
-from ..inputs import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, fold_beams, without_autocast
+from ..inputs import (
+    cast_for_autocast,
+    check_devices,
+    check_dtypes,
+    check_shape,
+    check_text_and_image,
+    fold_beams,
+    without_autocast,
+)
 from ..routing import Routing, find_routing
 from ..triton_common.launch import NoTileFitsError, eager_instead
 from .eager import eager_adapter
@@ -73,6 +81,8 @@ def routed_adapter(
     )  # fmt: skip
     if name == "triton":
         from .fused import fused_adapter as run
+
+        check_devices(**dict(zip(names, tensors, strict=True)), image=None if image is None else image.u)
     else:
         run = eager_adapter
     # A float32 residual stream keeps its precision under autocast, as it would in the plain sum.

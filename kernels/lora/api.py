@@ -7,10 +7,19 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..dispatch import select_backend
 from ..image_code import ImageCode, lora_image
-from ..inputs import cast_for_autocast, check_dtypes, check_shape, check_text_and_image, fold_beams, without_autocast
+from ..inputs import (
+    cast_for_autocast,
+    check_devices,
+    check_dtypes,
+    check_shape,
+    check_text_and_image,
+    fold_beams,
+    without_autocast,
+)
 from ..routing import Routing, find_routing
 from ..triton_common.launch import NoTileFitsError, eager_instead
 from .eager import eager_lora
@@ -133,11 +142,16 @@ def routed_lora_linear(
         )
     starts = _start_columns(columns, groups, b.shape[0] // groups, outputs)
     options = LoRAOptions(row, relu, scaling, starts, placement, weight_layout, dropout)
-    device = x.device.type
-    x, v, weight, bias, a, b = cast_for_autocast(device, x, v if row.uses_image else None, weight, bias, a, b)
-    check_dtypes(x=x, v=v, weight=weight, bias=bias, a=a, b=b)
     if image is not None and dropout > 0:
         raise ValueError(f"dropout={dropout} draws a mask for v: image= holds a v that was projected without one")
+    device, base = x.device.type, None
+    if type(weight) not in (Tensor, Parameter):  # quantised, for example: only what it returns can be relied on
+        base = F.linear(x, weight if weight_layout == "nk" else weight.t(), bias)
+        weight = bias = None
+    x, v, weight, bias, a, b = cast_for_autocast(device, x, v if row.uses_image else None, weight, bias, a, b)
+    check_dtypes(x=x, v=v, weight=weight, bias=bias, a=a, b=b, base=base)
+    if base is not None:
+        return _run(backend, x, v, image, (a, b, None, None, base), options)
     return _run(backend, x, v, image, (a, b, weight, bias, None), options)
 
 
@@ -161,6 +175,10 @@ def _run(
         image = None if image is None else image.to(x.dtype)
         if fused:
             from .fused import fused_lora  # here, because it needs triton
+
+            check_devices(x=x, v=v, a=a, b=b, weight=frozen[0], bias=frozen[1], base=base)
+            if image is not None:
+                check_devices(x=x, image=image.u)
 
             try:
                 y = fused_lora(x, v, image, weights, options)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd_function import backward_of, saving, with_signature
+from ..float32_precision import exact_on_cpu
 from ..image_code import ImageCode
 from ..linear import (
     accumulates,
@@ -34,11 +35,6 @@ def _projection_needs(ctx: Any) -> list[bool]:
     return [ctx.needs_input_grad[slot] for slot in (0, 5, 6, 7)]  # x, weight, bias, base: alike in both functions
 
 
-@torch.compiler.assume_constant_result
-def _float32_is_exact() -> bool:
-    return torch.get_float32_matmul_precision() == "highest"
-
-
 def merging_pays(x: Tensor, width: int) -> bool:
     """Whether x (W + s B A)ᵀ takes far fewer products than x Wᵀ + s (x Aᵀ) Bᵀ, and loses nothing to rounding.
 
@@ -46,7 +42,7 @@ def merging_pays(x: Tensor, width: int) -> bool:
     The sum has to be written and kept for the backward pass, which is worth it from about half the products on.
     """
     # In half precision, or with float32 products in TF32 or bfloat16, a small update would drown in the rounding of W.
-    exact = x.dtype == torch.float64 or (x.dtype == torch.float32 and _float32_is_exact())
+    exact = x.dtype == torch.float64 or (x.dtype == torch.float32 and exact_on_cpu())
     rows, inputs = x.shape[0] * x.shape[1], x.shape[2]
     return exact and x.device.type == "cpu" and rows * (width + inputs) > 2 * width * inputs
 

@@ -25,7 +25,7 @@ from ..activations import Activation
 from ..optional_triton import interpreted, triton
 from ..routing import Routing
 from .cached_launcher import CachedKernel
-from .tiles import DECODE_ROWS, Tile, arch_of, column_splits, precision_of, tiles_for_call
+from .tiles import DECODE_ROWS, Tile, arch_of, column_splits, has_tf32, precision_of, tiles_for_call
 from .visual_tokens import Visual, rows_of_one_image
 
 DEVICE_KEYS = ("CPU", "CUDA", "XPU")
@@ -37,13 +37,14 @@ _library = torch.library.Library("routingvl", "FRAGMENT")
 interpreter_lock = threading.RLock()  # Triton's interpreter patches its language's module while a kernel runs
 # By kernel and tiles: the first that the device could launch, where that is not the first of them.
 _first_fit: dict[tuple[str, tuple[Tile, ...]], int] = {}
+_not_compiled: dict[str, str] = {}  # kernel -> what its compiler said
 _said: set[str] = set()
 
 Result = TypeVar("Result")
 
 
 class NoTileFitsError(RuntimeError):
-    """Not even the smallest tile of a kernel fits the device; nothing was launched or written."""
+    """No tile of a kernel fits the device, or it does not compile; nothing was launched or written."""
 
 
 def define_op(fake: Callable[..., Any], *, mutates: Sequence[str] = ()) -> Callable[[Callable], Callable]:
@@ -111,11 +112,21 @@ def launch(kind: str, tiles: tuple[Tile, ...], attempt: Callable[[Tile], Result]
         except triton.OutOfResources as error:
             _logger.warning("%s does not fit this device with %s (%s): trying less", kind, tiles[index], error)
             continue
+        except (triton.TritonError, RuntimeError) as error:
+            if not _of_compiler(error):
+                raise
+            _not_compiled[kind] = " ".join(str(error).split())[-200:]
+            break  # another tile of the same code would fail as well, after as long a wait
         if index > start:
             _first_fit[kind, tiles] = index
         return result
     _first_fit[kind, tiles] = len(tiles)
     raise NoTileFitsError(unfit_message(kind))
+
+
+def _of_compiler(error: Exception) -> bool:
+    """Whether Triton could not compile a kernel; its passes over the code report that as a plain RuntimeError."""
+    return not isinstance(error, RuntimeError) or "PassManager" in str(error)
 
 
 def unfit_kernels() -> tuple[str, ...]:
@@ -126,6 +137,8 @@ def unfit_kernels() -> tuple[str, ...]:
 def unfit_message(kind: str) -> str:
     """What it means that no tile of this kernel fits, and what to do."""
     found = f"no tile of {kind} fits this device"
+    if kind in _not_compiled:
+        found = f"{kind} does not compile for this device ({_not_compiled[kind]})"
     if kind.endswith("_forward"):
         return f"{found}: set ROUTINGVL_BACKEND=eager"
     return (
@@ -171,9 +184,12 @@ def sum_of_blocks(blocks: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def product_precision(x: Tensor) -> str:
-    """How tl.dot multiplies float32."""
-    precision = precision_of(x.dtype, arch_of(x.device))
-    return "tf32" if precision == "half" else precision
+    """How tl.dot multiplies float32: as precisely as x needs, in a form that the device has."""
+    arch = arch_of(x.device)
+    precision = precision_of(x.dtype, arch)
+    if precision == "half":
+        return "tf32" if has_tf32(arch) else "ieee"
+    return precision
 
 
 def launch_fitting(

@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 import torch
 
+from ..float32_precision import tf32_allowed
 from .tile_file import measured_tile, tile_key
 
 DECODE_ROWS = 64  # up to so many rows a forward pass is bound by latency and takes the decode tile
@@ -128,12 +129,22 @@ def arch_of(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def has_tf32(arch: str) -> bool:
+    """Whether an architecture multiplies float32 rounded to tf32: NVIDIA's from sm_80 on, gfx942."""
+    return arch == "gfx942" or (arch.startswith("sm_") and not before_ampere(arch))
+
+
+def before_ampere(arch: str) -> bool:
+    """Whether an architecture is NVIDIA's, and older than sm_80: Triton has no matrix instructions for it."""
+    return arch.startswith("sm_") and int(arch.removeprefix("sm_").rstrip("af")) < 80
+
+
 def precision_of(dtype: torch.dtype, arch: str) -> str:
     """Precision of the products: "half", "tf32" or "ieee"; the middle one where torch.backends allows it."""
     if dtype != torch.float32:
         return "half"
-    has_tf32 = arch.startswith("sm_") and arch != "sm_75"
-    return "tf32" if has_tf32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    rounded = arch.startswith("sm_") and has_tf32(arch)
+    return "tf32" if rounded and tf32_allowed() else "ieee"
 
 
 def padded_rank(rank: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..activations import rectified
 from ..optional_triton import constexpr, jit, tl
 from ..routing import gram_is_cheaper, gram_of
 from .products import dot
@@ -83,7 +84,7 @@ def route_tokens(
     image = (block // tl.cdiv(span, BLOCK_M)).to(tl.int64)
     i_c = tl.arange(0, BLOCK_R)
     m_c = i_c < width
-    rows = dz if BACK else tl.maximum(t, 0.0) if RELU else t
+    rows = dz if BACK else rectified(t) if RELU else t
     if VISUAL == GRAM:
         o_g = i_c[None, :] * width + i_c[:, None] if BACK else i_c[:, None] * width + i_c[None, :]  # transposed in BACK
         gram = tl.load(p_image + image * width * width + o_g, mask=m_c[:, None] & m_c[None, :], other=0.0)
@@ -96,9 +97,10 @@ def route_tokens(
             i_l = o_l + tl.arange(0, BLOCK_L)
             m_l = (i_l < visual_tokens)[:, None] & m_c[None, :]
             u = tl.load(p_u + i_l[:, None] * width + i_c[None, :], mask=m_l, other=0.0)
-            right = tl.maximum(u.to(tl.float32), 0.0).to(u.dtype) if RELU else u
+            right = rectified(u.to(tl.float32)).to(u.dtype) if RELU else u
             scores = dot(narrow, tl.trans(u if BACK else right), None, PRECISION).to(u.dtype)
             routed = dot(scores, right if BACK else u, routed, PRECISION)
     if BACK and RELU:
         routed = tl.where(t > 0, routed, 0.0)
-    return routed
+    # Scores that overflow would make NaN of the zeros beyond the width, and products with it NaN of everything.
+    return tl.where(m_c[None, :], routed, 0.0)

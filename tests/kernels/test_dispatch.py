@@ -272,3 +272,44 @@ def test_what_fits_nowhere_is_in_the_reason_and_in_the_report(
     monkeypatch.setattr(dispatch, "triton_obstacle", lambda device_type: None)
     layer.backend = "triton"
     assert str(raised.value) in trainable_report(layer).layers[0].reason
+
+
+def test_gpus_without_matrix_instructions_for_triton_are_eager(monkeypatch: pytest.MonkeyPatch, gpu_kernels) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for arch, expected in (("sm_75", "eager"), ("sm_70", "eager"), ("sm_80", "triton"), ("sm_120", "triton")):
+        monkeypatch.setattr(dispatch, "_current_arch", lambda arch=arch: arch)
+        name, reason = select_backend("cuda", dtype=torch.bfloat16, routing="mul", visual_tokens=1)
+        assert name == expected
+        assert (arch in reason) == (expected == "eager")
+        assert select_backend("cuda", "triton", dtype=torch.bfloat16)[0] == "triton"
+
+
+@needs_triton
+@pytest.mark.parametrize("error", [triton.CompilationError("", None, "no"), RuntimeError("PassManager::run failed")])
+def test_a_kernel_that_does_not_compile_is_left_to_eager(error, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_first_fit", {})
+    monkeypatch.setattr(launch, "_not_compiled", {})
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    calls = []
+
+    def attempt(tile):
+        calls.append(tile)
+        raise error
+
+    tiles = tiles_for("lora_forward", 128, "half", False, "gfx950")
+    for _ in range(2):
+        with pytest.raises(launch.NoTileFitsError, match="lora_forward does not compile for this device"):
+            launch.launch("lora_forward", tiles, attempt)
+    assert len(calls) == 1
+    assert launch.unfit_kernels() == ("lora_forward",)
+
+
+@needs_triton
+def test_other_errors_of_a_launch_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+
+    def attempt(tile):
+        raise RuntimeError("illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        launch.launch("lora_forward", tiles_for("lora_forward", 128, "half", False, "sm_90"), attempt)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from routed_cases import FORMS
 
-from routingvl.kernels import ROUTINGS
+from routingvl.kernels import ROUTINGS, routed_adapter, routed_lora
 from routingvl.kernels.optional_triton import interpreted
 
 triton = pytest.importorskip("triton")
@@ -40,3 +40,40 @@ def test_branch_is_the_eager_pair(name: str, relu: bool) -> None:
     torch.testing.assert_close(dt, want_t.expand_as(dt))
     if row.uses_image:
         torch.testing.assert_close(du, want_u)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_nan_of_the_text_is_handed_on(relu, tokens):
+    torch.manual_seed(0)
+    x, v, a, b = torch.randn(2, 4, 8), torch.randn(2, tokens, 8), torch.randn(5, 8), torch.randn(6, 5)
+    x[0, 1, 2] = torch.nan
+    eager, fused = (
+        routed_lora(x, v, a, b, routing="vllora", relu=relu, backend=backend) for backend in ("eager", "triton")
+    )
+    assert eager[0, 1].isnan().all()
+    assert torch.equal(eager.isnan(), fused.isnan())
+    down, up = torch.randn(5, 8), torch.randn(8, 5)
+    eager, fused = (
+        routed_adapter(x, None, down, None, up, None, routing="none", activation="relu", backend=backend)
+        for backend in ("eager", "triton")
+    )
+    assert torch.equal(eager.isnan(), fused.isnan())
+
+
+def test_scores_that_overflow_do_not_spoil_what_is_finite():
+    # 3 components of rank are padded to 16: scores of infinity times the padding's zeros would be NaN everywhere.
+    x, v = torch.full((1, 2, 4), 200.0).half(), torch.full((1, 2, 4), 200.0).half()
+    a, b = torch.ones(3, 4).half(), torch.ones(2, 3).half()  # t = u = (800, 800, 800): scores are infinite in float16
+    y = routed_lora(x, v, a, b, routing="vllora", backend="triton")
+    assert y.isinf().all()
+    assert torch.equal(y, routed_lora(x, v, a, b, routing="vllora", backend="eager"))
+
+
+def test_tensors_of_several_devices_are_refused():
+    x, v, a, b = torch.randn(1, 2, 4), torch.randn(1, 1, 4), torch.randn(3, 4), torch.randn(2, 3, device="meta")
+    with pytest.raises(ValueError, match="x is on cpu and b on meta: move one"):
+        routed_lora(x, v, a, b, routing="mul", backend="triton")
+    down, up = torch.randn(3, 4, device="meta"), torch.randn(4, 3)
+    with pytest.raises(ValueError, match="x is on cpu and down_weight on meta"):
+        routed_adapter(x, None, down, None, up, None, routing="none", activation="relu", backend="triton")

@@ -408,3 +408,30 @@ def test_plain_lora_does_not_read_the_image() -> None:
     assert torch.equal(
         routed_lora(given["x"], torch.full((1,), torch.nan), given["a"], given["b"], routing="none"), kept
     )
+
+
+class _Quantised(torch.Tensor):
+    """A weight of which only what a product returns can be relied on, as torchao's float8 ones."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if "out" in (kwargs or {}) or function in (torch.mm, torch.addmm, torch.Tensor.mm, torch.Tensor.addmm_):
+            raise NotImplementedError(f"{function} of a quantised weight")
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("routing", ["none", "mul", "vllora"])
+@pytest.mark.parametrize("layout", ["nk", "kn"])
+def test_weights_that_are_no_plain_tensors_are_called_and_added_to(routing, layout):
+    torch.manual_seed(0)
+    x, v = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 1, 8)
+    w, a, b = torch.randn(6, 8), torch.randn(3, 8), torch.randn(6, 3)
+    weight = w if layout == "nk" else w.t().contiguous()
+    found, wanted = (
+        routed_lora_linear(x, v, wrapped, None, a, b, routing=routing, weight_layout=layout)
+        for wrapped in (weight.as_subclass(_Quantised), weight)
+    )
+    assert torch.allclose(found, wanted, atol=1e-5)
+    (found,), (wanted,) = (torch.autograd.grad(y.square().sum(), x, retain_graph=True) for y in (found, wanted))
+    assert torch.allclose(found, wanted, atol=1e-3)
