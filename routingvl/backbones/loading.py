@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from routingvl.tensor_files import check_kinds, is_finite, listed, tensor_kinds
 
 # Weights of checkpoints that no backbone here uses: other heads, and buffers that older versions of transformers saved.
 UNUSED = re.compile(
-    r"(?:lm_head|classifier|qa_outputs|score|cls|multiple_choice_head|decoder)\..*"
-    r"|(?:.*\.)?(?:embeddings\.mask_token|position_ids|token_type_ids|masked_bias|attn\.bias)"
+    r"(?:lm_head|(?:\w+_)?classifier|qa_outputs|score|cls|multiple_choice_head|decoder)\..*"
+    r"|(?:.*\.)?(?:embeddings\.mask_token|position_ids|token_type_ids|masked_bias|attn\.bias|num_batches_tracked"
+    r"|relative_position_index|relative_coords_table)"
 )
 
 WeightFiles = dict[Path, dict[str, tuple[Any, list[int]]]]  # file -> name -> type and shape of a tensor
@@ -88,6 +90,21 @@ def model_type(backbone: nn.Module | str) -> str | None:
     """
     if isinstance(backbone, nn.Module):
         return getattr(getattr(backbone, "config", None), "model_type", None)
+    return _config_dict(backbone).get("model_type")
+
+
+def inner_model_type(backbone: nn.Module | str, *names: str) -> str | None:
+    """``model_type`` of the first config that the config holds by one of these names; None when it holds none."""
+    if isinstance(backbone, nn.Module):
+        config = getattr(backbone, "config", None)
+        config = config.to_dict() if hasattr(config, "to_dict") else {}
+    else:
+        config = _config_dict(backbone)
+    found = (config.get(name) for name in names)
+    return next((inner.get("model_type") for inner in found if isinstance(inner, dict)), None)
+
+
+def _config_dict(backbone: str) -> dict[str, Any]:
     from transformers import PretrainedConfig
 
     source, local = find_source(backbone)
@@ -96,16 +113,19 @@ def model_type(backbone: nn.Module | str) -> str | None:
         if (Path(source) / "adapter_config.json").exists():  # transformers would load it on top, without a word
             raise BackboneError(f"{backbone} holds an adapter_config.json: give the folder of a model without adapters")
     with loading(source, local) as options:
-        return PretrainedConfig.get_config_dict(source, **options)[0].get("model_type")
+        return PretrainedConfig.get_config_dict(source, **options)[0]
 
 
-def load_float32(class_name: str, name: str, optional: str = "") -> tuple[nn.Module, list[str]]:
+def load_float32(
+    class_name: str, name: str, optional: str | tuple[str, ...] = (), others: str = ""
+) -> tuple[nn.Module, list[str]]:
     """The model of a hub name or folder as the named class of transformers, in float32 and evaluation mode.
 
     Args:
         class_name: of transformers.
         name: hub name or folder.
-        optional: prefix of the weights that the checkpoint may lack; transformers has drawn those at random.
+        optional: prefixes of the weights that the checkpoint may lack; transformers has drawn those at random.
+        others: pattern of weights that it may hold beside the model's and those of :data:`UNUSED`.
 
     Returns:
         The model, and the names of the ``optional`` weights that the checkpoint lacks.
@@ -118,6 +138,7 @@ def load_float32(class_name: str, name: str, optional: str = "") -> tuple[nn.Mod
     import transformers
 
     source, local = find_source(name)
+    unused = re.compile(f"{UNUSED.pattern}|{others}" if others else UNUSED.pattern)
     model_class = getattr(transformers, class_name)
     with loading(source, local) as options:
         config = model_class.config_class.from_pretrained(source, **options)
@@ -139,7 +160,7 @@ def load_float32(class_name: str, name: str, optional: str = "") -> tuple[nn.Mod
         lacking = [key for key in missing if optional and key.startswith(optional)]
         problems = {
             "missing": [key for key in missing if key not in lacking],
-            "unexpected": sorted(key for key in found["unexpected_keys"] if not UNUSED.fullmatch(key)),
+            "unexpected": sorted(key for key in found["unexpected_keys"] if not unused.fullmatch(key)),
             "of another shape": sorted(
                 f"{key} {list(saved)} (the config says {list(wanted)})"
                 for key, saved, wanted in found["mismatched_keys"]
@@ -147,8 +168,9 @@ def load_float32(class_name: str, name: str, optional: str = "") -> tuple[nn.Mod
         }
         if said := [f"{what}: {listed(keys)}" for what, keys in problems.items() if keys]:
             raise BackboneError(f"{name}: the weights are not those of its config.json; {'; '.join(said)}")
-        _check_types(files if local else _weight_files(_snapshot(source)))
-        if bad := [key for key, weight in model.named_parameters() if not is_finite(weight)]:
+        _check_types(files if local else _weight_files(_snapshot(source)), unused)
+        weights = chain(model.named_parameters(), model.named_buffers())
+        if bad := [key for key, weight in weights if not is_finite(weight)]:
             raise BackboneError(f"{name}: {listed(bad)} holds NaN or infinity")
     return model, lacking
 
@@ -163,7 +185,7 @@ def _snapshot(name: str) -> Path:
 def _check_heads(name: str, config: Any) -> None:
     """Refuse attention heads that do not divide the width; transformers fails at the first batch, or goes on."""
     heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    if heads is not None and width is not None and (heads < 1 or width < 1 or width % heads):
+    if type(heads) is type(width) is int and (heads < 1 or width < 1 or width % heads):
         keys = [config.attribute_map.get(key, key) for key in ("num_attention_heads", "hidden_size")]
         raise BackboneError(
             f"{name}: config.json: {keys[0]} {heads} must be at least 1 and divide the width, {keys[1]} {width}"
@@ -194,10 +216,10 @@ def _weight_files(folder: Path) -> WeightFiles:
     }
 
 
-def _check_types(files: WeightFiles) -> None:
+def _check_types(files: WeightFiles, unused: re.Pattern[str]) -> None:
     """Refuse weights that are not floating-point numbers, which transformers converts without a word."""
     for path, kinds in files.items():
-        used = {key: kind for key, (kind, _) in kinds.items() if not UNUSED.fullmatch(key)}
+        used = {key: kind for key, (kind, _) in kinds.items() if not unused.fullmatch(key)}
         check_kinds(used, str(path), BackboneError)
 
 

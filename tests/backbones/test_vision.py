@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_config, write_tiny
 from training_runs import losses
-from transformers import CLIPVisionConfig, CLIPVisionModel, DeiTConfig, DeiTModel, ViTModel
+from transformers import Swinv2Config, Swinv2Model, ViTModel, ViTMSNConfig, ViTMSNModel
 
 from routingvl.backbones.loading import BackboneError
 from routingvl.backbones.vision import FEATURES, TOWERS, VisionTower, image_features, load_tower, tower_width
@@ -62,12 +62,13 @@ def test_a_vit_without_pooler_says_what_to_take(tiny):
 
 @pytest.mark.parametrize("kind", ["pooler", "mean"])
 def test_another_tower_is_one_more_row(tiny, tmp_path, monkeypatch, kind):
-    # DeiT has a distillation token beside the class token.
-    monkeypatch.setitem(TOWERS, "deit", VisionTower("deit", "DeiTModel", prefix_tokens=2))
+    assert "swinv2" not in TOWERS
+    monkeypatch.setitem(TOWERS, "swinv2", VisionTower("swinv2", "Swinv2Model", prefix_tokens=0))
     torch.manual_seed(0)
-    folder = save(DeiTModel(DeiTConfig(**SHAPE)), tmp_path / "deit")
+    shape = {"embed_dim": WIDTH // 2, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 4}
+    folder = save(Swinv2Model(Swinv2Config(image_size=SIZE, **shape)), tmp_path / "swinv2")
     tower = load_tower(str(folder))
-    assert type(tower) is DeiTModel
+    assert type(tower) is Swinv2Model
     assert tower_width(tower) == WIDTH
     settings = {"vision": str(folder), "vision_features": kind, "feature_cache": str(tmp_path / "cache")}
     config = tiny_config(tiny, tmp_path / "run", "vqa", max_steps=2, **settings)
@@ -77,7 +78,7 @@ def test_another_tower_is_one_more_row(tiny, tmp_path, monkeypatch, kind):
     assert losses(kept) == pytest.approx(losses(read), rel=1e-5)
     assert evaluate(kept.run_dir, log="quiet")["n"] == 5
     pixels = torch.randn(2, 3, SIZE, SIZE)
-    patches = tower(pixel_values=pixels).last_hidden_state[:, 2:]
+    patches = tower(pixel_values=pixels).last_hidden_state
     assert patches.shape[1] == (SIZE // 8) ** 2
     torch.testing.assert_close(image_features(tower, pixels, "mean"), patches.mean(dim=1, keepdim=True))
 
@@ -89,10 +90,10 @@ def test_a_tower_may_lack_a_feature(tiny, monkeypatch):
         image_features(load_tower(str(tiny / "vit")), torch.zeros(1, 3, SIZE, SIZE), "cls")
 
 
-def test_a_folder_of_another_kind_is_no_vit(tiny, tmp_path):
-    folder = save(CLIPVisionModel(CLIPVisionConfig(**SHAPE)), tmp_path / "clip")
-    with pytest.raises(BackboneError, match=r"clip is of model type 'clip_vision_model', .*known here \('vit'\)"):
+def test_a_folder_of_another_kind_is_no_tower(tiny, tmp_path):
+    folder = save(ViTMSNModel(ViTMSNConfig(**SHAPE)), tmp_path / "msn")
+    with pytest.raises(BackboneError, match=r"msn is of model type 'vit_msn', .*known here \('vit', .*'siglip'\)"):
         load_tower(str(folder))
-    with pytest.raises(ConfigError, match="'clip_vision_model'"):
+    with pytest.raises(ConfigError, match="'vit_msn'"):
         train(tiny_config(tiny, tmp_path / "run", "vqa", vision=str(folder)), log="quiet")
     assert not (tmp_path / "run").exists()
