@@ -29,7 +29,10 @@ class LaneDropout(nn.Dropout):
 
 
 def lighten_dropout(model: nn.Module) -> None:
-    """Replace every nn.Dropout below ``model`` by :class:`LaneDropout` of the same probability."""
+    """Replace every nn.Dropout below ``model`` by :class:`LaneDropout` of the same probability.
+
+    One that has a forward hook, as those with an adapter behind them, stays.
+    """
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if name and type(module) is nn.Dropout:
+        if name and type(module) is nn.Dropout and not module._forward_hooks:
             model.set_submodule(name, LaneDropout(module.p, module.inplace).train(module.training))

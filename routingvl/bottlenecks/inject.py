@@ -8,8 +8,6 @@ from torch import nn
 
 from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.layers import (
-    AdaptedDropout,
-    AdaptedLayerNorm,
     RoutedAdapter,
     RoutedLayer,
     RoutedLoRALinear,
@@ -56,6 +54,9 @@ def inject(
     model.requires_grad_(False)
     for name, module in changes.items():
         _replace(model, name, module)
+    if config.method == "adapter":
+        for place in adapter_places(model, config):
+            changes[place.home].hang_on(model.get_submodule(place.at), before=config.position == "pre_norm")
     _unfreeze(model, config)
     return trainable_report(model)
 
@@ -70,9 +71,10 @@ def remove(model: nn.Module) -> None:
     if not any(isinstance(module, RoutedLayer) for _, module in modules):
         raise SurgeryError("the model has no routed bottlenecks to remove")
     for name, module in modules:
-        if isinstance(module, RoutedLoRALinear | AdaptedDropout | AdaptedLayerNorm):
+        if isinstance(module, RoutedLoRALinear):
             _replace(model, name, module.restore())
         elif isinstance(module, RoutedAdapter):
+            module.take_off()
             home, _, attribute = name.rpartition(".")
             delattr(model.get_submodule(home), attribute)
 
@@ -88,8 +90,9 @@ def _plan_lora(model: nn.Module, config: RoutingConfig, shared: dict[str, Any]) 
     changes = {}
     for place in lora_places(model, config):
         base = model.get_submodule(place.name)
-        options = {"alpha": config.alpha, "placement": config.placement, "slices": place.slices}
-        changes[place.name] = RoutedLoRALinear(base, **options, **shared)
+        options = {"alpha": config.alpha, "placement": config.placement, "slices": place.slices, "parts": place.parts}
+        routed = shared | {"routing": "none", "relu": False} if place.unrouted else shared
+        changes[place.name] = RoutedLoRALinear(base, **options, **routed)
     widths = {change.lora_A.shape[-1]: name for name, change in changes.items()}
     if len(widths) > 1 and ROUTINGS[config.routing].max_visual_tokens != 0:
         listed = ", ".join(f"{name} takes {width} features" for width, name in widths.items())
@@ -98,22 +101,20 @@ def _plan_lora(model: nn.Module, config: RoutingConfig, shared: dict[str, Any]) 
 
 
 def _plan_adapters(model: nn.Module, config: RoutingConfig, shared: dict[str, Any]) -> dict[str, nn.Module]:
-    """Module name -> replacement for each adapter and for each module it is hung on."""
+    """Module name -> each adapter to register there."""
     changes: dict[str, nn.Module] = {}
     for place in adapter_places(model, config):
-        norm, at = model.get_submodule(place.norm), model.get_submodule(place.at)
         if place.home not in changes:
+            layer = model.get_submodule(place.layer)
+            like = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
             changes[place.home] = RoutedAdapter(
-                norm.normalized_shape[0],
+                place.width,
                 activation=place.activation,
                 residual=place.residual,
-                device=norm.weight.device,
-                dtype=norm.weight.dtype,
+                device=like.device,
+                dtype=like.dtype,
                 **shared,
-            ).train(norm.training)
-        adapter = changes[place.home]
-        behind = config.position == "post_module"
-        changes[place.at] = AdaptedDropout(at, adapter) if behind else AdaptedLayerNorm(at, adapter, config.position)
+            ).train(layer.training)
     return changes
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from routingvl.bottlenecks.context import Reading, VisualContext
+from routingvl.bottlenecks.parts import Parts
 from routingvl.kernels import (
     ImageCode,
     can_project_jointly,
@@ -156,6 +158,7 @@ class RoutedLoRA(RoutedLayer):
         dropout: probability for the bottleneck's inputs, drawn separately for text and image.
         slices: (start, stop) columns of the output that are adapted, equal in width; None for all. G slices share one
             bottleneck of joined rank G*R, in which the image is routed; each is expanded from R of its components.
+        parts: instead of slices, the columns of each part, which need not be equally many nor stand side by side.
         context: where the visual features come from when they are not passed to the call.
         backend: None, "eager" or "triton", see :func:`routingvl.kernels.lora.api`.
 
@@ -176,6 +179,7 @@ class RoutedLoRA(RoutedLayer):
         relu: bool = False,
         placement: str = "bottleneck",
         slices: Sequence[tuple[int, int]] | None = None,
+        parts: Sequence[Sequence[int]] | None = None,
         context: VisualContext | None = None,
         backend: str | None = None,
     ) -> None:
@@ -185,11 +189,15 @@ class RoutedLoRA(RoutedLayer):
         self.scaling = (rank if alpha is None else alpha) / rank
         self.placement = placement
         self.columns, self.width = _columns(slices, self.out_features)
+        self.parts = None if parts is None else Parts(parts, self.out_features)
         self.groups = 1 if self.columns is None else len(self.columns)  # G, how many slices share the bottleneck
+        if parts is not None:
+            self.groups = len(parts)
 
     def _make_weights(self, device: torch.device, dtype: torch.dtype) -> None:
         self.lora_A = nn.Parameter(torch.empty(self.groups * self.rank, self.in_features, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(self.groups * self.width, self.rank, device=device, dtype=dtype))
+        rows = self.groups * self.width if self.parts is None else sum(self.parts.sizes)
+        self.lora_B = nn.Parameter(torch.empty(rows, self.rank, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -215,23 +223,21 @@ class RoutedLoRA(RoutedLayer):
         mixed = base.dtype != rows.dtype and not torch.is_autocast_enabled(rows.device.type)
         if self.drops:
             rows, v = F.dropout(rows, self.dropout), None if v is None else F.dropout(v, self.dropout)
-        y = routed_lora(
-            rows,
-            v,
-            a,
-            b,
-            base=torch.zeros_like(base, dtype=rows.dtype) if mixed else base,
-            columns=self.columns,
-            image=image,
-            **self._options(),
-        )
-        y = base + y.to(base.dtype) if mixed else y
+        options = {"image": image, **self._options()}
+        if self.parts is not None:
+            y = self.parts.add(base, routed_lora(rows, v, a, self.parts.even(b), **options))
+        else:
+            start = torch.zeros_like(base, dtype=rows.dtype) if mixed else base
+            y = routed_lora(rows, v, a, b, base=start, columns=self.columns, **options)
+            y = base + y.to(base.dtype) if mixed else y
         y = y if keep is None else torch.where(keep, y, base)
         self._watch(y)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def project(self, v: torch.Tensor) -> ImageCode | None:
         """See :class:`RoutedLayer`."""
+        if self.parts is not None and not self.parts.is_even:
+            return None
         return project_lora_image(*in_dtype(v, v, *self.projection), decoding=True, **self._options())
 
     @staticmethod
@@ -241,7 +247,8 @@ class RoutedLoRA(RoutedLayer):
 
     def joint_options(self, v: torch.Tensor) -> dict[str, Any] | None:
         """See :class:`RoutedLayer`."""
-        if self.drops or not can_project_jointly(self.routing, v.shape[1], self.relu, self.placement):
+        uneven = self.parts is not None and not self.parts.is_even
+        if self.drops or uneven or not can_project_jointly(self.routing, v.shape[1], self.relu, self.placement):
             return None
         return {"routing": self.routing, "scaling": self.scaling, "groups": self.groups}
 
@@ -251,6 +258,7 @@ class RoutedLoRA(RoutedLayer):
     def extra_repr(self) -> str:
         """What print shows."""
         columns = "" if self.columns is None else f", columns={self.columns}"
+        columns += "" if self.parts is None else f", parts of {self.parts.sizes} columns"
         return f"{self.in_features} -> {self.out_features}, {super().extra_repr()}{columns}, placement={self.placement}"
 
 
@@ -284,6 +292,9 @@ class RoutedLoRALinear(RoutedLoRA):
 
     def forward(self, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] (three dimensions when an image is routed in), v [B, L, K] or the context's -> y [..., N]."""
+        if self.parts is not None:
+            weight = self.weight if self.weight_layout == "nk" else self.weight.t()
+            return self.add_to(F.linear(x, *in_dtype(x, weight, self.bias)), x, v)
         v, image, keep, _ = self.read_image(x, v)
         shape = x.shape
         rows = x if x.dim() == 3 else x.reshape(1, -1, shape[-1])
@@ -324,7 +335,8 @@ class RoutedAdapter(RoutedLayer):
         residual: add the input to the output.
         routing, dropout, relu, context, backend: as for :class:`RoutedLoRALinear`.
 
-    Weights are drawn from N(0, 0.02²), biases start at 0.
+    Weights are drawn from N(0, 0.02²), biases start at 0. :meth:`hang_on` puts it behind or in front of other modules,
+    which keep their class and the names of their parameters.
     """
 
     kind = "adapter"
@@ -348,6 +360,7 @@ class RoutedAdapter(RoutedLayer):
         self.rank = rank
         self.activation = activation
         self.residual = residual
+        self._handles: list[RemovableHandle] = []
         self.down_sampler = nn.Linear(width, rank, device=device, dtype=dtype)
         self.up_sampler = nn.Linear(rank, width, device=device, dtype=dtype)
         self.reset_parameters()
@@ -382,6 +395,22 @@ class RoutedAdapter(RoutedLayer):
         y = y + x if self.residual and dropped is not x else y
         return y if keep is None else torch.where(keep, y, x)
 
+    def hang_on(self, module: nn.Module, before: bool = False) -> None:
+        """Send the output of ``module`` through the adapter, or its first argument ``before`` it."""
+        hook = module.register_forward_pre_hook(self._before) if before else module.register_forward_hook(self._behind)
+        self._handles.append(hook)
+
+    def take_off(self) -> None:
+        """Leave all modules that the adapter hangs on as they were."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _before(self, module: nn.Module, args: tuple) -> tuple:
+        return self(args[0]), *args[1:]
+
+    def _behind(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return self(output)
+
     @property
     def projection(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A [R, K] and b_down [R]."""
@@ -405,48 +434,6 @@ class RoutedAdapter(RoutedLayer):
     def extra_repr(self) -> str:
         """What print shows."""
         return f"{super().extra_repr()}, activation={self.activation}, residual={self.residual}"
-
-
-class AdaptedDropout(nn.Dropout):
-    """A sublayer's last module (its output dropout) followed by an adapter: position "post_module".
-
-    The adapter is registered elsewhere, so that two sublayers can share it and no parameter changes its name.
-    """
-
-    def __init__(self, dropout: nn.Dropout, adapter: RoutedAdapter) -> None:
-        super().__init__(dropout.p, dropout.inplace)
-        self._adapter = (adapter,)
-        self.train(dropout.training)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, T, K] -> adapter(dropout(x)) [B, T, K]."""
-        return self._adapter[0](super().forward(x))
-
-    def restore(self) -> nn.Dropout:
-        """The dropout without the adapter."""
-        return nn.Dropout(self.p, self.inplace).train(self.training)
-
-
-class AdaptedLayerNorm(nn.LayerNorm):
-    """A LayerNorm with an adapter in front ("pre_norm") or behind ("post_norm"), under the norm's own names."""
-
-    def __init__(self, norm: nn.LayerNorm, adapter: RoutedAdapter, position: str) -> None:
-        super().__init__(norm.normalized_shape, norm.eps, device="meta")
-        self.weight, self.bias = norm.weight, norm.bias
-        self._adapter = (adapter,)
-        self.position = position
-        self.train(norm.training)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, T, K] -> norm(adapter(x)) or adapter(norm(x)) [B, T, K]."""
-        (adapter,) = self._adapter
-        return super().forward(adapter(x)) if self.position == "pre_norm" else adapter(super().forward(x))
-
-    def restore(self) -> nn.LayerNorm:
-        """The norm without the adapter, with the current weight and bias."""
-        norm = nn.LayerNorm(self.normalized_shape, self.eps, device="meta")
-        norm.weight, norm.bias = self.weight, self.bias
-        return norm.train(self.training)
 
 
 def projection_widths(base: nn.Module) -> tuple[int, int]:

@@ -44,7 +44,7 @@ class RoutingConfig:
         dropout: probability in [0, 1) of dropping an input component, drawn separately for text and image.
         layers: indices of the transformer layers that get a bottleneck; None for all.
         targets: the projections that get LoRA, each by its name, the end of it, or a regular expression for the whole
-            of it; ``all-linear`` for every one but the output embedding; None for the family's own (query and value).
+            of it; ``all-linear`` for every one in the transformer layers; None for the family's own (query and value).
         exclude: those that do not, in the same way.
         rank_pattern: {name, end of a name or regular expression: rank} for bottlenecks with another one.
         alpha_pattern: the same for alpha; None leaves alpha as it is.
@@ -56,7 +56,7 @@ class RoutingConfig:
         position: where an adapter sits, "post_module" (on the sublayer's output), "pre_norm" or "post_norm".
         relu: ReLU on both factors of vllora's inner product.
         adapter_residual: adapter adds its own input to its output; None for the family's published choice.
-        train_layer_norm: train the LayerNorms inside the transformer layers.
+        train_layer_norm: train the LayerNorms and RMSNorms inside the transformer layers.
         train_bias: train the bias of each projection that LoRA adapts.
 
     Raises:

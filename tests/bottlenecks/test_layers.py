@@ -1,14 +1,16 @@
 """RoutedLoRALinear and RoutedAdapter as modules; their numbers are in test_golden.py and the kernels' own tests."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from routingvl import VisualContext
-from routingvl.bottlenecks.layers import AdaptedDropout, AdaptedLayerNorm, RoutedAdapter, RoutedLoRALinear
+from routingvl.bottlenecks.layers import RoutedAdapter, RoutedLoRALinear
 from routingvl.kernels import ROUTINGS
 
 ROUTED = [name for name, row in ROUTINGS.items() if row.uses_image]
@@ -117,21 +119,64 @@ def test_two_dimensional_input_without_routing():
     assert torch.allclose(layer(x)[0], layer(x[0]))
 
 
-def test_adapted_norm_and_dropout_positions():
+@pytest.mark.parametrize("norm", [nn.LayerNorm(12), nn.RMSNorm(12), nn.Dropout(0.0), nn.Linear(12, 12)])
+def test_an_adapter_hangs_on_any_module(norm):
     x, v = inputs()
     context = VisualContext()
     adapter = RoutedAdapter(12, 4, routing="mul", context=context)
     nn.init.normal_(adapter.up_sampler.weight)
-    norm = nn.LayerNorm(12)
-    nn.init.normal_(norm.weight)
+    plain = copy.deepcopy(norm)
     with context.bind(v):
-        assert torch.equal(AdaptedLayerNorm(norm, adapter, "pre_norm")(x), norm(adapter(x)))
-        assert torch.equal(AdaptedLayerNorm(norm, adapter, "post_norm")(x), adapter(norm(x)))
-        assert torch.equal(AdaptedDropout(nn.Dropout(0.0), adapter)(x), adapter(x))
-    restored = AdaptedLayerNorm(norm, adapter, "pre_norm").restore()
-    assert type(restored) is nn.LayerNorm
-    assert torch.equal(restored(x), norm(x))
-    assert AdaptedDropout(nn.Dropout(0.3), adapter).restore().p == 0.3
+        adapter.hang_on(norm)
+        assert torch.equal(norm(x), adapter(plain(x)))
+        adapter.take_off()
+        adapter.hang_on(norm, before=True)
+        assert torch.equal(norm(x), plain(adapter(x)))
+        both = nn.ModuleList([norm, adapter])
+        for other in (copy.deepcopy(both), pickle.loads(pickle.dumps(both))):
+            with other[1].context.bind(v):
+                assert torch.equal(other[0](x), norm(x))
+                nn.init.zeros_(other[1].up_sampler.weight)
+                assert not torch.equal(other[0](x), norm(x))
+            other[1].take_off()
+            assert torch.equal(other[0](x), plain(x))
+    adapter.take_off()
+    assert torch.equal(norm(x), plain(x))
+
+
+@pytest.mark.parametrize("routing", ["none", "add", "mul", "vllora"])
+@pytest.mark.parametrize("placement", ["bottleneck", "output"])
+def test_parts_are_slices_where_they_are_side_by_side(routing, placement):
+    x, v = inputs()
+    torch.manual_seed(0)
+    base = nn.Linear(12, 10)
+    options = {"routing": routing, "placement": placement}
+    slices = RoutedLoRALinear(base, 2, slices=[(0, 4), (6, 10)], **options)
+    parts = RoutedLoRALinear(base, 2, parts=[range(4), range(6, 10)], **options)
+    nn.init.normal_(slices.lora_B)
+    with torch.no_grad():
+        assert torch.equal(parts(x, v), base(x))
+        parts.lora_A.copy_(slices.lora_A)
+        parts.lora_B.copy_(slices.lora_B)
+    assert torch.allclose(parts(x, v), slices(x, v), atol=1e-6)
+
+
+def test_uneven_and_scattered_parts():
+    x, v = inputs()
+    base = nn.Linear(12, 9)
+    layer = RoutedLoRALinear(base, 2, routing="add", parts=[(1, 3, 5, 8), (2, 0)])
+    nn.init.normal_(layer.lora_B)
+    q, k = layer.lora_A[:2], layer.lora_A[2:]
+    want = base(x)
+    want[..., [1, 3, 5, 8]] += (F.linear(x, q) + F.linear(v, q)) @ layer.lora_B[:4].t()
+    want[..., [2, 0]] += (F.linear(x, k) + F.linear(v, k)) @ layer.lora_B[4:].t()
+    y = layer(x, v)
+    assert torch.allclose(y, want, atol=1e-5)
+    y.square().sum().backward()
+    assert all(parameter.grad.any(dim=1).all() for parameter in (layer.lora_A, layer.lora_B))
+    for parts in ([(0, 1), (1, 2)], [(0, 9)], [(), (1,)]):
+        with pytest.raises(ValueError, match="parts"):
+            RoutedLoRALinear(base, 2, parts=parts)
 
 
 def test_deepcopy_is_independent():
