@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub import ModelCard
+
 HEADING = "## Opening this adapter"
 NOTE = f"""{HEADING}
 
@@ -21,19 +23,17 @@ model = PeftModel.from_pretrained(base_model, "this folder or repository")
 
 
 def write_note(folder: str | Path) -> None:
-    """Put the note at the head of the README.md of ``folder``, or of the folder above where PEFT wrote it there.
+    """Put the note at the head of the README.md of ``folder``, which is made where PEFT wrote none.
 
-    PEFT writes one card above the folders of named adapters. Without a card, one is made that holds the note alone.
+    PEFT writes one card for all adapters, above the folders of named ones: that has the note too.
     """
-    from huggingface_hub import ModelCard
-
     card = Path(folder) / "README.md"
     above = card.parent.parent / "README.md"
-    if not card.exists() and above.exists() and "library_name: peft" in above.read_text(encoding="utf-8"):
-        card = above
-    text = card.read_text(encoding="utf-8") if card.exists() else "---\nlibrary_name: peft\n---\n"
-    if HEADING in text:
-        return
-    loaded = ModelCard(text, ignore_metadata_errors=True)
-    loaded.text = f"{NOTE}{loaded.text}"
-    loaded.save(card)
+    if not card.exists():
+        card.write_text("---\nlibrary_name: peft\n---\n", encoding="utf-8")
+    for path in (card, above):
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if "library_name: peft" in text and HEADING not in text:
+            loaded = ModelCard(text, ignore_metadata_errors=True)
+            loaded.text = f"{NOTE}{loaded.text}"
+            loaded.save(path)

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig
@@ -69,6 +69,7 @@ class RoutedLoraConfig(LoraConfig):
         image_pooling: with image_from, "mean" of an image's tokens or all "tokens" (vllora).
         text_only: with image_from, what a row without an image gets: None is an error, "skip" the base model's output,
             "zero" an image of zeros.
+        registered_by: for who finds the file: the import that makes PEFT know the method.
 
     Raises:
         PeftMethodError: a setting of PEFT cannot go with a routed LoRA (the reason is given), or a value is unknown.
@@ -80,7 +81,8 @@ class RoutedLoraConfig(LoraConfig):
     slices: str | dict[str, list[list[int]]] | None = None
     image_from: str | Callable[[dict[str, Any]], Any] | None = None
     image_pooling: str = "mean"
-    text_only: str | None = field(default="skip")
+    text_only: str | None = "skip"
+    registered_by: str = "import routingvl.peft"
 
     def __post_init__(self) -> None:
         _refuse(self)

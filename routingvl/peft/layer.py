@@ -116,11 +116,9 @@ class RoutedLinear(Linear):
             if (update := self.routed.get(name)) is None:
                 continue
             rows = [row for row, other in enumerate(names) if other == name]
-            v = None
-            if update.routing.uses_image:
-                v = self.context.read(x)
-                v = v[[row * len(v) // len(names) for row in rows]]  # beams of one image are neighbours
-            y[rows] = update.refresh()(x[rows], y[rows], v).to(y.dtype)
+            index = torch.tensor(rows, device=x.device)
+            with self.context.rows(index, of=len(names)):
+                y[index] = update.refresh()(x[index], y[index]).to(y.dtype)
         return y
 
     def weights_of(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,6 +56,8 @@ class RoutedLoraModel(LoraModel):
         context = layers[0].context if layers else None
         for layer in layers:
             layer.set_context(context)
+        if context is not None:
+            context.follow(model)
         if source is not None and not hasattr(model, HANDLE):
             from routingvl.bottlenecks.attach import attach
 
@@ -186,19 +188,26 @@ def _check_targets(model: nn.Module, targets: dict[str, nn.Module], config: Rout
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(base, RoutedLayer):
             raise PeftMethodError(f"{name} has a bottleneck of routingvl.inject already: remove(model) takes them out")
-        found = projection_widths(base) if is_projection(base) else callable_widths(base)
-        if found is None:
+        if (width := _input_width(base)) is None:
             raise PeftMethodError(
                 f"{name} is a {type(base).__name__}: a routed LoRA stands beside projections with in_features and "
                 "out_features; leave it out of target_modules, or add it to exclude_modules"
             )
-        widths[found[0]] = name
+        widths[width] = name
     if len(widths) > 1 and ROUTINGS[config.routing].uses_image:
         listed = ", ".join(f"{name} takes {width} features" for width, name in widths.items())
         raise PeftMethodError(
             f"the target modules differ in width: {listed}. One image reaches all, so leave those of another width "
             "than the image's out of target_modules (or name them in exclude_modules)"
         )
+
+
+def _input_width(base: nn.Module) -> int | None:
+    """How many features a projection of any kind takes; None for other modules."""
+    if hasattr(base, "infeatures") and hasattr(base, "outfeatures"):  # auto-gptq and its kin
+        return base.infeatures
+    widths = projection_widths(base) if is_projection(base) else callable_widths(base)
+    return None if widths is None else widths[0]
 
 
 def _family_slices(model: nn.Module, names: list[str]) -> dict[str, list[list[int]]] | None:

@@ -85,13 +85,13 @@ def logits(model: nn.Module, images: torch.Tensor = IMAGES, ids: torch.Tensor = 
             return model(input_ids=ids, **inputs).logits
 
 
-def train(model: nn.Module, steps: int = 2) -> nn.Module:
+def train(model: nn.Module, steps: int = 2, images: torch.Tensor = IMAGES) -> nn.Module:
     """A few steps on the texts; returns the model in evaluation mode."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-2)
     model.train()
     for _ in range(steps):
-        with context_of(model).bind(IMAGES):
+        with context_of(model).bind(images):
             loss = model(input_ids=IDS, labels=IDS).loss
         optimizer.zero_grad()
         loss.backward()
