@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from routingvl.bottlenecks.context import VisualContext
+from routingvl.bottlenecks.context import TEXT_ONLY, VisualContext
+from routingvl.bottlenecks.rows import (
+    BindingError,
+    Tokens,
+    has_places,
+    place_in_rows,
+    refuse_packed_rows,
+    tensors_of,
+)
 
-
-class BindingError(ValueError):
-    """The image cannot be brought to the routed layers; the message says what was given and what is needed."""
+IMAGE_POOLING = ("mean", "tokens")
 
 
 def contexts_of(model: nn.Module) -> list[VisualContext]:
     """The contexts from which routed layers of ``model`` read, each once: the attribute ``context`` of its modules."""
-    found = (getattr(module, "context", None) for module in model.modules())
+    found = (vars(module).get("context") for module in model.modules())
     return list({id(context): context for context in found if isinstance(context, VisualContext)}.values())
 
 
@@ -56,3 +65,264 @@ def bind_image(
             bound = context.bind(features, mask=mask, beams=beams, decoding=decoding, text_only=text_only)
             stack.enter_context(bound)
         yield
+
+
+def attach(
+    model: nn.Module,
+    image_from: str | Callable[[dict[str, Any]], Any],
+    *,
+    image_pooling: str = "mean",
+    text_only: str | None = "skip",
+) -> Attachment:
+    """Have ``model`` bind its own image in every forward pass and in ``generate``, under Trainer too::
+
+        routingvl.attach(model, "model.multi_modal_projector")
+        model(**batch)
+
+    While an image is bound by hand, the model leaves it at that.
+
+    Args:
+        model: a model with routed layers (they may come later), the one that is called.
+        image_from: the dotted name of a sub-module whose output is the image, as tokens of the layers' width; or a
+            function of the call's arguments (a dict, from which it may remove its own), which returns features
+            [B, L, d], features and a mask bool [B, L], or None where no text has an image. A module's output goes to
+            the rows whose ``input_ids`` hold the model's image tokens, one for one, or by one entry for each row.
+        image_pooling: "mean": every layer reads the mean of a row's tokens; "tokens": all of them, padded (pooled
+            functions their mean).
+        text_only: see :meth:`VisualContext.bind`.
+
+    Returns:
+        A handle; ``remove()`` makes the model as it was.
+
+    Raises:
+        BindingError: there is no such sub-module, an argument is none of its values, or the model is attached already.
+    """
+    if image_pooling not in IMAGE_POOLING:
+        raise BindingError(f"image_pooling={image_pooling!r} is not one of {', '.join(map(repr, IMAGE_POOLING))}")
+    if text_only not in TEXT_ONLY:
+        raise BindingError(f"text_only={text_only!r} is not one of {', '.join(map(repr, TEXT_ONLY))}")
+    if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in model._forward_pre_hooks.values()):
+        raise BindingError(f"{type(model).__name__} has its image attached already: remove() that first")
+    if isinstance(image_from, str):
+        _sub_module(model, image_from)
+    elif not callable(image_from):
+        raise BindingError(f"image_from must be the name of a sub-module or a function, not {image_from!r}")
+    return Attachment(model, image_from, image_pooling, text_only)
+
+
+class Attachment:
+    """The hooks by which a model binds its own image; made by :func:`attach`."""
+
+    def __init__(
+        self, model: nn.Module, image_from: str | Callable[..., Any], image_pooling: str, text_only: str | None
+    ) -> None:
+        self.model, self.image_from = model, image_from
+        self.image_pooling, self.text_only = image_pooling, text_only
+        self._hooks = [
+            model.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+        self.image_module()
+        self._generate = vars(model).get("generate")
+        if hasattr(type(model), "generate"):
+            model.generate = self.generate
+
+    def remove(self) -> None:
+        """Take the hooks away, and the image with them."""
+        for hook in self._hooks:
+            hook.remove()
+        if vars(self.model).get("generate") == self.generate:
+            del self.model.generate
+            if self._generate is not None:
+                self.model.generate = self._generate
+
+    def image_module(self) -> nn.Module | None:
+        """The sub-module that ``image_from`` names now, whose output is looked at; None for a function."""
+        if not isinstance(self.image_from, str):
+            return None
+        module = _sub_module(self.model, self.image_from)
+        if not any(hook is _image_passes for hook in module._forward_hooks.values()):
+            self._hooks.append(module.register_forward_hook(_image_passes))
+        return module
+
+    @torch.compiler.disable
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's ``generate``: the image of the prompt serves all its steps, and whatever it calls."""
+        generate = self._generate or type(self.model).generate.__get__(self.model)
+        if self._bound_by_hand():
+            return generate(*args, **kwargs)
+        args, kwargs = _named(generate, args, kwargs)
+        call = _Call(self, kwargs, generates=True)
+        depth = len(_CALLS.open)
+        _CALLS.open.append((self, call))
+        try:
+            call.start()
+            output = generate(*args, **kwargs)
+            call.check()
+            return output
+        finally:
+            del _CALLS.open[depth:]
+            call.close()
+
+    @torch.compiler.disable
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _named(model.forward, args, kwargs)
+        running = next((call for owner, call in reversed(_CALLS.open) if owner is self and call is not None), None)
+        if running is not None:
+            _CALLS.open.append((self, None))
+            running.batch, running.begins = kwargs, True
+        elif self._bound_by_hand():
+            _CALLS.open.append((self, None))
+        else:
+            call = _Call(self, kwargs, generates=False)
+            _CALLS.open.append((self, call))
+            call.start()
+        return args, kwargs
+
+    @torch.compiler.disable
+    def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        _, call = _CALLS.open.pop() if _CALLS.open else (self, None)
+        if call is not None:
+            try:
+                if output is not None:  # else it failed
+                    call.check()
+            finally:
+                call.close()
+
+    def _bound_by_hand(self) -> bool:
+        open_calls = any(owner is self for owner, _ in _CALLS.open)
+        return not open_calls and any(context.is_bound for context in contexts_of(self.model))
+
+
+class _Calls(threading.local):
+    """The attached models' calls that run in each thread, the innermost last; None where an outer one binds."""
+
+    def __init__(self) -> None:
+        self.open: list[tuple[Attachment, _Call | None]] = []
+
+
+_CALLS = _Calls()
+
+
+@torch.compiler.disable
+def _image_passes(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """The hook of a module that gives an image. It holds nothing, so that the module can be copied by itself."""
+    call = next((call for _, call in reversed(_CALLS.open) if call is not None and call.module is module), None)
+    if call is not None:
+        call.receive(output)
+
+
+class _Call:
+    """One call of the model, forward or generate, and what is bound in it."""
+
+    def __init__(self, attachment: Attachment, batch: dict[str, Any], generates: bool) -> None:
+        self.attachment, self.generates = attachment, generates
+        self.batch = self.first = batch
+        self.begins = True  # the model's forward; its image replaces what is bound
+        self.contexts = contexts_of(attachment.model)
+        self.bindings = contextlib.ExitStack()
+        self.module: nn.Module | None = None
+        self.outputs: list[torch.Tensor] = []
+        self.waits: BindingError | None = None
+
+    def start(self) -> None:
+        """Bind what is known before the model runs."""
+        for context in self.contexts:
+            context.follow(self.attachment.model)
+        self.module = self.attachment.image_module()
+        given = self.attachment.image_from(self.batch) if self.module is None else None
+        features, mask = given if isinstance(given, tuple) else (given, None)
+        self._bind(None if features is None else Tokens(features, mask))
+
+    def receive(self, output: Any) -> None:
+        """Bind what the module gave, in the rows of the text where it belongs."""
+        name = f"image_from={self.attachment.image_from!r}"
+        if self.begins:
+            self.outputs, self.begins = [], False
+        if any(context.read_without_image for context in self.contexts):
+            raise BindingError(
+                f"routed layers ran before {name} gave the image: inject bottlenecks into the language model only"
+            )
+        self.outputs += tensors_of(output, name)
+        try:
+            tokens = place_in_rows(self.outputs, *self._text(self.batch), name)
+        except BindingError as error:
+            self.waits = error  # another call of the module may bring the rest
+        else:
+            self.waits = None
+            self._bind(tokens)
+
+    def _text(self, batch: dict[str, Any]) -> tuple[Any, Any]:
+        return batch.get("input_ids", batch.get("inputs")), getattr(self.attachment.model, "config", None)
+
+    def _bind(self, tokens: Tokens | None) -> None:
+        features, mask = None, None
+        if tokens is not None:
+            if not self.generates:
+                refuse_packed_rows(self.batch)
+            features, mask = tokens.mean() if self.attachment.image_pooling == "mean" else tokens
+        self.bindings.close()
+        for context in self.contexts:
+            how = {"beams": None if self.generates else 1, "decoding": self.generates}
+            bound = context.bind(features, mask=mask, text_only=self.attachment.text_only, **how)
+            self.bindings.enter_context(bound)
+
+    def check(self) -> None:
+        """Raise the error of an image that did not reach the text."""
+        if self.waits is not None:
+            raise self.waits
+        if self.module is None or self.outputs:
+            return
+        name = f"image_from={self.attachment.image_from!r}"
+        if has_places(*self._text(self.first)):
+            raise BindingError(f"the text has places for an image, but {name} did not run: name a module that does")
+        cache = self.first.get("past_key_values")
+        if not self.generates and hasattr(cache, "get_seq_length") and cache.get_seq_length() > self._length():
+            raise BindingError(
+                f"a call goes on from past_key_values, and {name} did not run in it: bind the prompt's image around "
+                "the whole loop with routingvl.bind_image(model, features), or use generate"
+            )
+
+    def _length(self) -> int:
+        """How many tokens this call itself has put into its cache."""
+        texts = [self.first[key] for key in ("input_ids", "inputs_embeds") if self.first.get(key) is not None]
+        return texts[0].shape[1] if texts else 0
+
+    def close(self) -> None:
+        """End the bindings of this call."""
+        self.bindings.close()
+        self.outputs, self.batch, self.first = [], {}, {}
+
+
+def _sub_module(model: nn.Module, name: str) -> nn.Module:
+    with contextlib.suppress(AttributeError):
+        return _callable(model.get_submodule(name), name)
+    modules = dict(model.named_modules())
+    endings = [found for found in modules if found.endswith(f".{name}")]
+    if len(endings) == 1:
+        return _callable(modules[endings[0]], name)
+    leaf = name.rpartition(".")[2]
+    near = endings or [found for found in modules if leaf in found or "project" in found.rpartition(".")[2]]
+    raise BindingError(
+        f"image_from={name!r} is {'more than one' if endings else 'no'} sub-module of {type(model).__name__}; "
+        f"near: {', '.join(near[:6]) or 'none'}"
+    )
+
+
+def _callable(module: nn.Module, name: str) -> nn.Module:
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        raise BindingError(f"image_from={name!r} is a {type(module).__name__}, which has no output: name one within it")
+    return module
+
+
+def _named(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with its arguments by name, as far as they have one."""
+    kwargs = dict(kwargs)
+    if not args:
+        return (), kwargs
+    parameters = list(inspect.signature(function).parameters.values())[: len(args)]
+    if len(parameters) < len(args) or any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
+        return args, kwargs
+    return (), {**{p.name: value for p, value in zip(parameters, args, strict=True)}, **kwargs}

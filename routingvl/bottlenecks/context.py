@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from routingvl.bottlenecks.recompute import carry_along
+from routingvl.bottlenecks.rows import Tokens, check_mask
 from routingvl.bottlenecks.sharding import is_sharded
 from routingvl.kernels import ImageCode
 
@@ -66,7 +68,7 @@ class VisualContext:
         not: the function that checkpoints them is wrapped in one that carries the binding along.
         """
         for module in model.modules():
-            if hasattr(module, "gradient_checkpointing"):
+            if hasattr(type(module), "gradient_checkpointing") or "gradient_checkpointing" in vars(module):
                 self._recomputed[module] = None
 
     def bind(
@@ -111,12 +113,12 @@ class VisualContext:
             if mask is not None:
                 raise ValueError("mask= belongs to features, and features is None")
         elif mask is not None:
-            _apply_mask(binding, mask)
-        elif features.shape[1] > 1:
-            binding.pooled = features.mean(1, keepdim=True)
+            binding.apply(mask)
+        else:
+            binding.pooled = Tokens(features, None).mean().features
         if self._recomputed and not torch.compiler.is_compiling():
             for module in self._recomputed:
-                _carry_along(self, module)
+                carry_along(self, module)
         return self._bound(binding)
 
     @contextlib.contextmanager
@@ -153,6 +155,18 @@ class VisualContext:
         binding = self._thread.binding
         return None if binding is None else binding.features
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether layers can be called here: there is an image, or it is said that there is none."""
+        binding = self._thread.binding
+        return binding is not None and (binding.features is not None or binding.text_only is not None)
+
+    @property
+    def read_without_image(self) -> bool:
+        """Whether a layer ran in this binding, and there is no image in it."""
+        binding = self._thread.binding
+        return binding is not None and binding.read
+
     def read(self, x: torch.Tensor) -> torch.Tensor:
         """The bound features [B, L, d] for the text ``x`` [B*beams, T, d].
 
@@ -171,6 +185,7 @@ class VisualContext:
         """
         binding = self._thread.binding
         if binding is not None and binding.features is None and binding.text_only is not None:
+            binding.read = True
             keep = None if binding.text_only == "zero" else x.new_zeros(1, 1, 1, dtype=torch.bool)
             return Reading(x.new_zeros(1, 1, width), None, keep)
         binding = self._checked(x)
@@ -347,6 +362,7 @@ class _Binding:
         mask: bool [B, L], True for tokens; None for all.
         counted: the same, but that an entry without tokens (``text_only="zero"``) counts its first.
         present: bool [B], False where the bottleneck adds nothing; None: True everywhere.
+        read: whether a layer ran in it without an image.
         kept: {layer: (state that its code was made in, its weights, its code or None)}. The weights are there so that
             no other tensor can come to stand at their addresses.
         recomputes: whether it is that of a recomputation.
@@ -361,84 +377,28 @@ class _Binding:
     mask: torch.Tensor | None = None
     counted: torch.Tensor | None = None
     present: torch.Tensor | None = None
+    read: bool = False
     kept: dict[nn.Module, tuple[tuple, Weights, ImageCode | None]] = field(default_factory=dict)
     recomputes: bool = False
     hidden: bool = False
 
+    def apply(self, mask: torch.Tensor) -> None:
+        """Fill what depends on ``mask`` [B, L]."""
+        somewhere, everywhere = check_mask(mask, self.features, self.text_only)
+        mask = None if everywhere else mask.to(self.features.device)
+        if mask is not None:
+            self.features = self.features.masked_fill(~mask.unsqueeze(2), 0)
+        self.pooled, present = Tokens(self.features, mask).mean()
+        self.mask = self.counted = mask
+        if not somewhere and self.text_only == "skip":
+            self.present = present.squeeze(1)
+        elif not somewhere:
+            first = torch.arange(mask.shape[1], device=mask.device) == 0
+            self.counted = mask | (first & ~present)
+
     def again(self) -> _Binding:
         """The same for a recomputation, which also sees what was made of the features."""
         return replace(self, recomputes=True, hidden=False)
-
-
-class _CarriesImage:
-    """transformers' function that checkpoints a layer; what it runs, and runs again, reads the image of that call.
-
-    Features that need gradients go through the checkpoint as an argument of the layer: a reentrant one has its
-    gradients from its arguments alone.
-    """
-
-    def __init__(self, function: Callable[..., Any], context: VisualContext) -> None:
-        self.function, self.context = function, context
-
-    def __call__(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.function(run, *args, **options)
-        binding = self.context.bound()
-        if binding is None:
-            return self.function(run, *args, **options)
-        tensors = [t for t in (binding.features, binding.pooled) if t is not None and t.requires_grad]
-        if not tensors:
-            return self.function(lambda *given: self._run(binding, run, given), *args, **options)
-
-        def with_features(features: torch.Tensor, pooled: torch.Tensor, *given: Any) -> Any:
-            if features is binding.features:
-                return self._run(binding, run, given)
-            return self._run(replace(binding, features=features, pooled=pooled, kept={}), run, given)
-
-        return self.function(with_features, binding.features, binding.pooled, *args, **options)
-
-    def _run(self, binding: _Binding, run: Callable[..., Any], given: tuple[Any, ...]) -> Any:
-        with self.context.bound_again(binding):
-            return run(*given)
-
-
-def _carry_along(context: VisualContext, module: nn.Module) -> None:
-    """Wrap the function that checkpoints ``module``, if there is one that is not wrapped."""
-    function = module.__dict__.get("_gradient_checkpointing_func")
-    if function is None or not module.gradient_checkpointing:
-        return
-    known = function
-    while isinstance(known, _CarriesImage):
-        if known.context is context:
-            return
-        known = known.function
-    module._gradient_checkpointing_func = _CarriesImage(function, context)
-
-
-def _apply_mask(binding: _Binding, mask: torch.Tensor) -> None:
-    """Fill what depends on ``mask`` [B, L]."""
-    features = binding.features
-    if mask.dtype != torch.bool or mask.shape != features.shape[:2]:
-        have = f"{mask.dtype} {list(mask.shape)}"
-        raise ValueError(f"mask must be torch.bool {list(features.shape[:2])} like the features' tokens, not {have}")
-    present = mask.any(1)
-    everywhere, somewhere = torch.stack([mask.all(), present.all()]).tolist()
-    if everywhere:
-        binding.pooled = features if features.shape[1] == 1 else features.mean(1, keepdim=True)
-        return
-    if not somewhere and binding.text_only is None:
-        rows = (~present).nonzero().flatten().tolist()
-        raise ValueError(f"rows {rows} of the mask have no visual token: say text_only='skip' or 'zero' for such texts")
-    binding.mask = binding.counted = mask = mask.to(features.device)
-    present = present.to(features.device)
-    binding.features = features = features.masked_fill(~mask.unsqueeze(2), 0)
-    total = features.sum(1, keepdim=True, dtype=torch.promote_types(features.dtype, torch.float32))
-    binding.pooled = (total / mask.sum(1).clamp(min=1).view(-1, 1, 1)).to(features.dtype)
-    if not somewhere and binding.text_only == "skip":
-        binding.present = present
-    elif not somewhere:
-        first = torch.arange(mask.shape[1], device=mask.device) == 0
-        binding.counted = mask | (first & ~present.unsqueeze(1))
 
 
 def _state(recording: bool, features: torch.Tensor, weights: Weights) -> tuple:
