@@ -16,6 +16,7 @@ class Parts:
 
     Attributes:
         sizes: how many columns each part has.
+        columns: which ones.
         is_even: whether all have as many.
     """
 
@@ -23,6 +24,7 @@ class Parts:
         columns = [column for part in parts for column in part]
         if not all(parts) or len(set(columns)) != len(columns) or not 0 <= min(columns) <= max(columns) < out_features:
             raise ValueError(f"parts must be different columns, at least one each, of the {out_features} outputs")
+        self.columns = tuple(map(tuple, parts))
         self.sizes = tuple(len(part) for part in parts)
         self.is_even = len(set(self.sizes)) == 1
         widest = max(self.sizes)

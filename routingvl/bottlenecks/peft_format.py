@@ -267,20 +267,25 @@ def _lora_layers(model: nn.Module) -> dict[str, RoutedLoRA]:
     return {name: module for name, module in model.named_modules() if isinstance(module, RoutedLoRA)}
 
 
-def _blocks(layer: RoutedLoRA) -> Iterator[tuple[slice, slice, slice]]:
-    """For each slice of a layer: its rows in the grouped B [G * n, R], its outputs, and its part of the joined rank."""
-    width, rank = layer.lora_B.shape[0] // layer.groups, layer.rank
-    for group, start in enumerate(layer.columns):
-        yield (
-            slice(group * width, (group + 1) * width),
-            slice(start, start + width),
-            slice(group * rank, (group + 1) * rank),
-        )
+def _blocks(layer: RoutedLoRA) -> Iterator[tuple[slice, list[int], slice]]:
+    """For each slice or part of a layer: its rows in the grouped B, its outputs, and its part of the joined rank."""
+    if layer.parts is not None:
+        columns = layer.parts.columns
+    else:
+        columns = [range(start, start + layer.width) for start in layer.columns]
+    row = 0
+    for group, outputs in enumerate(columns):
+        yield slice(row, row + len(outputs)), list(outputs), slice(group * layer.rank, (group + 1) * layer.rank)
+        row += len(outputs)
+
+
+def _adapts_all(layer: RoutedLoRA) -> bool:
+    return layer.columns is None and layer.parts is None
 
 
 def _spread(layer: RoutedLoRA, grouped: torch.Tensor) -> torch.Tensor:
-    """The up-projection [N, G * R] over the whole output that acts like the grouped one [G * n, R] on its slices."""
-    if layer.columns is None:
+    """The up-projection [N, G * R] over the whole output that acts like the grouped one on its slices."""
+    if _adapts_all(layer):
         return grouped
     full = grouped.new_zeros(layer.out_features, layer.groups * layer.rank)
     for rows, outputs, ranks in _blocks(layer):
@@ -290,7 +295,7 @@ def _spread(layer: RoutedLoRA, grouped: torch.Tensor) -> torch.Tensor:
 
 def _gather(layer: RoutedLoRA, full: torch.Tensor, source: str) -> torch.Tensor:
     """The inverse of :func:`_spread`; an error where ``full`` has entries that the groups cannot hold."""
-    if layer.columns is None:
+    if _adapts_all(layer):
         return full
     if list(full.shape) != [layer.out_features, layer.groups * layer.rank]:
         raise CheckpointError(

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from text_zoo import text_model
 from tiny import answerer, randomise, small_gpt2, small_roberta
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -51,6 +53,8 @@ CASES = {
     "roberta, two widths": (small_roberta, ("query", "output.dense"), ()),
     "gpt2, joined slices": (small_gpt2, None, ()),
     "gpt2, two ranks": (small_gpt2, ("c_attn", "c_fc"), ("ln_f.weight",)),
+    "phi3, parts of other widths": (partial(text_model, "phi3"), None, ()),
+    "gpt_neox, parts by the head": (partial(text_model, "gpt_neox"), None, ()),
     "llama": (small_llama, ("q_proj", "v_proj"), ("norm.weight", "input_layernorm.weight", "lm_head.weight")),
     "llama, tied weights": (tied_llama, ("q_proj", "down_proj"), ("norm.weight", "embed_tokens.weight")),
 }
