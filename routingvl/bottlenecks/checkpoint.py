@@ -21,7 +21,7 @@ from torch import nn
 
 from routingvl import __version__
 from routingvl.atomic_files import replacing, write_json
-from routingvl.bottlenecks.sharding import is_sharded, is_writer, own_class, whole
+from routingvl.bottlenecks.sharding import assign, full_shape, is_sharded, is_writer, own_class, whole
 from routingvl.config import ConfigError, RoutingConfig, from_dict
 from routingvl.config.checks import check_settings
 from routingvl.json_files import read_json
@@ -72,18 +72,35 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_adapter(model: Any, directory: str | Path) -> None:
+def save_adapter(
+    model: Any,
+    directory: str | Path,
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    is_main_process: bool = True,
+) -> None:
     """Write ``model``'s trained parameters and configuration into ``directory`` (made when missing).
 
-    Where FSDP2 shards the model, every process calls this and the first one writes.
+    Where FSDP2 or ZeRO-3 shards the model, every process calls this and the first one writes.
+
+    Args:
+        model: one of ``routingvl.models``.
+        directory: the folder.
+        state_dict: where to take the trained parameters from, by their names in the model, gathered by another
+            program; None for the model itself.
+        is_main_process: False takes part in gathering, and writes nothing.
 
     Raises:
-        CheckpointError: ``directory`` is a file, or a trained parameter holds NaN or infinity.
+        CheckpointError: ``directory`` is a file, a trained parameter holds NaN or infinity, or ``state_dict`` lacks
+            one.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; give a folder to save into")
-    tensors = {name: whole(p).cpu().contiguous() for name, p in trained_parameters(model).items()}
+    sharded = any(map(is_sharded, model.parameters()))
+    if not (sharded or is_main_process):
+        return
+    tensors = _gathered(trained_parameters(model), state_dict)
     check_floats(tensors, "the trained parameters", CheckpointError)
     parts = {"vision": model.vit, "text": model.language_model}
     config = {
@@ -95,10 +112,21 @@ def save_adapter(model: Any, directory: str | Path) -> None:
         "model": model.options(),
         "backbones": {role: _describe(part, model.backbones[role], directory) for role, part in parts.items()},
     }
-    if is_writer(any(map(is_sharded, model.parameters()))):
+    if is_main_process and is_writer(sharded):
         directory.mkdir(parents=True, exist_ok=True)
         write_tensors(directory / WEIGHTS, tensors)
         write_json(directory / CONFIG, config)
+
+
+def _gathered(
+    parameters: Mapping[str, nn.Parameter], state_dict: Mapping[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
+    """The trained parameters whole and on the CPU, of ``state_dict`` where one is given."""
+    if state_dict is None:
+        return {name: whole(parameter).cpu().contiguous() for name, parameter in parameters.items()}
+    if absent := sorted(parameters.keys() - state_dict.keys()):
+        raise CheckpointError(f"state_dict= lacks the trained parameters {listed(absent)}")
+    return {name: whole(state_dict[name]).cpu().contiguous() for name in parameters}
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -198,7 +226,7 @@ def copy_strictly(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, 
     differences = {"missing": parameters.keys() - tensors.keys(), "unexpected": tensors.keys() - parameters.keys()}
     problems = [f"{what} {listed(sorted(names))}" for what, names in differences.items() if names]
     for name in sorted(parameters.keys() & tensors.keys()):
-        have, want = list(tensors[name].shape), list(parameters[name].shape)
+        have, want = list(tensors[name].shape), full_shape(parameters[name])
         if have != want:
             problems.append(f"{name} has shape {have}, the model needs {want}")
     if problems:
@@ -206,9 +234,8 @@ def copy_strictly(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, 
     converted = {name: tensors[name].to(parameter.dtype) for name, parameter in parameters.items()}
     if bad := [name for name, tensor in converted.items() if not is_finite(tensor)]:
         raise CheckpointError(f"{source}: {listed(bad)} holds numbers too large for {converted[bad[0]].dtype}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(converted[name])
+    for name, parameter in parameters.items():
+        assign(parameter, converted[name])
 
 
 def _describe(backbone: nn.Module | None, name: str | None, directory: Path) -> dict[str, Any] | None:
@@ -259,8 +286,8 @@ def content_digest(backbone: nn.Module) -> str:
         settings = {name: getattr(backbone.config, name, None) for name in _SETTINGS}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, parameter in frozen.items():
-            digest.update(f"{name}{list(parameter.shape)}".encode())
-            values = whole(parameter).detach().to(torch.bfloat16).cpu().contiguous()
+            digest.update(f"{name}{full_shape(parameter)}".encode())
+            values = whole(parameter).to(torch.bfloat16).cpu().contiguous()
             digest.update(values.view(-1).view(torch.uint8).numpy())
         _digests[backbone] = state, digest.hexdigest()
     return _digests[backbone][1]
@@ -277,5 +304,5 @@ def fingerprint(backbone: nn.Module) -> str:
             continue
         values = whole(parameter).flatten()
         sample = values[:: max(1, values.numel() // 8)][:8].to("cpu", torch.float32).to(torch.bfloat16)
-        digest.update(f"{name}{list(parameter.shape)}{sample.tolist()}".encode())
+        digest.update(f"{name}{full_shape(parameter)}{sample.tolist()}".encode())
     return digest.hexdigest()[:16]

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from routingvl.bottlenecks.checkpoint import CheckpointError, read_adapter_config
-from routingvl.models.base import ModelOutput, RoutedVLModel
+from routingvl.models.base import RoutedVLModel
 from routingvl.models.captioning import ViTGPT2ForCaptioning
 from routingvl.models.classification import ViTRobertaForClassification, ViTRobertaForVQA
+from routingvl.models.hub import DOWNLOAD_OPTIONS, adapter_folder
+from routingvl.models.output import ModelOutput
 
 __all__ = [
     "ModelOutput",
@@ -20,7 +22,8 @@ MODELS = {cls.__name__: cls for cls in (ViTGPT2ForCaptioning, ViTRobertaForClass
 
 
 def load_pretrained(directory: str | Path, **kwargs: Any) -> RoutedVLModel:
-    """Load a saved model of any class; see :meth:`RoutedVLModel.from_pretrained`."""
+    """Load a saved model of any class, of a folder or the hub; see :meth:`RoutedVLModel.from_pretrained`."""
+    directory = adapter_folder(directory, **{name: kwargs.pop(name, None) for name in DOWNLOAD_OPTIONS})
     name = read_adapter_config(directory)["model_class"]
     if name not in MODELS:
         raise CheckpointError(f"{directory}: model_class {name!r} is not a model of this library")

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,17 +22,16 @@ from routingvl.bottlenecks.report import TrainableReport, trainable_report
 from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict, nearest
 from routingvl.config.checks import check_value, types_of
 from routingvl.kernels import ROUTINGS
+from routingvl.models import hub
 from routingvl.models.checks import check_finite, check_tensor, check_values, check_zeros_and_ones
+from routingvl.models.output import ModelOutput
+from routingvl.models.placement import backbone_dtypes, place
+from routingvl.models.pretrained import PretrainedParts
+
+__all__ = ["ModelOutput", "RoutedVLModel"]
 
 
-class ModelOutput(NamedTuple):
-    """loss: scalar, or None without labels; logits: see the model, None where they were not asked for."""
-
-    loss: torch.Tensor | None
-    logits: torch.Tensor | None
-
-
-class RoutedVLModel(nn.Module):
+class RoutedVLModel(PretrainedParts):
     """A frozen ViT whose features reach a language model as a visual prefix and through routed bottlenecks.
 
     Use a subclass, and build it with :meth:`from_backbones`.
@@ -87,11 +86,19 @@ class RoutedVLModel(nn.Module):
         # How many positions (prefix and text together) the text model has embeddings for.
         self.max_positions = position_limit(text)
         self.backbones: dict[str, str | None] = {"vision": None, "text": None}
+        self.config.describe(text, vision)
         self.train(text.training)
 
     @classmethod
     def from_backbones(
-        cls, vision: str | Path | nn.Module | None, text: str | Path | nn.Module, config: RoutingConfig, **options: Any
+        cls,
+        vision: str | Path | nn.Module | None,
+        text: str | Path | nn.Module,
+        config: RoutingConfig,
+        *,
+        dtype: str | torch.dtype | Mapping[str, str | torch.dtype] | None = None,
+        device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> RoutedVLModel:
         """Build the model from its two backbones.
 
@@ -100,6 +107,10 @@ class RoutedVLModel(nn.Module):
                 ``vision_width`` gives their width, by default the text model's).
             text: hub name, local folder or model object.
             config: the routed bottlenecks.
+            dtype: floating-point type of the backbones: one ("bfloat16", torch.bfloat16), or one each for "vision" and
+                "text"; None for float32, and for a module as it is.
+            device_map: where the model goes: a device, "auto" for the accelerator where there is one, or a device each
+                for "vision" and "text"; None for where the backbones are.
             **options: keyword arguments of the class and of :class:`RoutedVLModel`.
 
         Raises:
@@ -107,14 +118,18 @@ class RoutedVLModel(nn.Module):
             OSError: a name or folder holds no model (transformers' message names it).
         """
         cls.check_options(options, f"{cls.__name__}.from_backbones")
+        dtypes = backbone_dtypes(dtype)
         try:
             vision_model, vision_name = _resolve(vision, load_tower)
             text_model, text_name = _resolve(text, partial(load_text, cls.model_type))
+            for module, kind in ((vision_model, dtypes["vision"]), (text_model, dtypes["text"])):
+                if module is not None and kind is not None:
+                    module.to(kind)
             model = cls(vision_model, text_model, config, **options)
         except BackboneError as error:
             raise ConfigError(str(error)) from error
         model.backbones = {"vision": vision_name, "text": text_name}
-        return model
+        return place(model, device_map)
 
     @property
     def language_model(self) -> nn.Module:
@@ -159,6 +174,8 @@ class RoutedVLModel(nn.Module):
         if not len(pixel_values):
             raise ValueError("the batch is empty: there is no image in pixel_values")
         check_finite("pixel_values", pixel_values)
+        weight = next(self.vit.parameters())  # of another type, or on another device, than the language model perhaps
+        pixel_values = pixel_values.to(weight.device, weight.dtype if weight.is_floating_point() else None)
         return image_features(self.vit, pixel_values, self.vision_features)
 
     def visual_features(self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None) -> torch.Tensor:
@@ -181,7 +198,7 @@ class RoutedVLModel(nn.Module):
             raise ValueError("the batch is empty: there is no image in vision_features")
         check_finite("vision_features", vision_features)
         _check_tokens(self.routing, vision_features.shape[1])
-        features = vision_features.to(self.dtype)
+        features = vision_features.to(self.device, self.dtype)
         return features if self.visual_projection is None else self.visual_projection(features)
 
     def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -225,17 +242,36 @@ class RoutedVLModel(nn.Module):
             "attention_mask": torch.cat([attention_mask.new_ones(features.shape[:2]), attention_mask], dim=1),
         }
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute each transformer layer in backward instead of keeping its activations (non-reentrant)."""
-        # Under torch.compile the recomputation is part of the traced graph, where a context function is not allowed.
-        kwargs = {"use_reentrant": False, "context_fn": self.context.checkpoint_context_fn}
-        enable = getattr(self.language_model, "activation_checkpointing_enable", None)
-        (enable or self.language_model.gradient_checkpointing_enable)(kwargs)
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Recompute each transformer layer in backward instead of keeping its activations.
 
-    def gradient_checkpointing_disable(self) -> None:
+        Args:
+            activation_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``; non-reentrant by default.
+            **options: of transformers' method (every_n_layers, offload).
+        """
+        # Under torch.compile the recomputation is part of the traced graph, where a context function is not allowed.
+        kwargs = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if not kwargs["use_reentrant"]:
+            kwargs.setdefault("context_fn", self.context.checkpoint_context_fn)
+        enable = getattr(self.language_model, "activation_checkpointing_enable", None)
+        (enable or self.language_model.gradient_checkpointing_enable)(kwargs, **options)
+
+    def activation_checkpointing_disable(self) -> None:
         """Keep activations again."""
         disable = getattr(self.language_model, "activation_checkpointing_disable", None)
         (disable or self.language_model.gradient_checkpointing_disable)()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """:meth:`activation_checkpointing_enable` by its former name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """:meth:`activation_checkpointing_disable` by its former name."""
+        self.activation_checkpointing_disable()
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -260,10 +296,6 @@ class RoutedVLModel(nn.Module):
         """The keyword arguments, beside backbones and routing, that make this model again."""
         return {name: getattr(self, name) for name in self.option_names() if name != "backend"}
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write the trained parameters (safetensors) and the configuration (JSON); backbones by reference only."""
-        checkpoint.save_adapter(self, directory)
-
     @classmethod
     def from_pretrained(
         cls,
@@ -271,19 +303,41 @@ class RoutedVLModel(nn.Module):
         vision: str | Path | nn.Module | None = None,
         text: str | Path | nn.Module | None = None,
         backend: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        dtype: str | torch.dtype | Mapping[str, str | torch.dtype] | None = None,
+        device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> RoutedVLModel:
         """Load what :meth:`save_pretrained` wrote.
 
         Args:
-            directory: the folder.
+            directory: the folder, or the name of an adapter on the hub.
             vision, text: backbones to use instead of the ones the folder refers to (needed when they were given as
                 objects, or have moved).
             backend: see :func:`routingvl.kernels.lora.api`.
+            revision, token, cache_dir, local_files_only, force_download: of huggingface_hub, for an adapter on the hub.
+            dtype, device_map: see :meth:`from_backbones`.
+            **options: other keywords of transformers are an error, unless they ask for nothing.
 
         Raises:
             CheckpointError: the folder is not a saved model of this class, a backbone is missing or another one than
                 was trained with, or the parameters do not fit.
+            ConfigError: a keyword is unknown or cannot be honoured.
         """
+        dtype = hub.check_load_options(options, f"{cls.__name__}.from_pretrained", dtype)
+        directory = hub.adapter_folder(
+            directory,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
         saved = checkpoint.read_adapter_config(directory, cls.__name__)
         source = Path(directory) / checkpoint.CONFIG
         if saved["model"].keys() != (known := set(cls.option_names()) - {"backend"}):
@@ -293,12 +347,12 @@ class RoutedVLModel(nn.Module):
             routing = from_dict(RoutingConfig, saved["routing"], "routing")
             cls.check_options(saved["model"], "model")
             backbones = checkpoint.resolve_backbones(directory, saved, vision=vision, text=text)
-            options = {"backend": backend, **saved["model"]}
-            model = cls.from_backbones(backbones["vision"], backbones["text"], routing, **options)
+            kept = {"backend": backend, **saved["model"]}
+            model = cls.from_backbones(backbones["vision"], backbones["text"], routing, dtype=dtype, **kept)
         except ConfigError as error:
             raise checkpoint.CheckpointError(f"{source}: {error}") from error
         checkpoint.load_adapter(model, directory, saved)
-        return model.eval()
+        return place(model.eval(), device_map)
 
 
 def _check_tokens(routing: RoutingConfig, visual_tokens: int) -> None:

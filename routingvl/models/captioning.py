@@ -14,6 +14,7 @@ from routingvl.data.collate import IGNORED
 from routingvl.models.base import ModelOutput, RoutedVLModel
 from routingvl.models.checks import check_tensor, check_values
 from routingvl.models.losses import caption_loss, caption_loss_without_logits, caption_targets
+from routingvl.models.output import UnalignedOutput
 
 
 class ViTGPT2ForCaptioning(RoutedVLModel):
@@ -52,6 +53,7 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         # In place of the backbone's own (generation_config.json), which could hold penalties or a least length.
         tokens = {"bos_token_id": self.start_token, "eos_token_id": self.end_token, "pad_token_id": self.end_token}
         text.generation_config = type(text.generation_config)(**tokens)
+        self.config.pad_token_id = self.end_token
         # A head that is the embeddings once more stands once in the state: transformers' Trainer cannot save it twice.
         self.register_state_dict_post_hook(_leave_out_tied_head)
         self.register_load_state_dict_pre_hook(_put_back_tied_head)
@@ -100,7 +102,11 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
                 hidden = self.gpt.transformer(**inputs, use_cache=False).last_hidden_state
         if not return_logits:  # outside of the block: the compiled graph ends where the loss begins
             return ModelOutput(self._loss_without_logits(hidden, labels), None)
-        return ModelOutput(None if labels is None else caption_loss(logits, self.next_tokens(labels)), logits)
+        if labels is None:
+            # With a prefix there are more logits than labels, which is an error in evaluation anyway.
+            unaligned = self.training or not self.visual_prefix
+            return (UnalignedOutput if unaligned else ModelOutput)(None, logits)
+        return ModelOutput(caption_loss(logits, self.next_tokens(labels)), logits)
 
     @torch.compiler.disable  # how many positions count differs from batch to batch
     def _loss_without_logits(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -116,19 +122,27 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         pixel_values: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
-        num_beams: int = 1,
-        max_new_tokens: int = 20,
+        num_beams: int | None = None,
+        max_new_tokens: int | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        max_length: int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Write captions with a key-value cache, by beam search or whatever ``kwargs`` ask of ``GPT2.generate``.
 
-        Nothing but the arguments decides: the backbone's own generation_config.json is not read.
+        What no argument says, ``generation_config`` does: that of the call, else the model's, which names the tokens
+        and nothing else until someone sets more. The backbone's own generation_config.json is not read.
 
         Args:
             pixel_values, vision_features: one of them, see :meth:`visual_features`.
             input_ids: [B, T] the beginning of each caption, without padding; None to start from the image.
-            num_beams: width of the beam.
-            max_new_tokens: length limit; image, beginning and new tokens have to fit the position embeddings.
+            num_beams: width of the beam, by default 1.
+            max_new_tokens: length limit, by default 20; image, beginning and new tokens have to fit the position
+                embeddings.
+            attention_mask, labels, max_length: as Seq2SeqTrainer passes them: see :meth:`beginning`; ``max_length``
+                is ``max_new_tokens`` by the name that it has there.
             **kwargs: passed on to transformers' ``generate`` (num_return_sequences, do_sample, length_penalty ...).
 
         Returns:
@@ -138,6 +152,10 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
         Raises:
             ValueError: inputs do not fit each other or the position embeddings, or a number is below 1.
         """
+        settings = kwargs.get("generation_config") or self.generation_config
+        num_beams = _first(num_beams, settings.num_beams, 1)
+        max_new_tokens = _first(max_new_tokens, max_length, settings.max_new_tokens, settings.max_length, 20)
+        input_ids = self.beginning(input_ids, attention_mask, labels)
         if min(num_beams, max_new_tokens) < 1:
             raise ValueError(f"num_beams={num_beams} and max_new_tokens={max_new_tokens} must be at least 1")
         features = self.visual_features(pixel_values, vision_features)
@@ -149,7 +167,7 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
                 f"text model has {self.max_positions}"
             )
         # transformers lays the candidates of one image side by side, as rows of the image's one entry.
-        beams = max(num_beams, kwargs.get("num_return_sequences", 1))
+        beams = max(num_beams, _first(kwargs.get("num_return_sequences"), settings.num_return_sequences, 1))
         with self.context.bind(features, beams=beams, decoding=True):
             tokens = self.gpt.generate(
                 **start, num_beams=num_beams, max_new_tokens=max_new_tokens, use_cache=True, **kwargs
@@ -170,6 +188,11 @@ class ViTGPT2ForCaptioning(RoutedVLModel):
                 "attention_mask": features.new_ones(features.shape[:2], dtype=torch.long),
             }
         return self.text_inputs(features, input_ids, None)
+
+
+def _first(*values: int | None) -> int:
+    """The first that is not None."""
+    return next(value for value in values if value is not None)
 
 
 def _tied_head(model: ViTGPT2ForCaptioning, prefix: str) -> tuple[str, str] | None:

@@ -50,7 +50,7 @@ class ViTRobertaForClassification(RoutedVLModel):
         if num_labels < 1:
             raise ConfigError(f"num_labels={num_labels!r} must be at least 1")
         super().__init__(vision, text, routing, **shared)
-        self.num_labels = num_labels
+        self.num_labels = self.config.num_labels = num_labels
         self.classifier_layers = classifier_layers
         self.text_embedding = text_embedding
         self.classifier = _classifier(self.roberta.config.hidden_size, num_labels, classifier_layers)
