@@ -20,7 +20,7 @@ def cache_features(
     """Add to ``data.feature_cache`` the features of every image of ``splits`` that it lacks.
 
     Args:
-        config: of the run; its vision tower, vision_features, preprocessing, data and device matter. No language model
+        config: of the run; its vision tower, its features, preprocessing, data and device matter. No language model
             is loaded.
         splits: by default data.train_split and data.val_split, with their limits; named ones are taken whole.
         progress: draw a bar.
@@ -43,7 +43,7 @@ def cache_features(
     task = task_class(config, None, preprocessor)
     loaded = task.read_training_splits() if splits is None else [task.load_split(split) for split in splits]
     vision = load_tower(config.model.vision).to(device)
-    store = FeatureStore(vision, config.model.vision_features, preprocessor, data)
+    store = FeatureStore(vision, config.model.vision_features, preprocessor, data, config.model.vision_layer)
     counts = []
     for split in filter(None, loaded):
         found, computed = store.found, store.computed

@@ -38,10 +38,13 @@ class ModelConfig:
     """Backbones and head; both backbones stay frozen but for what ``routing`` trains.
 
     Attributes:
-        vision: ViT, a hub name or a local folder.
+        vision: vision tower, a hub name or a local folder.
         text: language model, a hub name or a local folder; null takes the task's, roberta-base or gpt2.
         tokenizer: hub name or local folder; null takes the one of the language model.
-        vision_features: what of the ViT is used: pooler, cls, mean or tokens (all of them; routing vllora only).
+        vision_features: what of the vision tower is used: pooler, cls, mean or tokens (all of them; routing vllora
+            only).
+        vision_layer: transformer layer of the vision tower whose output is used, from the end and without a norm (-2:
+            the last but one); null takes the tower's own output.
         visual_prefix: put the image in front of the text as well as into the bottlenecks.
         classifier_layers: linear layers in the head over answers or labels, 1 or 2.
         text_embedding: RoBERTa with a prefix embeds text twice in the published code (published) or once (single).
@@ -54,6 +57,7 @@ class ModelConfig:
     text: str | None = None
     tokenizer: str | None = None
     vision_features: str = setting("pooler", choices=tuple(FEATURES))
+    vision_layer: int | None = setting(None, least=-1000, most=-1)
     visual_prefix: bool = True
     classifier_layers: int = setting(2, choices=CLASSIFIER_LAYERS)
     text_embedding: str = setting("published", choices=TEXT_EMBEDDINGS)

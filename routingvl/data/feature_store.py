@@ -38,7 +38,9 @@ from routingvl.data.images import ImageDataset, ImagePreprocessor, ImageRecord
 _IGNORED_CONFIG = ("transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id")
 
 
-def vision_key(vision: nn.Module, kind: str, preprocessor: ImagePreprocessor) -> dict[str, Any]:
+def vision_key(
+    vision: nn.Module, kind: str, preprocessor: ImagePreprocessor, layer: int | None = None
+) -> dict[str, Any]:
     """Plain values of everything that decides an image's features: the key of a :class:`FeatureCache`.
 
     All weights and buffers count, bit for bit, with their dtypes; so does the config, but neither the folder it was
@@ -53,7 +55,8 @@ def vision_key(vision: nn.Module, kind: str, preprocessor: ImagePreprocessor) ->
         for name, value in vision.config.to_dict().items()
         if name not in _IGNORED_CONFIG and not name.startswith("_")
     }
-    return {"weights": digest.hexdigest(), "config": config, "kind": kind, "preprocessing": preprocessor.to_dict()}
+    key = {"weights": digest.hexdigest(), "config": config, "kind": kind, "preprocessing": preprocessor.to_dict()}
+    return key if layer is None else key | {"layer": layer}
 
 
 class FeatureStore:
@@ -64,6 +67,7 @@ class FeatureStore:
         kind: which of its outputs to keep, see :func:`routingvl.backbones.vision.image_features`.
         preprocessor: image file -> pixel values.
         settings: ``feature_cache``, ``feature_dtype``, ``feature_batch_size``, ``workers`` and ``on_bad_image`` count.
+        layer: of the tower, see there.
 
     Attributes:
         found, computed: images that :meth:`load` took from the cache, and that it ran the tower for.
@@ -73,11 +77,17 @@ class FeatureStore:
     """
 
     def __init__(
-        self, vision: nn.Module | None, kind: str, preprocessor: ImagePreprocessor, settings: DataConfig
+        self,
+        vision: nn.Module | None,
+        kind: str,
+        preprocessor: ImagePreprocessor,
+        settings: DataConfig,
+        layer: int | None = None,
     ) -> None:
         if vision is None:
             raise ConfigError("features need a vision tower, and the model was built without one")
-        self.vision, self.kind, self.preprocessor, self.settings = vision.eval(), kind, preprocessor, settings
+        self.vision, self.kind, self.layer = vision.eval(), kind, layer
+        self.preprocessor, self.settings = preprocessor, settings
         self.device = next(vision.parameters()).device
         self.found = self.computed = 0
         self._lock = threading.Lock()
@@ -86,14 +96,14 @@ class FeatureStore:
         self.cache: FeatureCache | MemoryCache = MemoryCache(dtype)
         if settings.feature_cache is not None:
             shape = self.encode(torch.zeros(1, 3, *preprocessor.size)).shape[1:]
-            key = vision_key(vision, kind, preprocessor)
+            key = vision_key(vision, kind, preprocessor, layer)
             self.cache = FeatureCache(settings.feature_cache, key, tuple(shape), dtype)
             # Digests of the two ways to read a file differ, and so they are remembered apart.
             self.files = FileDigests(Path(settings.feature_cache) / ("files-exif" if preprocessor.exif else "files"))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixel values [B, 3, H, W] -> features [B, L, d], on the tower's device and without gradients."""
-        return image_features(self.vision, pixels.to(self.device), self.kind)
+        return image_features(self.vision, pixels.to(self.device), self.kind, self.layer)
 
     def load(
         self, images: Iterable[ImageRecord], *, on_bad_image: str | None = None, progress: bool = False

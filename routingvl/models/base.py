@@ -39,6 +39,7 @@ class RoutedVLModel(PretrainedParts):
     Args:
         vision, text, routing: backbones (modules) and bottlenecks.
         vision_features: "pooler", "cls", "mean" or "tokens", see :func:`routingvl.backbones.vision.image_features`.
+        vision_layer: of the vision tower, from the end; None is its own output, see there.
         visual_prefix: put the visual tokens in front of the text.
         vision_width: d of ``vision_features=`` inputs when vision is None.
         backend: see :func:`routingvl.kernels.lora.api`.
@@ -54,6 +55,7 @@ class RoutedVLModel(PretrainedParts):
         routing: RoutingConfig,
         *,
         vision_features: str = "pooler",
+        vision_layer: int | None = None,
         visual_prefix: bool = True,
         vision_width: int | None = None,
         backend: str | None = None,
@@ -62,13 +64,14 @@ class RoutedVLModel(PretrainedParts):
         text = text_body(self.model_type, text)
         check_choice("vision_features", vision_features, FEATURES)
         if vision is not None:
-            check_features(vision, vision_features)
+            check_features(vision, vision_features, vision_layer)
         if vision is None and vision_width is None:
             vision_width = text.config.hidden_size
         # Checked here for the kind of feature, and again for the tensor of each call.
         _check_tokens(routing, 2 if vision_features == "tokens" else 1)
         self.routing = routing
         self.vision_features = vision_features
+        self.vision_layer = vision_layer
         self.visual_prefix = visual_prefix
         self.vision_width = vision_width if vision is None else tower_width(vision)
         self.context = VisualContext()
@@ -176,7 +179,7 @@ class RoutedVLModel(PretrainedParts):
         check_finite("pixel_values", pixel_values)
         weight = next(self.vit.parameters())  # of another type, or on another device, than the language model perhaps
         pixel_values = pixel_values.to(weight.device, weight.dtype if weight.is_floating_point() else None)
-        return image_features(self.vit, pixel_values, self.vision_features)
+        return image_features(self.vit, pixel_values, self.vision_features, self.vision_layer)
 
     def visual_features(self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None) -> torch.Tensor:
         """Features [B, L, d] in the language model's width and type, from exactly one of the two inputs.
@@ -340,6 +343,7 @@ class RoutedVLModel(PretrainedParts):
         )
         saved = checkpoint.read_adapter_config(directory, cls.__name__)
         source = Path(directory) / checkpoint.CONFIG
+        saved["model"].setdefault("vision_layer", None)  # what earlier versions wrote has no such key
         if saved["model"].keys() != (known := set(cls.option_names()) - {"backend"}):
             keys = ", ".join(sorted(known ^ saved["model"].keys()))
             raise checkpoint.CheckpointError(f"{source}: model lacks, or has in excess, {keys}")

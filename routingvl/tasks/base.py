@@ -203,7 +203,7 @@ class Task(ABC):
     def build_model(self) -> RoutedVLModel:
         """A new model as the config describes it."""
         settings = self.config.model
-        names = ("vision_features", "visual_prefix", "backend", *self.model_settings)
+        names = ("vision_features", "vision_layer", "visual_prefix", "backend", *self.model_settings)
         return self.model_class.from_backbones(
             settings.vision,
             settings.text or self.text_model,
@@ -246,7 +246,8 @@ class Task(ABC):
     @cached_property
     def feature_store(self) -> FeatureStore:
         """Computes and keeps the features of images, in memory or in ``data.feature_cache``."""
-        return FeatureStore(self.model.vit, self.model.vision_features, self.preprocessor, self.config.data)
+        model = self.model
+        return FeatureStore(model.vit, model.vision_features, self.preprocessor, self.config.data, model.vision_layer)
 
     def encode_files(self, paths: Sequence[str | os.PathLike[str]]) -> dict[str, torch.Tensor]:
         """Image files as an input of the model: ``pixel_values`` or, with a feature cache, ``vision_features``.

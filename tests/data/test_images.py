@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from routingvl.data.collate import collate_images
 from routingvl.data.files import DataError, ImageFolders
+from routingvl.data.image_files import to_rgb
 from routingvl.data.images import (
     ImageDataset,
     ImageError,
@@ -20,7 +21,6 @@ from routingvl.data.images import (
     ImageRecord,
     PictureSource,
     load_image,
-    to_rgb,
 )
 
 
