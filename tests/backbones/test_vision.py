@@ -1,12 +1,23 @@
 """Vision towers: what is taken of a ViT, another tower as one more row, and folders of kinds that have none."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
+from PIL import Image
 from tiny import tiny_config, write_tiny
 from training_runs import losses
-from transformers import Swinv2Config, Swinv2Model, ViTModel, ViTMSNConfig, ViTMSNModel
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    Swinv2Config,
+    Swinv2Model,
+    ViTModel,
+    ViTMSNConfig,
+    ViTMSNModel,
+)
 
 from routingvl.backbones.loading import BackboneError
 from routingvl.backbones.vision import FEATURES, TOWERS, VisionTower, image_features, load_tower, tower_width
@@ -14,6 +25,7 @@ from routingvl.cache_features import cache_features
 from routingvl.config import ConfigError
 from routingvl.data.images import ImagePreprocessor
 from routingvl.evaluate import evaluate
+from routingvl.models import load_pretrained
 from routingvl.train import train
 
 WIDTH, SIZE = 24, 16  # another width than the language model's, so that it is projected
@@ -88,6 +100,50 @@ def test_a_tower_may_lack_a_feature(tiny, monkeypatch):
     monkeypatch.setitem(TOWERS, "vit", row)
     with pytest.raises(BackboneError, match=r"vision_features='cls': a vit has only 'mean'"):
         image_features(load_tower(str(tiny / "vit")), torch.zeros(1, 3, SIZE, SIZE), "cls")
+
+
+def test_the_last_layer_but_one_of_a_whole_clip(tiny, tmp_path):
+    """Read, kept and trained on, as LLaVA takes it; saved with the adapter, and never mixed up with another layer."""
+    torch.manual_seed(0)
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    clip = CLIPModel(CLIPConfig(text_config=text | {"vocab_size": 50}, vision_config=SHAPE | {"num_hidden_layers": 2}))
+    clip.save_pretrained(tmp_path / "clip")
+    size = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
+    own = CLIPImageProcessorPil(**size)
+    own.save_pretrained(tmp_path / "clip")
+    settings = {"vision": str(tmp_path / "clip"), "vision_features": "mean", "feature_cache": str(tmp_path / "cache")}
+    config = tiny_config(tiny, tmp_path / "run", "vqa", max_steps=2, vision_layer=-2, **settings)
+    last = dataclasses.replace(config, model=dataclasses.replace(config.model, vision_layer=None))
+    assert cache_features(last)[0][2] > 0
+    assert cache_features(config)[0][2] > 0, "features of another layer were taken from the cache"
+    assert cache_features(config)[0][2] == 0
+    kept = train(config, log="quiet")
+    read = train(
+        tiny_config(tiny, tmp_path / "read", "vqa", max_steps=2, vision_layer=-2, **settings | {"feature_cache": None})
+    )
+    assert losses(kept) == pytest.approx(losses(read), rel=1e-5)
+    assert evaluate(kept.run_dir, log="quiet")["n"] == 5
+
+    model = load_pretrained(kept.run_dir / "last")
+    assert model.vision_layer == -2
+    image = Image.open(next((tiny / "data" / "val2014").iterdir()))
+    pixels = own(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        hidden = clip.vision_model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(model.encode_images(pixels), hidden[:, 1:].mean(1, keepdim=True))
+
+    path = kept.run_dir / "last" / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    assert saved["model"].pop("vision_layer") == -2
+    path.write_text(json.dumps(saved))
+    assert load_pretrained(kept.run_dir / "last").vision_layer is None, "what earlier versions wrote"
+
+
+@pytest.mark.parametrize("layer", [0, 1, -3, "last"])
+def test_a_layer_that_is_none_stops_a_run(tiny, tmp_path, layer):
+    with pytest.raises(ConfigError, match="vision_layer"):
+        train(tiny_config(tiny, tmp_path / "run", "vqa", vision_layer=layer, vision_features="cls"), log="quiet")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_another_kind_is_no_tower(tiny, tmp_path):
