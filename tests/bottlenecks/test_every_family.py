@@ -1,5 +1,9 @@
 """Every row of the table of families, on tiny random models: LoRA and adapters train, and see the image."""
 
+import dataclasses
+from pathlib import Path
+
+import peft
 import pytest
 import torch
 from text_zoo import LAYERS, TARGETS, generates, text_batch, text_model, vision_language_model
@@ -7,9 +11,10 @@ from tiny import WIDTH, randomise
 from torch import nn
 
 from routingvl import RoutingConfig, VisualContext, inject
-from routingvl.bottlenecks.families import FAMILIES
+from routingvl.bottlenecks.families import FAMILIES, Family, Projection
 from routingvl.bottlenecks.inject import SurgeryError, remove
 from routingvl.bottlenecks.layers import RoutedAdapter, RoutedLayer, RoutedLoRA
+from routingvl.bottlenecks.peft_format import export_peft, import_peft
 from routingvl.bottlenecks.places import adapter_places, is_norm, lora_places, text_models
 
 INSIDE = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")  # language models that come in another only
@@ -68,8 +73,38 @@ def check_learns(kind: str, **settings: object) -> None:
     assert [type(module) for module in model.modules()] == types
 
 
-def test_the_tests_know_every_row():
+def test_the_tests_and_the_page_know_every_row():
     assert sorted([*TARGETS, *INSIDE]) == sorted(FAMILIES)
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    table = [line for line in page.splitlines() if line.startswith("| `")]
+    assert table == rows(), "write these rows into docs/families.md"
+
+
+def rows() -> list[str]:
+    """The lines of the table in docs/families.md: families with the same names share one."""
+    alike: dict[Family, list[str]] = {}
+    for kind, family in FAMILIES.items():
+        alike.setdefault(dataclasses.replace(family, model_type=""), []).append(f"`{kind}`")
+    return [_row(", ".join(kinds), family) for family, kinds in alike.items()]
+
+
+def _row(kinds: str, family: Family) -> str:
+    loras = [f"`{p.name}`{_parts(p)}{_unrouted(p)}" for p in family.projections if p.default]
+    cells = [kinds, f"`{family.layer}`", ", ".join(loras)]
+    cells.append(", ".join(f"`{sublayer.output}`" for sublayer in family.sublayers))
+    cells.append(", ".join(dict.fromkeys(f"`{sublayer.norm}`" for sublayer in family.sublayers)))
+    cells.append("yes" if family.adapter_residual else "no")
+    return f"| {' | '.join(cells)} |"
+
+
+def _parts(projection: Projection) -> str:
+    if projection.parts == 1:
+        return ""
+    return " (v)" if projection.adapted == (1,) else " (q, v)"
+
+
+def _unrouted(projection: Projection) -> str:
+    return " (no image)" if projection.unrouted else ""
 
 
 @pytest.mark.parametrize("kind", TARGETS)
@@ -86,6 +121,41 @@ def test_lora_on_query_and_value(kind):
 def test_adapters_behind_sublayers(kind):
     assert len(adapter_places(text_model(kind), RoutingConfig(method="adapter"))) == LAYERS * PLACES.get(kind, 2)
     check_learns(kind, method="adapter")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TARGETS)
+def test_several_visual_tokens_and_beams(kind):
+    model, batch, features, context = text_model(kind), text_batch(kind), images(tokens=4), VisualContext()
+    inject(model, RoutingConfig(routing="vllora", rank=4), context)
+    randomise(model)
+    seen = logits(model, context, batch, features)
+    assert (seen - logits(model, context, batch, features.flip(0))).abs().max() > 1e-4
+    if generates(kind):
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "num_beams": 3}
+        texts = []
+        for cache in (True, False):
+            with context.bind(features, beams=None, decoding=True):
+                texts.append(model.generate(**inputs, use_cache=cache, **options))
+        assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in ("gpt_neox", "phi3") else pytest.mark.slow) for kind in TARGETS]
+)
+def test_plain_lora_runs_in_peft_and_comes_back(kind, tmp_path):
+    batch, context = text_batch(kind), VisualContext()
+    model, again = text_model(kind), text_model(kind)
+    for each in (model, again):
+        inject(each, RoutingConfig(routing="none", rank=4, alpha=6), context)
+    randomise(model)
+    want = logits(model, context, batch, images())
+    export_peft(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(text_model(kind), tmp_path).eval()
+    assert (logits(theirs, context, batch, images()) - want).abs().max() < 1e-4 * want.abs().max()
+    import_peft(again, tmp_path)
+    assert torch.equal(logits(again, context, batch, images()), want)
 
 
 @pytest.mark.slow
