@@ -88,6 +88,7 @@ class RoutedLoraConfig(LoraConfig):
         _refuse(self)
         super().__post_init__()
         self.peft_type = RoutedType.ROUTED_LORA
+        self.places = {}  # no setting: what the tuner finds out about the target modules, by name
         for key, known in (
             ("routing", tuple(ROUTINGS)), ("placement", PLACEMENTS), ("image_pooling", POOLINGS),
             ("text_only", TEXT_ONLY), ("init_lora_weights", INITS),

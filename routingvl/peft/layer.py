@@ -62,18 +62,14 @@ class RoutedLinear(Linear):
                 "keep both; use RoutedLoraConfig(routing='none'), which is the plain LoRA"
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-        columns = None
-        if isinstance(config.slices, dict):
-            key = get_pattern_key(config.slices.keys(), kwargs.get("target_name", ""))
-            columns = config.slices.get(key)
-        update = AdapterUpdate(
-            self, adapter_name, r, routing=config.routing, relu=config.relu, placement=config.placement, slices=columns
+        self.routed[adapter_name] = update = AdapterUpdate(
+            self, adapter_name, r, placement=config.placement, **_options(config, kwargs.get("target_name", ""))
         )
-        self.routed[adapter_name] = update
-        if columns is None:
+        if update.groups == 1 and update.parts is None and update.columns is None:
             return
+        rows = update.groups * update.width if update.parts is None else sum(update.parts.sizes)
         self.lora_A[adapter_name] = nn.Linear(self.in_features, update.groups * r, bias=False)
-        self.lora_B[adapter_name] = nn.Linear(r, update.groups * update.width, bias=False)
+        self.lora_B[adapter_name] = nn.Linear(r, rows, bias=False)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -144,13 +140,13 @@ class RoutedLinear(Linear):
         """What an adapter of routing "none" adds to the weight, in the weight's layout."""
         update = self.routed[adapter]
         check_linear(adapter, update.routing, "written as a change of the weight")
-        if update.columns is None:
+        if update.columns is None and update.parts is None:
             return super().get_delta_weight(adapter)
-        a, b = (weight.unflatten(0, (update.groups, -1)) for weight in update.projection)
-        delta = a.new_zeros(self.out_features, self.in_features)
-        for start, part in zip(update.columns, b @ a, strict=True):
-            delta[start : start + update.width] = part * self.scaling[adapter]
-        return delta.T if self.fan_in_fan_out else delta
+        # The update is linear in x, so that of the unit vectors is the matrix; slices need no second definition.
+        a, _ = update.projection
+        units = torch.eye(self.in_features, device=a.device, dtype=a.dtype)[None]
+        delta = update.refresh()(units, units.new_zeros(1, self.in_features, self.out_features))[0]
+        return delta if self.fan_in_fan_out else delta.T
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is a plain LoRA: routing "none"."""
@@ -164,3 +160,16 @@ def check_linear(adapter: str, routing: Routing, done: str) -> None:
             f"adapter {adapter!r} routes the image in ({routing.name}): what it adds differs from image to image, so "
             f"it cannot be {done}; an adapter of routing 'none' can"
         )
+
+
+def _options(config: RoutedLoraConfig, target: str) -> dict[str, Any]:
+    """Routing, relu and the output columns of the bottleneck at the module called ``target``."""
+    place = config.places.get(target)
+    options = {"routing": config.routing, "relu": config.relu}
+    if place is not None and place.unrouted:
+        options = {"routing": "none", "relu": False}
+    if isinstance(config.slices, dict):
+        options["slices"] = config.slices.get(get_pattern_key(config.slices.keys(), target))
+    elif config.slices == "family" and place is not None:
+        options |= {"slices": place.slices, "parts": place.parts}
+    return options

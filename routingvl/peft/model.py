@@ -13,7 +13,7 @@ from torch import nn
 
 from routingvl.bottlenecks.beside import callable_widths
 from routingvl.bottlenecks.layers import RoutedLayer, is_projection, projection_widths
-from routingvl.bottlenecks.places import lora_places
+from routingvl.bottlenecks.places import LoRAPlace, lora_places, parts_outside
 from routingvl.config import RoutingConfig
 from routingvl.kernels import ROUTINGS
 from routingvl.peft.config import PeftMethodError, RoutedLoraConfig, RoutedType
@@ -70,20 +70,27 @@ class RoutedLoraModel(LoraModel):
         self._prepare_adapter_config(config, self.get_model_config(model))
         _maybe_include_all_linear_layers(config, model)
         if isinstance(named, str) and not isinstance(config.target_modules, str):  # it was "all-linear"
-            config.target_modules = set(config.target_modules) - self._unasked
+            config.target_modules = {
+                name for name in config.target_modules if self._check_target_module_exists(config, name)
+            }
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         targets = {
             name: module
             for name, module in model.named_modules()
             if name and not name.startswith(inside) and self._check_target_module_exists(config, name)
         }
+        known = [name for name, module in targets.items() if is_projection(module) or callable_widths(module)]
+        places = lora_places(model, RoutingConfig(targets=tuple(known))) if known else []
+        config.places = {place.name: place for place in places}
         _check_targets(model, targets, config)
         if config.slices == "family":
-            config.slices = _family_slices(model, list(targets))
+            config.slices = _family_slices(places)
 
     def _check_target_module_exists(self, peft_config: RoutedLoraConfig, key: str) -> Any:
-        """As PEFT's, but without the vision tower's modules where nobody asked for them."""
-        return False if key in self._unasked else LoraModel._check_target_module_exists(peft_config, key)
+        """As PEFT's, but without the parts around the text model that nobody asked for."""
+        if f"{key}.".startswith(tuple(f"{part}." for part in self._unasked)):
+            return False
+        return LoraModel._check_target_module_exists(peft_config, key)
 
     @staticmethod
     def _create_new_module(config: RoutedLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -152,30 +159,14 @@ def _image_source(configs: dict[str, RoutedLoraConfig]) -> tuple[Any, str, str |
     return next(iter(sources), None)
 
 
-def _unasked(model: nn.Module, config: RoutedLoraConfig) -> set[str]:
-    """Names inside the vision tower, and inside ``image_from``, that ``target_modules`` does not ask for.
-
-    A regular expression asks for all that it matches. A name in a list asks when it says which tower it means: when it
-    is longer than the module's name within the tower.
-    """
-    towers = list(vision_modules(model))
+def _unasked(model: nn.Module, config: RoutedLoraConfig) -> tuple[str, ...]:
+    """Parts of the model that stay as they are: around the text model, unless ``target_modules`` spells their name."""
+    parts = parts_outside(model)
     if isinstance(config.image_from, str):
-        towers.append(config.image_from)
+        parts.append(config.image_from)
     named = config.target_modules or ()
-    if isinstance(named, str) and named.lower() != "all-linear":
-        return set()
-    unasked = set()
-    for name, _ in model.named_modules():
-        tower = next((tower for tower in towers if name == tower or name.startswith(f"{tower}.")), None)
-        if tower is None:
-            continue
-        least = len(name) - len(tower)
-        asked = not isinstance(named, str) and any(
-            name == target or (name.endswith(f".{target}") and len(target) >= least) for target in named
-        )
-        if not asked:
-            unasked.add(name)
-    return unasked
+    named = [named] if isinstance(named, str) else named
+    return tuple(part for part in parts if not any(part.rpartition(".")[2] in target for target in named))
 
 
 def _check_targets(model: nn.Module, targets: dict[str, nn.Module], config: RoutedLoraConfig) -> None:
@@ -193,7 +184,8 @@ def _check_targets(model: nn.Module, targets: dict[str, nn.Module], config: Rout
                 f"{name} is a {type(base).__name__}: a routed LoRA stands beside projections with in_features and "
                 "out_features; leave it out of target_modules, or add it to exclude_modules"
             )
-        widths[width] = name
+        if not (name in config.places and config.places[name].unrouted):
+            widths[width] = name
     if len(widths) > 1 and ROUTINGS[config.routing].uses_image:
         listed = ", ".join(f"{name} takes {width} features" for width, name in widths.items())
         raise PeftMethodError(
@@ -210,9 +202,10 @@ def _input_width(base: nn.Module) -> int | None:
     return None if widths is None else widths[0]
 
 
-def _family_slices(model: nn.Module, names: list[str]) -> dict[str, list[list[int]]] | None:
-    """What routingvl's families know of the projections: {name: columns to adapt}, for those that are fused."""
-    places = lora_places(model, RoutingConfig(targets=tuple(names)))
+def _family_slices(places: list[LoRAPlace]) -> str | dict[str, list[list[int]]]:
+    """What routingvl's families know of fused projections: {name: columns to adapt}; "family" where no slices say it."""
+    if any(place.parts for place in places):
+        return "family"
     slices = {place.name: [list(part) for part in place.slices] for place in places if place.slices is not None}
     if not slices:
         raise PeftMethodError(
@@ -222,14 +215,3 @@ def _family_slices(model: nn.Module, names: list[str]) -> dict[str, list[list[in
     by_ending = {name.rpartition(".")[2]: parts for name, parts in slices.items()}
     alike = all(by_ending[name.rpartition(".")[2]] == parts for name, parts in slices.items())
     return by_ending if alike else slices
-
-
-def vision_modules(model: nn.Module) -> list[str]:
-    """Names of the sub-models that take images and no text."""
-    parts = []
-    for name, module in model.named_modules():
-        takes = getattr(module, "input_modalities", None)
-        inside = name.startswith(tuple(f"{part}." for part in parts))
-        if name and not inside and takes and "image" in takes and "text" not in takes:
-            parts.append(name)
-    return parts
