@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from peft.utils import PeftType, hotswap
 from torch import nn
 
+from routingvl.bottlenecks.attach import attach
 from routingvl.bottlenecks.beside import callable_widths
 from routingvl.bottlenecks.layers import RoutedLayer, is_projection, projection_widths
 from routingvl.bottlenecks.places import LoRAPlace, lora_places, parts_outside
@@ -42,26 +43,28 @@ class RoutedLoraModel(LoraModel):
             PeftMethodError: the model has adapters of another method, a target cannot take a routed LoRA, targets of
                 different input widths would share one image, or adapters disagree on where the image comes from. The
                 model is left as it was.
+            BindingError: ``image_from`` names no sub-module.
         """
         config = self.peft_config[adapter_name]
+        attached = hasattr(model, HANDLE)
         try:
             _check_neighbours(model, self.peft_config)
             source = _image_source(self.peft_config)
             self._settle_targets(model, config)
+            if source is not None and not attached:
+                handle = attach(model, source[0], image_pooling=source[1], text_only=source[2])
+                setattr(model, HANDLE, handle)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError:
             self.peft_config.pop(adapter_name, None)  # PEFT entered it already; transformers would count it
+            if not attached:
+                detach(model)
             raise
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = list(routed_layers(model))
-        context = layers[0].context if layers else None
         for layer in layers:
-            layer.set_context(context)
-        if context is not None:
-            context.follow(model)
-        if source is not None and not hasattr(model, HANDLE):
-            from routingvl.bottlenecks.attach import attach
-
-            setattr(model, HANDLE, attach(model, source[0], image_pooling=source[1], text_only=source[2]))
+            layer.set_context(layers[0].context)
+        if layers:
+            layers[0].context.follow(model)
 
     def _settle_targets(self, model: nn.Module, config: RoutedLoraConfig) -> None:
         """Decide which modules ``config`` means, write that into it, and check them."""
@@ -203,7 +206,7 @@ def _input_width(base: nn.Module) -> int | None:
 
 
 def _family_slices(places: list[LoRAPlace]) -> str | dict[str, list[list[int]]]:
-    """What routingvl's families know of fused projections: {name: columns to adapt}; "family" where no slices say it."""
+    """What the families know of fused projections: {name: columns to adapt}; "family" where slices cannot say it."""
     if any(place.parts for place in places):
         return "family"
     slices = {place.name: [list(part) for part in place.slices] for place in places if place.slices is not None}

@@ -21,7 +21,7 @@ IMAGES = torch.randn(ROWS, 1, WIDTH, generator=torch.Generator().manual_seed(2))
 TARGETS = ["q_proj", "v_proj"]
 
 
-def _spread(model: nn.Module) -> nn.Module:
+def spread(model: nn.Module) -> nn.Module:
     """Weights so wide that differences show."""
     torch.manual_seed(0)
     for weight in model.parameters():
@@ -34,14 +34,14 @@ def llama(**changes) -> LlamaForCausalLM:
     """Two layers of width 32; queries, keys and values are equally wide."""
     shape = {"vocab_size": WORDS, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"intermediate_size": 48, "max_position_embeddings": 32, "pad_token_id": 0, "eos_token_id": None}
-    return _spread(LlamaForCausalLM(LlamaConfig(**shape | changes)))
+    return spread(LlamaForCausalLM(LlamaConfig(**shape | changes)))
 
 
 def gpt2() -> GPT2LMHeadModel:
     """Two layers of width 32, without dropout."""
     drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     shape = {"vocab_size": WORDS, "n_positions": 32, "n_embd": WIDTH, "n_layer": 2, "n_head": 4}
-    return _spread(GPT2LMHeadModel(GPT2Config(**shape, **drops, bos_token_id=1, eos_token_id=2)))
+    return spread(GPT2LMHeadModel(GPT2Config(**shape, **drops, bos_token_id=1, eos_token_id=2)))
 
 
 def config(routing: str = "mul", **changes) -> RoutedLoraConfig:
