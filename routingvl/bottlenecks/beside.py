@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from routingvl.bottlenecks.layers import RoutedLoRA
+from routingvl.bottlenecks.layers import RoutedLoRA, callable_widths
 
 
 class LoRAUpdate(RoutedLoRA):
@@ -89,12 +89,6 @@ class RoutedLoRABeside(RoutedLoRA):
     def restore(self) -> nn.Module:
         """The base layer; the low-rank update is dropped."""
         return self.base_layer.train(self.training)
-
-
-def callable_widths(module: nn.Module) -> tuple[int, int] | None:
-    """(K, N) of a module that says so, as nn.Linear and everything quantised from it does; None for others."""
-    widths = tuple(getattr(module, name, None) for name in ("in_features", "out_features"))
-    return widths if all(type(width) is int for width in widths) else None
 
 
 def _device(module: nn.Module) -> torch.device:

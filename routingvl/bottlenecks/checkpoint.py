@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PEFT_TYPE = "ROUTINGVL"
 FORMAT_VERSION = 1
-# Settings of the bottlenecks that older adapters lack; their defaults are what those were trained with.
+# Settings of the bottlenecks that older adapters lack, all of them; their defaults are what those were trained with.
 _LATER = ("exclude", "rank_pattern", "alpha_pattern", "image_projection", "train_modules", "bottleneck_dtype")
 
 
@@ -79,13 +79,32 @@ def save_adapter(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     is_main_process: bool = True,
 ) -> None:
-    """Write ``model``'s trained parameters and configuration into ``directory`` (made when missing).
+    """:func:`write_adapter` for one of ``routingvl.models``, with its options and its backbones by reference."""
+
+    def config() -> dict[str, Any]:
+        parts = {"vision": model.vit, "text": model.language_model}
+        references = {role: _describe(part, model.backbones[role], Path(directory)) for role, part in parts.items()}
+        return {**header(model), "routing": asdict(model.routing), "model": model.options(), "backbones": references}
+
+    write_adapter(model, directory, config, state_dict=state_dict, is_main_process=is_main_process)
+
+
+def write_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    config: Callable[[], dict[str, Any]],
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    is_main_process: bool = True,
+) -> None:
+    """Write ``model``'s trained parameters and ``config()`` into ``directory`` (made when missing).
 
     Where FSDP2 or ZeRO-3 shards the model, every process calls this and the first one writes.
 
     Args:
-        model: one of ``routingvl.models``.
+        model: with bottlenecks.
         directory: the folder.
+        config: makes what adapter_config.json will hold; every process calls it.
         state_dict: where to take the trained parameters from, by their names in the model, gathered by another
             program; None for the model itself.
         is_main_process: False takes part in gathering, and writes nothing.
@@ -102,20 +121,21 @@ def save_adapter(
         return
     tensors = _gathered(trained_parameters(model), state_dict)
     check_floats(tensors, "the trained parameters", CheckpointError)
-    parts = {"vision": model.vit, "text": model.language_model}
-    config = {
+    described = config()
+    if is_main_process and is_writer(sharded):
+        directory.mkdir(parents=True, exist_ok=True)
+        write_tensors(directory / WEIGHTS, tensors)
+        write_json(directory / CONFIG, described)
+
+
+def header(model: nn.Module) -> dict[str, Any]:
+    """What every adapter_config.json begins with."""
+    return {
         "peft_type": PEFT_TYPE,  # PEFT stops at a type it does not know, instead of running a routed adapter unrouted
         "format_version": FORMAT_VERSION,
         "routingvl_version": __version__,
         "model_class": own_class(model).__name__,
-        "routing": asdict(model.routing),
-        "model": model.options(),
-        "backbones": {role: _describe(part, model.backbones[role], directory) for role, part in parts.items()},
     }
-    if is_main_process and is_writer(sharded):
-        directory.mkdir(parents=True, exist_ok=True)
-        write_tensors(directory / WEIGHTS, tensors)
-        write_json(directory / CONFIG, config)
 
 
 def _gathered(
@@ -135,11 +155,11 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: Mappin
         save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
-def read_adapter_config(directory: str | Path, model_class: str | None = None) -> dict[str, Any]:
-    """The configuration of a saved adapter, its keys and the type of each value as :class:`AdapterConfig` has them.
+def read_header(directory: str | Path) -> dict[str, Any]:
+    """What adapter_config.json of a saved adapter holds, when it is one of ours and of this format.
 
     Raises:
-        CheckpointError: no such folder or file, not ours, written by a newer format, of another class, or damaged.
+        CheckpointError: no such folder or file, not ours, or written by a newer format.
     """
     path = Path(directory) / CONFIG
     if not path.exists():
@@ -154,11 +174,24 @@ def read_adapter_config(directory: str | Path, model_class: str | None = None) -
             f"{path}: format_version {config.get('format_version')!r} is not {FORMAT_VERSION}: "
             "it was written by another version of routingvl"
         )
+    return config
+
+
+def read_adapter_config(directory: str | Path, model_class: str | None = None) -> dict[str, Any]:
+    """The configuration of a saved routingvl model, its keys and the type of each value as in :class:`AdapterConfig`.
+
+    Raises:
+        CheckpointError: no such folder or file, not ours, written by a newer format, of another class, or damaged.
+    """
+    config, path = read_header(directory), Path(directory) / CONFIG
+    if "injections" in config:
+        raise CheckpointError(
+            f"{path} holds an adapter of a {config.get('model_class')} after inject: load that model, then call "
+            "routingvl.load_adapter(model, folder)"
+        )
     try:
         from_dict(AdapterConfig, config, str(path))
-        from_dict(RoutingConfig, config["routing"], f"{path}: routing")
-        if absent := [f.name for f in fields(RoutingConfig) if f.name not in {*config["routing"], *_LATER}]:
-            raise ConfigError(f"{path}: routing: {listed(absent)} missing")
+        check_routing(config["routing"], str(path))
         if config["backbones"].keys() != {"vision", "text"}:
             raise ConfigError(f"{path}: backbones must be vision and text, not {listed(config['backbones']) or 'none'}")
         for role, saved in config["backbones"].items():
@@ -169,6 +202,14 @@ def read_adapter_config(directory: str | Path, model_class: str | None = None) -
     if model_class is not None and config["model_class"] != model_class:
         raise CheckpointError(f"{path} holds a {config['model_class']}, not a {model_class}")
     return config
+
+
+def check_routing(routing: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigError unless ``routing`` is a whole :class:`RoutingConfig`."""
+    from_dict(RoutingConfig, routing, f"{source}: routing")
+    known = [f.name for f in fields(RoutingConfig) if f.name not in _LATER or not routing.keys().isdisjoint(_LATER)]
+    if absent := [name for name in known if name not in routing]:
+        raise ConfigError(f"{source}: routing: {listed(absent)} missing")
 
 
 def resolve_backbones(directory: str | Path, config: Mapping[str, Any], **given: Any) -> dict[str, Any]:
@@ -280,10 +321,11 @@ def content_digest(backbone: nn.Module) -> str:
     As of :func:`fingerprint`, a float32 backbone and its bfloat16 copy have the same. It is computed once for many
     saves, and again when a weight was written to.
     """
-    frozen = {n: p for n, p in sorted(backbone.named_parameters()) if not (p.requires_grad or ".adapter." in n)}
+    frozen = _frozen(backbone)
     state = [(name, id(parameter), parameter._version) for name, parameter in frozen.items()]
     if backbone not in _digests or _digests[backbone][0] != state:
-        settings = {name: getattr(backbone.config, name, None) for name in _SETTINGS}
+        known = getattr(backbone, "config", None)
+        settings = {name: getattr(known, name, None) for name in _SETTINGS}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, parameter in frozen.items():
             digest.update(f"{name}{full_shape(parameter)}".encode())
@@ -299,10 +341,25 @@ def fingerprint(backbone: nn.Module) -> str:
     The rounding makes a float32 backbone and its bfloat16 copy the same one; trained norms and biases do not count.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(backbone.named_parameters()):
-        if parameter.requires_grad or ".adapter." in name:
-            continue
+    for name, parameter in _frozen(backbone).items():
         values = whole(parameter).flatten()
         sample = values[:: max(1, values.numel() // 8)][:8].to("cpu", torch.float32).to(torch.bfloat16)
         digest.update(f"{name}{full_shape(parameter)}{sample.tolist()}".encode())
     return digest.hexdigest()[:16]
+
+
+def _frozen(backbone: nn.Module) -> dict[str, torch.Tensor]:
+    """The frozen weights by the names that they have without bottlenecks, the parts of a quantised one each."""
+    frozen = {}
+    for name, parameter in backbone.named_parameters():
+        if not (parameter.requires_grad or ".adapter." in name):
+            frozen |= _parts(name.replace(".base_layer.", "."), parameter)
+    return dict(sorted(frozen.items()))
+
+
+def _parts(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """``tensor`` itself, or the plain tensors that it is made of (torchao's weights)."""
+    if is_sharded(tensor) or not hasattr(tensor, "__tensor_flatten__"):
+        return {name: tensor}
+    inner = {f"{name}.{part}": getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]}
+    return {key: plain for part, value in inner.items() for key, plain in _parts(part, value).items()}

@@ -2,67 +2,135 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
+from routingvl.bottlenecks.beside import RoutedLoRABeside
 from routingvl.bottlenecks.context import VisualContext
+from routingvl.bottlenecks.float32 import HALF, hold_in_float32, release
 from routingvl.bottlenecks.layers import (
     RoutedAdapter,
     RoutedLayer,
     RoutedLoRALinear,
+    is_dense,
+    is_projection,
 )
 from routingvl.bottlenecks.places import SurgeryError, adapter_places, layer_norms, lora_places
 from routingvl.bottlenecks.report import TrainableReport, trainable_report
+from routingvl.bottlenecks.sharding import is_sharded
 from routingvl.config import RoutingConfig
-from routingvl.kernels import ROUTINGS
+from routingvl.config.routing import by_pattern, named
+from routingvl.tensor_files import listed
+
+PROJECTIONS = "image_projections"  # nn.ModuleDict of the model: {input width: nn.Linear from the image's}
+
+
+@dataclass
+class Injection:
+    """One call of :func:`inject`, kept as ``model.routed_injections`` on the model that it was called with.
+
+    Attributes:
+        config: what was built.
+        image_width: d of the features that it reads.
+        originals: what the trained parameters of the model itself (norms, biases, heads) held before.
+    """
+
+    config: RoutingConfig
+    image_width: int
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def inject(
-    model: nn.Module, config: RoutingConfig, context: VisualContext | None = None, backend: str | None = None
+    model: nn.Module,
+    config: RoutingConfig,
+    context: VisualContext | None = None,
+    backend: str | None = None,
+    *,
+    image_width: int | None = None,
 ) -> TrainableReport:
     """Freeze ``model`` and give it routed bottlenecks, in place.
 
     Afterwards these train, and nothing else: the bottlenecks, the bias of each projection that LoRA adapts
-    (``train_bias``) and the LayerNorms inside the transformer layers (``train_layer_norm``).
+    (``train_bias``), the norms inside the transformer layers (``train_layer_norm``), ``train_modules`` and the
+    projections of the image (``image_projection``). What trains is held in float32, and cast to the model's type where
+    it is used (``bottleneck_dtype``).
+
+    A model can be injected several times, into places apart from each other: what earlier calls left training goes on.
 
     Args:
         model: a language model of transformers (or one that contains it). A family of ``bottlenecks/families.py`` knows
-            its own places; any other model needs ``config.targets`` and method "lora".
+            its own places; any other model needs ``config.targets`` and method "lora". Vision towers are left out.
         config: what to build, and where.
-        context: where the bottlenecks read the image from; None makes a new one. Bind it around the model's call.
+        context: where the bottlenecks read the image from; None takes that of an earlier injection, or makes a new
+            one. Bind it around the model's call.
         backend: None, "eager" or "triton" for every bottleneck, see :func:`routingvl.kernels.lora.api`.
+        image_width: d of the image's features; None: that of an earlier injection, else the width of all targets, or
+            of the text model where they differ.
 
     Returns:
-        What trains, and which backend runs each bottleneck.
+        What trains, which backend runs each bottleneck, and which targets were skipped.
 
     Raises:
-        SurgeryError: no module matches (the nearest names are listed), a layer index does not exist, or the model
-            has bottlenecks already.
+        SurgeryError: no module matches (the nearest names are listed), a layer index does not exist, a place has a
+            bottleneck already, an input width is not the image's, or weights are not in memory.
     """
-    if any(isinstance(module, RoutedLayer) for module in model.modules()):
-        raise SurgeryError(
-            "the model has routed bottlenecks already: call routingvl.bottlenecks.inject.remove(model) first"
-        )
-    context = VisualContext() if context is None else context
+    check_in_memory(model)
+    earlier = [module for module in model.modules() if isinstance(module, RoutedLayer)]
+    context = _shared_context(earlier) if context is None else context
     plan = _plan_lora if config.method == "lora" else _plan_adapters
     shared = {"context": context, "backend": backend}
-    shared |= {key: getattr(config, key) for key in ("rank", "routing", "dropout", "relu")}
-    changes = plan(model, config, shared)
+    shared |= {key: getattr(config, key) for key in ("routing", "dropout", "relu")}
+    skipped: list[str] = []
+    changes = plan(model, config, shared, skipped)
+    _check_patterns(config, changes)
+    heads = _modules_to_train(model, config)
+    width, projections = _image_projections(model, config, changes, image_width)
     # Everything was built before anything is touched, so an error leaves the model as it was.
     context.follow(model)
-    model.requires_grad_(False)
+    if not earlier:
+        model.requires_grad_(False)
+    trained_before = {id(p) for p in model.parameters() if p.requires_grad}
     for name, module in changes.items():
         _replace(model, name, module)
     if config.method == "adapter":
         for place in adapter_places(model, config):
             changes[place.home].hang_on(model.get_submodule(place.at), before=config.position == "pre_norm")
-    _unfreeze(model, config)
-    return trainable_report(model)
+    if projections:
+        model.add_module(PROJECTIONS, nn.ModuleDict({**getattr(model, PROJECTIONS, {}), **projections}))
+    _unfreeze(model, config, changes, heads, skipped)
+    ours = {id(p) for module in (*changes.values(), *projections.values()) for p in _own_parameters(module)}
+    record = Injection(config, width)
+    ours |= trained_before
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in ours:
+            record.originals[name] = parameter.detach().clone()
+    model.routed_injections = [*getattr(model, "routed_injections", ()), record]
+    if config.bottleneck_dtype == "float32":
+        _hold_in_float32(model)
+    return dataclasses.replace(trainable_report(model), skipped=tuple(skipped))
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Raise :class:`SurgeryError` for a model whose weights accelerate keeps on the disk or the CPU until they run."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False)):
+            raise SurgeryError(
+                f"the weights of {name} are offloaded (device_map with disk or cpu), so nothing can be built beside "
+                "them: add the bottlenecks first, then call accelerate.dispatch_model or cpu_offload"
+            )
 
 
 def remove(model: nn.Module) -> None:
-    """Take every routed bottleneck out again, in place; trained norms and biases stay as they are.
+    """Take every routed bottleneck out again, in place; trained norms, biases and heads stay as they are.
+
+    Parameters held in float32 are rounded to the model's type.
 
     Raises:
         SurgeryError: the model has none.
@@ -70,13 +138,49 @@ def remove(model: nn.Module) -> None:
     modules = list(model.named_modules())
     if not any(isinstance(module, RoutedLayer) for _, module in modules):
         raise SurgeryError("the model has no routed bottlenecks to remove")
+    for _, module in modules:
+        release(module)
     for name, module in modules:
-        if isinstance(module, RoutedLoRALinear):
+        if isinstance(module, RoutedLoRALinear | RoutedLoRABeside):
             _replace(model, name, module.restore())
         elif isinstance(module, RoutedAdapter):
             module.take_off()
             home, _, attribute = name.rpartition(".")
             delattr(model.get_submodule(home), attribute)
+        if hasattr(module, "routed_injections"):
+            del module.routed_injections
+            if hasattr(module, PROJECTIONS):
+                delattr(module, PROJECTIONS)
+
+
+@contextlib.contextmanager
+def disable(model: nn.Module) -> Iterator[None]:
+    """Inside the ``with`` block ``model`` is the model that it was before :func:`inject`, bit for bit.
+
+    Trained norms, biases and heads hold what they held then, and no image needs to be bound. It is so for all threads.
+
+    Raises:
+        SurgeryError: the model has no routed bottlenecks, or FSDP2 shards it.
+    """
+    routed = [module for module in model.modules() if isinstance(module, RoutedLayer)]
+    if not routed:
+        raise SurgeryError("the model has no routed bottlenecks to disable")
+    if any(map(is_sharded, model.parameters())):
+        raise SurgeryError("a model that FSDP2 shards cannot be had without its bottlenecks: use an unsharded copy")
+    undo = contextlib.ExitStack()
+    with torch.no_grad(), undo:
+        for holder in model.modules():
+            own = dict(holder.named_parameters()) if hasattr(holder, "routed_injections") else {}
+            for injection in getattr(holder, "routed_injections", ()):
+                for name, value in injection.originals.items():
+                    undo.callback(setattr, own[name], "data", own[name].data)
+                    own[name].data = value.to(own[name].device)
+        for layer in routed:
+            undo.callback(setattr, layer, "enabled", layer.enabled)
+            layer.enabled = False
+        undo = undo.pop_all()
+    with undo:
+        yield
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -85,25 +189,50 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(home), attribute, module)
 
 
-def _plan_lora(model: nn.Module, config: RoutingConfig, shared: dict[str, Any]) -> dict[str, nn.Module]:
+def _plan_lora(
+    model: nn.Module, config: RoutingConfig, shared: dict[str, Any], skipped: list[str]
+) -> dict[str, nn.Module]:
     """Module name -> replacement for each projection to adapt."""
     changes = {}
-    for place in lora_places(model, config):
+    passed: list[tuple[str, str]] = []
+    for place in lora_places(model, config, passed):
         base = model.get_submodule(place.name)
-        options = {"alpha": config.alpha, "placement": config.placement, "slices": place.slices, "parts": place.parts}
+        _check_free(place.name, base)
+        options = {
+            "rank": by_pattern(config.rank_pattern, place.name, config.rank),
+            "alpha": by_pattern(config.alpha_pattern, place.name, config.alpha),
+            "placement": config.placement,
+            "slices": place.slices,
+            "parts": place.parts,
+        }
         routed = shared | {"routing": "none", "relu": False} if place.unrouted else shared
-        changes[place.name] = RoutedLoRALinear(base, **options, **routed)
-    widths = {change.lora_A.shape[-1]: name for name, change in changes.items()}
-    if len(widths) > 1 and ROUTINGS[config.routing].max_visual_tokens != 0:
-        listed = ", ".join(f"{name} takes {width} features" for width, name in widths.items())
-        raise SurgeryError(f"targets={list(config.targets or ())}: {listed}; one image reaches all, so name one width")
+        make = RoutedLoRALinear if is_dense(base) else RoutedLoRABeside
+        changes[place.name] = make(base, dtype=_bottleneck_dtype(base, config), **options, **routed)
+    skipped += [f"{name}: {why}" for name, why in passed]
+    if config.layers is None:
+        skipped += _left_out(model, config, changes)
     return changes
 
 
-def _plan_adapters(model: nn.Module, config: RoutingConfig, shared: dict[str, Any]) -> dict[str, nn.Module]:
+def _left_out(model: nn.Module, config: RoutingConfig, changes: Mapping[str, nn.Module]) -> list[str]:
+    """Projections that the targets fit, in parts of the model that stay as they are."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if named(config.targets or (), name) and is_projection(module) and name not in changes
+    ]
+    names = [name for name in names if not named(config.exclude or (), name)]
+    return [f"{listed(names)}: outside of the language model; a target that names the part reaches it"] if names else []
+
+
+def _plan_adapters(
+    model: nn.Module, config: RoutingConfig, shared: dict[str, Any], skipped: list[str]
+) -> dict[str, nn.Module]:
     """Module name -> each adapter to register there."""
     changes: dict[str, nn.Module] = {}
     for place in adapter_places(model, config):
+        home, _, attribute = place.home.rpartition(".")
+        _check_free(place.home, getattr(model.get_submodule(home), attribute, None))
         if place.home not in changes:
             layer = model.get_submodule(place.layer)
             like = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
@@ -111,21 +240,140 @@ def _plan_adapters(model: nn.Module, config: RoutingConfig, shared: dict[str, An
                 place.width,
                 activation=place.activation,
                 residual=place.residual,
+                rank=by_pattern(config.rank_pattern, place.home, config.rank),
                 device=like.device,
-                dtype=like.dtype,
+                dtype=_bottleneck_dtype(layer, config),
                 **shared,
             ).train(layer.training)
     return changes
 
 
-def _unfreeze(model: nn.Module, config: RoutingConfig) -> None:
+def _check_free(name: str, module: nn.Module) -> None:
+    if isinstance(module, RoutedLayer):
+        raise SurgeryError(
+            f"{name} has a routed bottleneck already: inject into other places (targets=, exclude=, layers=), or call "
+            "routingvl.bottlenecks.inject.remove(model) first"
+        )
+
+
+def _shared_context(routed: list[RoutedLayer]) -> VisualContext:
+    """The context of the bottlenecks that are there; a new one where there are none."""
+    contexts = list({id(layer.context): layer.context for layer in routed if layer.context is not None}.values())
+    if len(contexts) > 1:
+        raise SurgeryError("earlier injections read the image from several contexts: pass context= to say which")
+    return contexts[0] if contexts else VisualContext()
+
+
+def _bottleneck_dtype(like: nn.Module, config: RoutingConfig) -> torch.dtype:
+    """Of the bottleneck at a module: float32 beside half precision and quantised weights, unless the config says so."""
+    found = [t.dtype for t in (*like.parameters(), *like.buffers()) if t.dtype in (torch.float64, torch.float32, *HALF)]
+    if not found or (found[0] in HALF and config.bottleneck_dtype == "float32"):
+        return torch.float32
+    return found[0]
+
+
+def _check_patterns(config: RoutingConfig, changes: Mapping[str, nn.Module]) -> None:
+    names = [name for name, module in changes.items() if isinstance(module, RoutedLayer)]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key) or ():
+            if not any(named([pattern], name) for name in names):
+                raise SurgeryError(f"{key}: {pattern!r} fits none of the bottlenecks, which are {listed(names)}")
+
+
+def _modules_to_train(model: nn.Module, config: RoutingConfig) -> list[nn.Module]:
+    found = []
+    for pattern in config.train_modules or ():
+        modules = [module for name, module in model.named_modules() if name and named([pattern], name)]
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        if not parameters:
+            near = difflib.get_close_matches(pattern, [name for name, _ in model.named_modules()], n=3, cutoff=0.3)
+            raise SurgeryError(f"train_modules: {pattern!r} fits no module with weights; nearest: {listed(near)}")
+        if not all(parameter.is_floating_point() for parameter in parameters):
+            raise SurgeryError(f"train_modules: {pattern!r} is quantised, and such weights cannot be trained")
+        found += modules
+    return found
+
+
+def _image_projections(
+    model: nn.Module, config: RoutingConfig, changes: Mapping[str, nn.Module], image_width: int | None
+) -> tuple[int, dict[str, nn.Module]]:
+    """The image's width, and the new projections to other widths, which the layers of ``changes`` already know."""
+    layers = {name: module for name, module in changes.items() if isinstance(module, RoutedLayer)}
+    widths = {layer.projection[0].shape[1]: name for name, layer in layers.items()}
+    image_width = _image_width(model, widths, image_width)
+    reading = {name: layer for name, layer in layers.items() if layer.routing.uses_image}
+    known, made = dict(getattr(model, PROJECTIONS, {})), {}
+    for name, layer in reading.items():
+        width = layer.projection[0].shape[1]
+        if width == image_width:
+            continue
+        if config.image_projection is None:
+            raise SurgeryError(
+                f"targets={list(config.targets or ())}: {name} takes {width} features; one image reaches all, so name "
+                f"one width, the image's ({image_width}), or set image_projection='linear'"
+            )
+        if (key := str(width)) not in known:
+            device, dtype = layer.projection[0].device, layer.projection[0].dtype
+            known[key] = made[key] = nn.Linear(image_width, width, device=device, dtype=dtype)
+        layer.project_image_by(known[key])
+    return image_width, made
+
+
+def _image_width(model: nn.Module, widths: Mapping[int, str], given: int | None) -> int:
+    earlier = {injection.image_width for injection in getattr(model, "routed_injections", ())}
+    if earlier and given is not None and given not in earlier:
+        raise SurgeryError(f"image_width={given}: an earlier injection reads features of width {min(earlier)}")
+    if given is not None or earlier:
+        return given or min(earlier)
+    if len(widths) == 1:
+        return next(iter(widths))
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "hidden_size", min(widths))
+
+
+def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Those that came with an injection: the bottleneck's, or all of an adapter and of a projection of the image."""
+    if isinstance(module, RoutedLoRALinear | RoutedLoRABeside):
+        yield from module.projection
+    else:
+        yield from module.parameters()
+
+
+def _unfreeze(
+    model: nn.Module,
+    config: RoutingConfig,
+    changes: Mapping[str, nn.Module],
+    heads: Sequence[nn.Module],
+    skipped: list[str],
+) -> None:
+    for name, module in changes.items():
+        for parameter in _own_parameters(module):
+            parameter.requires_grad_(True)
+        bias = module.bias if config.train_bias and config.method == "lora" else None
+        if bias is not None and isinstance(module, RoutedLoRABeside) and not _trains(module.base_layer):
+            skipped.append(f"{name}: its bias stays frozen, since the layer is quantised")
+        elif bias is not None:
+            bias.requires_grad_(True)
+    for module in (*(layer_norms(model) if config.train_layer_norm else ()), *heads):
+        module.requires_grad_(True)
+
+
+def _trains(base: nn.Module) -> bool:
+    """Whether the bias of a called layer can train: its weights are plain numbers, and its own."""
+    return all(type(p) is nn.Parameter and p.is_floating_point() for p in (base.weight, base.bias))
+
+
+def _hold_in_float32(model: nn.Module) -> None:
+    """Everything that trains, in float32; modules see their own parameters in the model's type."""
+    owners = []
     for module in model.modules():
-        if isinstance(module, RoutedAdapter):
-            module.requires_grad_(True)
-        elif isinstance(module, RoutedLoRALinear):
-            for parameter in (module.lora_A, module.lora_B, module.bias if config.train_bias else None):
-                if parameter is not None:
-                    parameter.requires_grad_(True)
-    if config.train_layer_norm:
-        for norm in layer_norms(model):
-            norm.requires_grad_(True)
+        half = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad and p.dtype in HALF}
+        if half:
+            owners.append((module, half, {name: parameter.dtype for name, parameter in half.items()}))
+    for module, half, seen in owners:  # all found before the first changes: they may share a parameter
+        if isinstance(module, RoutedLayer):  # casts in each call
+            for parameter in half.values():
+                parameter.data = parameter.data.float()
+        else:
+            hold_in_float32(module, seen)

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from routingvl.bottlenecks.context import Reading, VisualContext
+from routingvl.bottlenecks.float32 import HALF
 from routingvl.bottlenecks.parts import Parts
+from routingvl.bottlenecks.sharding import is_sharded
 from routingvl.kernels import (
     ImageCode,
     can_project_jointly,
@@ -38,8 +40,27 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_projection(module: nn.Module) -> bool:
-    """Whether LoRA can stand beside ``module``: a plain nn.Linear or transformers' Conv1D."""
-    return type(module) is nn.Linear or is_conv1d(module)
+    """Whether LoRA can stand beside ``module``: nn.Linear, transformers' Conv1D, or what says its widths as they do."""
+    return is_conv1d(module) or callable_widths(module) is not None
+
+
+def is_dense(module: nn.Module) -> bool:
+    """Whether ``module`` is nn.Linear or Conv1D itself with a plain weight and nothing hooked onto it.
+
+    Its output can then be computed from the weight, without a call of the module.
+    """
+    if not (type(module) is nn.Linear or is_conv1d(module)):
+        return False
+    weight = module.weight
+    quantised = hasattr(weight, "__tensor_flatten__") and not is_sharded(weight)  # made of several tensors
+    hooked = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+    return not (quantised or hooked) and weight.dtype in (torch.float64, torch.float32, *HALF)
+
+
+def callable_widths(module: nn.Module) -> tuple[int, int] | None:
+    """(K, N) of a module that says so, as nn.Linear and everything quantised from it does; None for others."""
+    widths = tuple(getattr(module, name, None) for name in ("in_features", "out_features"))
+    return widths if all(type(width) is int for width in widths) else None
 
 
 _NO_IMAGE = Reading(None)
@@ -49,6 +70,7 @@ class RoutedLayer(nn.Module):
     """What both bottlenecks share: the routing function, and how the image reaches them.
 
     Attributes:
+        enabled: False makes the layer do what the model did without it.
         kind: the method that the layer belongs to, "lora" or "adapter".
         routing: the routing function's row of :data:`routingvl.kernels.ROUTINGS`.
         rank: R.
@@ -58,6 +80,7 @@ class RoutedLayer(nn.Module):
         joint_options: its options for v [B, L, K]; None: this layer does not have it projected jointly.
     """
 
+    enabled = True
     kind: str
     rank: int
     projection: tuple[torch.Tensor, torch.Tensor]
@@ -216,6 +239,8 @@ class RoutedLoRA(RoutedLayer):
 
         v [B, L, K] is the image, or the context's. The result has base_output's dtype, or the wider one under autocast.
         """
+        if not self.enabled:
+            return base_output
         v, image, keep, _ = self.read_image(x, v)
         rows = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
         base = base_output.reshape(*rows.shape[:-1], self.out_features)
@@ -280,7 +305,7 @@ class RoutedLoRALinear(RoutedLoRA):
     """
 
     def __init__(self, base: nn.Module, rank: int, *, dtype: torch.dtype | None = None, **options: Any) -> None:
-        if not is_projection(base):
+        if not (type(base) is nn.Linear or is_conv1d(base)):
             raise TypeError(f"LoRA stands beside nn.Linear or transformers' Conv1D, not {type(base).__name__}")
         super().__init__(projection_widths(base), rank, **options)
         self.weight_layout = "kn" if is_conv1d(base) else "nk"
@@ -292,6 +317,8 @@ class RoutedLoRALinear(RoutedLoRA):
 
     def forward(self, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] (three dimensions when an image is routed in), v [B, L, K] or the context's -> y [..., N]."""
+        if not self.enabled:
+            return self.restore()(x)
         if self.parts is not None:
             weight = self.weight if self.weight_layout == "nk" else self.weight.t()
             return self.add_to(F.linear(x, *in_dtype(x, weight, self.bias)), x, v)
@@ -320,8 +347,10 @@ class RoutedLoRALinear(RoutedLoRA):
 
     def restore(self) -> nn.Module:
         """The module this one stands in for, with the current weight and bias; the low-rank update is dropped."""
-        (base,) = self._base
-        base.weight, base.bias = self.weight, self.bias
+        (base,), bias = self._base, self.bias
+        if bias is not None and bias.dtype != self.weight.dtype:
+            bias = nn.Parameter(bias.detach().to(self.weight.dtype), bias.requires_grad)
+        base.weight, base.bias = self.weight, bias
         return base.train(self.training)
 
 
@@ -373,6 +402,8 @@ class RoutedAdapter(RoutedLayer):
 
     def forward(self, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, T, K], v [B, L, K] or the context's -> y [B, T, K]."""
+        if not self.enabled:
+            return x
         v, image, keep, counted = self.read_image(x, v)
         dropped = x
         if self.drops:
@@ -437,9 +468,8 @@ class RoutedAdapter(RoutedLayer):
 
 
 def projection_widths(base: nn.Module) -> tuple[int, int]:
-    """(K, N) of an nn.Linear or Conv1D."""
-    rows, columns = base.weight.shape
-    return (rows, columns) if is_conv1d(base) else (columns, rows)
+    """(K, N) of a projection."""
+    return tuple(base.weight.shape) if is_conv1d(base) else callable_widths(base)
 
 
 def in_dtype(like: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -24,12 +24,16 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class TrainableReport:
-    """How many parameters of a model train, out of how many (a tied weight counts once), their names and the layers."""
+    """How many parameters of a model train, out of how many (a tied weight counts once), their names and the layers.
+
+    ``skipped`` says what was asked of ``inject`` and not done, and why.
+    """
 
     trainable: int
     total: int
     names: tuple[str, ...]
     layers: tuple[LayerReport, ...]
+    skipped: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         head = f"trainable {self.trainable:,} of {self.total:,} parameters ({100 * self.trainable / self.total:.2f} %)"
@@ -39,7 +43,7 @@ class TrainableReport:
             f"{layer.backend}: {layer.reason}"
             for layer in self.layers
         ]
-        return "\n".join([head, *rows])
+        return "\n".join([head, *rows, *(f"  skipped: {line}" for line in self.skipped)])
 
 
 def trainable_report(model: nn.Module, exclude: str | None = None) -> TrainableReport:
