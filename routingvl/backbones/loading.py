@@ -185,7 +185,8 @@ def _snapshot(name: str) -> Path:
 def _check_heads(name: str, config: Any) -> None:
     """Refuse attention heads that do not divide the width; transformers fails at the first batch, or goes on."""
     heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    if type(heads) is type(width) is int and (heads < 1 or width < 1 or width % heads):
+    own = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)  # heads of a width of their own (T5)
+    if type(heads) is type(width) is int and (heads < 1 or width < 1 or (width % heads and not own)):
         keys = [config.attribute_map.get(key, key) for key in ("num_attention_heads", "hidden_size")]
         raise BackboneError(
             f"{name}: config.json: {keys[0]} {heads} must be at least 1 and divide the width, {keys[1]} {width}"

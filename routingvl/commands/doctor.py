@@ -15,6 +15,7 @@ from routingvl.commands import CommandParser
 from routingvl.metrics.ptb import cocoevalcap_folder, find_java
 
 EXAMPLE = "routingvl doctor --json"
+RECIPES = ("RobertaModel", "GPT2LMHeadModel")  # classes of the recipes' language models
 OPTIONAL = {
     "tensorboard": "train.trackers=[tensorboard]",
     "wandb": "train.trackers=[wandb]",
@@ -120,10 +121,9 @@ def check_torchvision() -> str:
 
 def check_transformers() -> str:
     """Whether the classes of the backbones import."""
-    from routingvl.backbones.text import TEXT_MODELS
     from routingvl.backbones.vision import TOWERS
 
-    names = ", ".join(kind.model_class for kind in (*TOWERS.values(), *TEXT_MODELS.values()))
+    names = ", ".join([*(tower.model_class for tower in TOWERS.values()), *RECIPES])
     error = _import_error(f"from transformers import {names}")
     return f"PROBLEM: {error}" if error else f"{names} import"
 

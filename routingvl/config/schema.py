@@ -47,7 +47,8 @@ class ModelConfig:
             the last but one); null takes the tower's own output.
         visual_prefix: put the image in front of the text as well as into the bottlenecks.
         classifier_layers: linear layers in the head over answers or labels, 1 or 2.
-        text_embedding: RoBERTa with a prefix embeds text twice in the published code (published) or once (single).
+        text_embedding: RoBERTa with a prefix embeds text twice in the published code (published) or once (single);
+            null takes published for RoBERTa and single, which is all they have, for others.
         caption_loss: sound (the prefix predicts the first word, padding is ignored) or reference (the published one).
         activation_checkpointing: recompute activations in backward, which saves memory and costs time.
         backend: how bottlenecks are computed: null (the best that runs here), eager or triton.
@@ -60,7 +61,7 @@ class ModelConfig:
     vision_layer: int | None = setting(None, least=-1000, most=-1)
     visual_prefix: bool = True
     classifier_layers: int = setting(2, choices=CLASSIFIER_LAYERS)
-    text_embedding: str = setting("published", choices=TEXT_EMBEDDINGS)
+    text_embedding: str | None = setting(None, choices=TEXT_EMBEDDINGS)
     caption_loss: str = setting("sound", choices=CAPTION_LOSSES)
     activation_checkpointing: bool = False
     backend: str | None = setting(None, choices=BACKENDS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -65,18 +66,38 @@ def _check(padding: str, max_length: int, shortest: int) -> None:
         raise ValueError(f"max_length={max_length} leaves no room for text; {need}")
 
 
+def _types(row: Sequence[int], separator: int | None) -> list[int]:
+    """The type of each token: 1 for those behind the first separator, where a second sentence stands, else 0."""
+    first = row.index(separator) + 1 if separator in row else len(row)
+    return [0] * first + [1] * (len(row) - first)
+
+
+def _marks_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer gives the sentences of a pair different types; ValueError when it does so in another way."""
+    marked = tokenizer("a", "a", return_token_type_ids=True)
+    given = marked.get("token_type_ids", [0])
+    if max(given) == 0:
+        return False
+    if given != _types(marked["input_ids"], tokenizer.sep_token_id):
+        raise ValueError("the tokenizer marks the two sentences of a pair otherwise than BERT's; set model.tokenizer")
+    return True
+
+
 class TextCollator:
-    """Batches of texts for RoBERTa: the tokenizer's special tokens included, and kept when a text is cut.
+    """Batches of texts to read: the tokenizer's special tokens included, and kept when a text is cut.
 
     What the collators of tasks with labels share; they are dataclasses with these attributes, in an order of their own.
 
     Attributes:
-        tokenizer: of the text model; needs a padding token.
+        tokenizer: of the text model; its end token stands in for a missing padding token, where nothing is read.
         max_length: longest text in tokens, special tokens included.
         padding: "longest" text of the batch, or always "max_length".
+        token_types: how many types of token the text model knows (BERT: 2, for the sentences of a pair); where that is
+            more than one, and the tokenizer marks pairs, batches have ``token_type_ids`` [B, T].
 
     Raises:
-        ValueError: an option is unknown or the tokenizer has no padding token.
+        ValueError: an option is unknown, the tokenizer has neither padding nor end token, or it marks the sentences
+            of a pair otherwise than BERT does (1 behind the first separator).
     """
 
     text_key: ClassVar[str]  # of an item: its text
@@ -84,11 +105,23 @@ class TextCollator:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     padding: str
+    token_types: int = 0
 
     def __post_init__(self) -> None:
         _check(self.padding, self.max_length, 1 + self.tokenizer.num_special_tokens_to_add())
-        if self.tokenizer.pad_token_id is None:
-            raise ValueError("the tokenizer has no padding token; set its pad_token, or another model.tokenizer")
+        if self.pad is None:
+            raise ValueError("the tokenizer has no padding or end token; set its pad_token, or another model.tokenizer")
+
+    @property
+    def pad(self) -> int | None:
+        """The id that fills texts up."""
+        names = self.tokenizer
+        return names.eos_token_id if names.pad_token_id is None else names.pad_token_id
+
+    @cached_property
+    def marks_pairs(self) -> bool:
+        """Whether batches tell the sentences of a pair apart."""
+        return self.token_types > 1 and _marks_pairs(self.tokenizer)
 
     def encode(self, texts: list[Any]) -> list[list[int]]:
         """The token ids of texts or pairs of texts, special tokens included, cut to ``max_length``."""
@@ -105,7 +138,10 @@ class TextCollator:
             return None
         batch[f"{self.id_key}s"] = [item[self.id_key] for item in kept]
         length = self.max_length if self.padding == "max_length" else None
-        batch |= _texts(_token_rows(kept, self.text_key, self.encode), self.tokenizer.pad_token_id, length)
+        rows = _token_rows(kept, self.text_key, self.encode)
+        batch |= _texts(rows, self.pad, length)
+        if self.marks_pairs:
+            batch["token_type_ids"] = _pad([_types(row, self.tokenizer.sep_token_id) for row in rows], 0, length)
         targets = [item["target"] for item in kept]
         return batch if None in targets else batch | {"labels": self.labels(targets)}
 
@@ -122,6 +158,7 @@ class VQACollator(TextCollator):
     max_length: int
     num_labels: int
     padding: str = "longest"
+    token_types: int = 0
 
     text_key = "question"
     id_key = "question_id"
@@ -142,6 +179,7 @@ class LabelCollator(TextCollator):
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     padding: str = "longest"
+    token_types: int = 0
 
     text_key = "text"
     id_key = "id"
@@ -153,7 +191,7 @@ class LabelCollator(TextCollator):
 
 @dataclass
 class CaptionCollator:
-    """Batches of captions for GPT-2, which has neither padding nor separate start and end tokens.
+    """Batches of captions, without the special tokens that a tokenizer adds by itself: one end token closes each.
 
     With the "sound" loss a text is the caption and one end token (a start token first when there is no visual prefix
     to start from), padded with attention 0 and label -100; a cut caption keeps its end token. Labels are the input ids:
@@ -166,8 +204,9 @@ class CaptionCollator:
         tokenizer: of the text model; needs an end token, which also stands in for a missing start or padding token.
         max_length: longest text in tokens, start and end tokens included.
         padding: "longest" text of the batch, or always "max_length".
-        prefix: the model puts the image in front of the text.
+        prefix: the model puts the image, or a start token of its own, in front of the text.
         loss: "sound" or "reference".
+        start: what stands in for a start token that the tokenizer lacks; None for its end token.
 
     Raises:
         ValueError: an option is unknown or the tokenizer has no end token.
@@ -178,6 +217,7 @@ class CaptionCollator:
     padding: str = "longest"
     prefix: bool = True
     loss: str = "sound"
+    start: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, CAPTION_LOSSES)
@@ -196,7 +236,8 @@ class CaptionCollator:
         if batch is None or "caption" not in kept[0]:
             return batch
         end = self.tokenizer.eos_token_id
-        start = [] if self.prefix else [end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id]
+        starts = (self.tokenizer.bos_token_id, self.start, end)
+        start = [] if self.prefix else [next(token for token in starts if token is not None)]
         captions = _token_rows(kept, "caption", self.encode)
         if self.loss == "reference":
             rows = [[*start, *caption][: self.max_length] for caption in captions]

@@ -1,12 +1,17 @@
-"""Vision-language models with routed bottlenecks: a frozen ViT beside a RoBERTa (labels) or a GPT-2 (captions)."""
+"""Vision-language models with routed bottlenecks: a frozen vision tower beside a language model."""
 
 from pathlib import Path
 from typing import Any
 
 from routingvl.bottlenecks.checkpoint import CheckpointError, read_adapter_config
 from routingvl.models.base import RoutedVLModel
-from routingvl.models.captioning import ViTGPT2ForCaptioning
-from routingvl.models.classification import ViTRobertaForClassification, ViTRobertaForVQA
+from routingvl.models.captioning import VisionTextForCaptioning, ViTGPT2ForCaptioning
+from routingvl.models.classification import (
+    VisionTextForClassification,
+    VisionTextForVQA,
+    ViTRobertaForClassification,
+    ViTRobertaForVQA,
+)
 from routingvl.models.hub import DOWNLOAD_OPTIONS, adapter_folder
 from routingvl.models.output import ModelOutput
 
@@ -16,9 +21,13 @@ __all__ = [
     "ViTGPT2ForCaptioning",
     "ViTRobertaForClassification",
     "ViTRobertaForVQA",
+    "VisionTextForCaptioning",
+    "VisionTextForClassification",
+    "VisionTextForVQA",
     "load_pretrained",
 ]
-MODELS = {cls.__name__: cls for cls in (ViTGPT2ForCaptioning, ViTRobertaForClassification, ViTRobertaForVQA)}
+CLASSES = (VisionTextForCaptioning, VisionTextForClassification, VisionTextForVQA)
+MODELS = {name: cls for cls in CLASSES for name in (cls.__name__, *cls.former_names)}
 
 
 def load_pretrained(directory: str | Path, **kwargs: Any) -> RoutedVLModel:

@@ -1,4 +1,4 @@
-"""What the models share: a frozen ViT, a routed language model, the context between them, saving and loading."""
+"""What the models share: a frozen vision tower, a routed language model, the context between them, saving, loading."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from torch import nn
 
 from routingvl.backbones.dropout import lighten_dropout
 from routingvl.backbones.loading import BackboneError
-from routingvl.backbones.text import drawn_weights, load_text, position_limit, text_body
+from routingvl.backbones.text import (
+    check_embeddings,
+    drawn_weights,
+    load_text,
+    position_limit,
+    text_body,
+    text_kind,
+    text_model,
+)
 from routingvl.backbones.vision import FEATURES, check_features, image_features, load_tower, tower_width
 from routingvl.bottlenecks import checkpoint
 from routingvl.bottlenecks.context import VisualContext
@@ -32,7 +40,7 @@ __all__ = ["ModelOutput", "RoutedVLModel"]
 
 
 class RoutedVLModel(PretrainedParts):
-    """A frozen ViT whose features reach a language model as a visual prefix and through routed bottlenecks.
+    """A frozen vision tower whose features reach a language model as a visual prefix and through routed bottlenecks.
 
     Use a subclass, and build it with :meth:`from_backbones`.
 
@@ -45,8 +53,8 @@ class RoutedVLModel(PretrainedParts):
         backend: see :func:`routingvl.kernels.lora.api`.
     """
 
-    language_model_name: ClassVar[str]
-    model_type: ClassVar[str]
+    text_use: ClassVar[str]  # of routingvl.backbones.text: READ or WRITE
+    former_names: ClassVar[tuple[str, ...]] = ()  # of the class, in adapters that older versions saved
 
     def __init__(
         self,
@@ -61,7 +69,9 @@ class RoutedVLModel(PretrainedParts):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        text = text_body(self.model_type, text)
+        text = text_body(self.text_use, text)
+        if visual_prefix:
+            check_embeddings(text)
         check_choice("vision_features", vision_features, FEATURES)
         if vision is not None:
             check_features(vision, vision_features, vision_layer)
@@ -76,6 +86,8 @@ class RoutedVLModel(PretrainedParts):
         self.vision_width = vision_width if vision is None else tower_width(vision)
         self.context = VisualContext()
         self.vit = vision
+        self.text_kind = text_kind(text)
+        self.language_model_name = text_model(text).attribute
         setattr(self, self.language_model_name, text)
         inject(text, routing, self.context, backend)
         lighten_dropout(text)
@@ -124,7 +136,7 @@ class RoutedVLModel(PretrainedParts):
         dtypes = backbone_dtypes(dtype)
         try:
             vision_model, vision_name = _resolve(vision, load_tower)
-            text_model, text_name = _resolve(text, partial(load_text, cls.model_type))
+            text_model, text_name = _resolve(text, partial(load_text, cls.text_use))
             for module, kind in ((vision_model, dtypes["vision"]), (text_model, dtypes["text"])):
                 if module is not None and kind is not None:
                     module.to(kind)
@@ -153,6 +165,14 @@ class RoutedVLModel(PretrainedParts):
     def vocabulary_size(self) -> int:
         """How many tokens the language model has embeddings for."""
         return self.language_model.get_input_embeddings().num_embeddings
+
+    @property
+    def token_types(self) -> int:
+        """How many types of token (BERT's first and second sentence) texts can have; 0 where there is but one."""
+        # RoBERTa's embedding, where the published code has it twice, has one type.
+        known = "token_type_ids" in inspect.signature(self.language_model.forward).parameters
+        count = getattr(self.language_model.config, "type_vocab_size", 0) if known else 0
+        return count if count > 1 and self.language_model_name != "roberta" else 0
 
     @property
     def report(self) -> TrainableReport:
@@ -209,13 +229,41 @@ class RoutedVLModel(PretrainedParts):
         return self.language_model.get_input_embeddings()(input_ids)
 
     def text_inputs(
-        self, features: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+        self,
+        features: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The language model's arguments for texts [B, T] and their images' features [B, L, d], the prefix in front.
 
         A mask of None reads every token. Raises ValueError unless text and image belong together, fit the position
         embeddings, and the token ids (looked at on the CPU only) are of the vocabulary.
         """
+        attention_mask = self.check_text(features, input_ids, attention_mask)
+        inputs = {"attention_mask": attention_mask}
+        if token_type_ids is not None:
+            if token_type_ids.shape != input_ids.shape or not self.token_types:
+                have, kinds = list(token_type_ids.shape), self.token_types
+                raise ValueError(f"token_type_ids {have} must be as input_ids, and the text model knows {kinds} types")
+            check_values("token_type_ids", token_type_ids, 0, self.token_types - 1)
+            inputs["token_type_ids"] = token_type_ids
+        if not self.visual_prefix:
+            return {"input_ids": input_ids, **inputs}
+        embedded = self.embed_text(input_ids)
+        values = {"attention_mask": 1, "token_type_ids": 0}  # of the image's positions
+        return {
+            "inputs_embeds": torch.cat([features.to(embedded.dtype), embedded], dim=1),
+            **{
+                name: torch.cat([tensor.new_full(features.shape[:2], values[name]), tensor], dim=1)
+                for name, tensor in inputs.items()
+            },
+        }
+
+    def check_text(
+        self, features: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The mask of texts [B, T], ones where it is None; ValueError as of :meth:`text_inputs`."""
         if input_ids is not None:
             check_tensor("input_ids", input_ids, integers=True)
         if attention_mask is not None:
@@ -237,12 +285,13 @@ class RoutedVLModel(PretrainedParts):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         check_zeros_and_ones("attention_mask", attention_mask)
-        if not self.visual_prefix:
-            return {"input_ids": input_ids, "attention_mask": attention_mask}
-        embedded = self.embed_text(input_ids)
+        return attention_mask
+
+    def image_inputs(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The language model's arguments for images' features [B, L, d] alone, as a prefix of nothing."""
         return {
-            "inputs_embeds": torch.cat([features.to(embedded.dtype), embedded], dim=1),
-            "attention_mask": torch.cat([attention_mask.new_ones(features.shape[:2]), attention_mask], dim=1),
+            "inputs_embeds": features,
+            "attention_mask": features.new_ones(features.shape[:2], dtype=torch.long),
         }
 
     def activation_checkpointing_enable(
@@ -341,7 +390,10 @@ class RoutedVLModel(PretrainedParts):
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        saved = checkpoint.read_adapter_config(directory, cls.__name__)
+        saved = checkpoint.read_adapter_config(directory)
+        if saved["model_class"] not in (cls.__name__, *cls.former_names):
+            holds = f"{Path(directory) / checkpoint.CONFIG} holds a {saved['model_class']}"
+            raise checkpoint.CheckpointError(f"{holds}, not a {cls.__name__}")
         source = Path(directory) / checkpoint.CONFIG
         saved["model"].setdefault("vision_layer", None)  # what earlier versions wrote has no such key
         if saved["model"].keys() != (known := set(cls.option_names()) - {"backend"}):

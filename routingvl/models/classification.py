@@ -1,4 +1,4 @@
-"""Classification of an image with a text: a frozen ViT and a RoBERTa with a head over the labels."""
+"""Classification of an image with a text: a frozen vision tower and a language model with a head over the labels."""
 
 from __future__ import annotations
 
@@ -7,29 +7,35 @@ from typing import Any
 import torch
 from torch import nn
 
+from routingvl.backbones.loading import model_type
+from routingvl.backbones.text import ENCODER, ENCODER_DECODER, READ, text_model, token_ids
 from routingvl.config import ConfigError, RoutingConfig, check_choice
 from routingvl.config.schema import CLASSIFIER_LAYERS, TEXT_EMBEDDINGS
 from routingvl.models.base import ModelOutput, RoutedVLModel
 from routingvl.models.losses import label_loss, soft_label_loss
 
 
-class ViTRobertaForClassification(RoutedVLModel):
-    """ViT + RoBERTa, a classifier over labels of which exactly one is right (softmax).
+class VisionTextForClassification(RoutedVLModel):
+    """Vision tower + language model, a classifier over labels of which exactly one is right (softmax).
 
-    The frozen pooler of RoBERTa reads the first position, which is the image's own when there is a visual prefix.
+    The head reads one state of the language model: of an encoder the pooler's, or without a pooler the last state, of
+    the first position, which is the image's own when there is a visual prefix; of a decoder that of the last token;
+    of an encoder-decoder that of its last end token, the text being the decoder's input too, as in transformers'
+    BartForSequenceClassification.
 
     Args:
         num_labels: number of labels.
         classifier_layers: 1 (Linear) or 2 (Linear to 2 d, LayerNorm, GELU, Linear: the published recipe).
-        text_embedding: how text and prefix are embedded. "published" (default) sends the text through RoBERTa's
+        text_embedding: how text and prefix are embedded. "published" sends the text through RoBERTa's
             embedding block twice, once alone and once behind the prefix, as the published code does, so that its
             recipes and checkpoints carry over; "single" joins plain word embeddings to the prefix and embeds once.
-            Without a prefix the two are the same.
+            Without a prefix the two are the same. None (default) takes "published" for RoBERTa, and for all others
+            "single", which is all that they have.
         vision, text, routing, **shared: see :class:`RoutedVLModel`.
     """
 
-    language_model_name = "roberta"
-    model_type = "roberta"
+    text_use = READ
+    former_names = ("ViTRobertaForClassification",)
     num_labels = 0  # none: it must be given
     loss = staticmethod(label_loss)  # logits and labels -> scalar
 
@@ -41,10 +47,10 @@ class ViTRobertaForClassification(RoutedVLModel):
         *,
         num_labels: int | None = None,
         classifier_layers: int = 2,
-        text_embedding: str = "published",
+        text_embedding: str | None = None,
         **shared: Any,
     ) -> None:
-        check_choice("text_embedding", text_embedding, TEXT_EMBEDDINGS)
+        check_choice("text_embedding", text_embedding, (None, *TEXT_EMBEDDINGS))
         check_choice("classifier_layers", classifier_layers, CLASSIFIER_LAYERS)
         num_labels = type(self).num_labels if num_labels is None else num_labels
         if num_labels < 1:
@@ -52,8 +58,14 @@ class ViTRobertaForClassification(RoutedVLModel):
         super().__init__(vision, text, routing, **shared)
         self.num_labels = self.config.num_labels = num_labels
         self.classifier_layers = classifier_layers
-        self.text_embedding = text_embedding
-        self.classifier = _classifier(self.roberta.config.hidden_size, num_labels, classifier_layers)
+        embeds_twice = text_model(self.language_model).embeds_twice
+        if text_embedding == "published" and not embeds_twice:
+            raise ConfigError(
+                f"text_embedding='published' is RoBERTa's, and the text model is a {model_type(self.language_model)}: "
+                "leave it null, or take 'single'"
+            )
+        self.text_embedding = text_embedding or ("published" if embeds_twice else "single")
+        self.classifier = _classifier(self.language_model.config.hidden_size, num_labels, classifier_layers)
         self.classifier.to(device=self.device, dtype=self.dtype)
 
     def forward(
@@ -63,6 +75,7 @@ class ViTRobertaForClassification(RoutedVLModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
     ) -> ModelOutput:
         """Classify images with their texts.
 
@@ -70,18 +83,51 @@ class ViTRobertaForClassification(RoutedVLModel):
             pixel_values, vision_features: one of them, see :meth:`visual_features`.
             input_ids: [B, T] texts.
             attention_mask: [B, T] of the text, 1 for tokens to read; None for all.
-            labels: int64 [B]; for :class:`ViTRobertaForVQA` float [B, num_labels], soft scores in [0, 1].
+            labels: int64 [B]; for :class:`VisionTextForVQA` float [B, num_labels], soft scores in [0, 1].
+            token_type_ids: [B, T] of the text, where the language model tells first and second sentences apart.
 
         Returns:
-            The loss (softmax cross entropy, mean over the batch; for :class:`ViTRobertaForVQA` binary cross entropy,
+            The loss (softmax cross entropy, mean over the batch; for :class:`VisionTextForVQA` binary cross entropy,
             mean over batch and answers) and logits [B, num_labels].
         """
         features = self.visual_features(pixel_values, vision_features)
-        inputs = self.text_inputs(features, input_ids, attention_mask)
+        inputs = self.text_inputs(features, input_ids, attention_mask, token_type_ids)
+        if self.text_kind == ENCODER_DECODER:
+            inputs["decoder_input_ids"] = self._shifted(input_ids, attention_mask)
+        if self.text_kind != ENCODER:
+            inputs["use_cache"] = False
         with self.context.bind(features):
-            pooled = self.roberta(**inputs).pooler_output
-        logits = self.classifier(pooled)
+            output = self.language_model(**inputs)
+        logits = self.classifier(self._pooled(output, inputs["attention_mask"], input_ids, attention_mask))
         return ModelOutput(None if labels is None else self.loss(logits, labels), logits)
+
+    def _pooled(
+        self, output: Any, mask: torch.Tensor, input_ids: torch.Tensor, text_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The state [B, d] that the head reads; ``mask`` is of what the language model was given."""
+        if self.text_kind == ENCODER:
+            pooled = getattr(output, "pooler_output", None)
+            return output.last_hidden_state[:, 0] if pooled is None else pooled
+        if self.text_kind == ENCODER_DECODER:
+            mask = torch.ones_like(input_ids) if text_mask is None else text_mask
+            ends = (input_ids == token_ids(self.language_model.config.eos_token_id)[-1]) & mask.bool()
+            mask = torch.where(ends.any(dim=1, keepdim=True), ends, mask.bool())
+        places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        last = (mask.long() * places).argmax(dim=1)
+        return output.last_hidden_state[torch.arange(len(last), device=last.device), last]
+
+    def _shifted(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The decoder's input for texts [B, T]: each begins with the start token, and lacks its last one.
+
+        Where the config has no start token (mBART), it is the last token of the text, in turn.
+        """
+        start = self.language_model.config.decoder_start_token_id
+        if start is None:
+            last = (torch.full_like(input_ids[:, 0], input_ids.shape[1]) if mask is None else mask.sum(dim=1)) - 1
+            first = input_ids.gather(1, last[:, None])
+        else:
+            first = torch.full_like(input_ids[:, :1], start)
+        return torch.cat([first, input_ids[:, :-1]], dim=1)
 
     @staticmethod
     def probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -91,19 +137,20 @@ class ViTRobertaForClassification(RoutedVLModel):
     def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
         """See :meth:`RoutedVLModel.embed_text`, and ``text_embedding`` above."""
         return (
-            self.roberta.embeddings(input_ids=input_ids)
+            self.language_model.embeddings(input_ids=input_ids)
             if self.text_embedding == "published"
             else super().embed_text(input_ids)
         )
 
 
-class ViTRobertaForVQA(ViTRobertaForClassification):
-    """ViT + RoBERTa, a classifier over the answers (arXiv 2403.09377, the VQAv2 experiments).
+class VisionTextForVQA(VisionTextForClassification):
+    """Vision tower + language model, a classifier over the answers (arXiv 2403.09377, the VQAv2 experiments).
 
-    As :class:`ViTRobertaForClassification`, but each answer is a yes-or-no decision of its own, learned from soft
+    As :class:`VisionTextForClassification`, but each answer is a yes-or-no decision of its own, learned from soft
     scores; ``num_labels`` is by default 3129, the answers of the published vocabulary.
     """
 
+    former_names = ("ViTRobertaForVQA",)
     num_labels = 3129
     loss = staticmethod(soft_label_loss)
 
@@ -111,6 +158,10 @@ class ViTRobertaForVQA(ViTRobertaForClassification):
     def probabilities(logits: torch.Tensor) -> torch.Tensor:
         """logits [B, num_labels] -> float32 probabilities, each between 0 and 1 on its own."""
         return logits.float().sigmoid()
+
+
+# The names of before, when the language model was always a RoBERTa.
+ViTRobertaForClassification, ViTRobertaForVQA = VisionTextForClassification, VisionTextForVQA
 
 
 def _classifier(width: int, num_labels: int, layers: int) -> nn.Module:

@@ -15,7 +15,7 @@ from routingvl.data.collate import IGNORED, IMAGE_INPUTS, CaptionCollator
 from routingvl.data.files import DataError, one_line
 from routingvl.metrics import caption_scores, coco_results_name, write_coco_results
 from routingvl.metrics.ptb import find_java
-from routingvl.models import ViTGPT2ForCaptioning
+from routingvl.models import VisionTextForCaptioning
 from routingvl.tasks.base import Batch, Task, register
 
 
@@ -24,7 +24,7 @@ class CaptionTask(Task):
     """Write a caption."""
 
     name = "caption"
-    model_class = ViTGPT2ForCaptioning
+    model_class = VisionTextForCaptioning
     model_settings = ("caption_loss",)
     text_model = "gpt2"
     max_text_length = 50
@@ -36,19 +36,19 @@ class CaptionTask(Task):
         if self.config.eval.caption_tokenizer == "ptb" and find_java() is None:
             raise ConfigError("eval.caption_tokenizer='ptb' needs Java, which is not on PATH; use 'auto' or 'python'")
 
-    def use_model(self, model: ViTGPT2ForCaptioning) -> None:
+    def use_model(self, model: VisionTextForCaptioning) -> None:
         """Take ``model``; ConfigError unless it begins and ends captions with the tokens that the tokenizer gives."""
         super().use_model(model)
         if (longest := self.config.eval.max_new_tokens) > model.max_positions:
             known = model.max_positions
             raise ConfigError(f"eval.max_new_tokens={longest} is more than the language model's {known} positions")
-        names = self.tokenizer
-        end, start = names.eos_token_id, names.eos_token_id if names.bos_token_id is None else names.bos_token_id
-        pairs = [("end", "eos_token_id", end, model.end_token)]
-        if not model.visual_prefix:
-            pairs.append(("begin", "bos_token_id", start, model.start_token))
-        for verb, key, taught, written in pairs:
-            if taught != written:
+        end, start = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        pairs = [("end", "eos_token_id", end, model.end_tokens)]
+        if not model.written_behind and start is not None:
+            pairs.append(("begin", "bos_token_id", start, [model.start_token]))
+        for verb, key, taught, known in pairs:
+            if taught not in known:
+                written = " or ".join(map(str, known))
                 raise ConfigError(
                     f"captions {verb} with token {taught} of the tokenizer, but with {key} {written} of the language "
                     "model's config: set model.tokenizer to the one that belongs to it, or correct that config"
@@ -75,7 +75,8 @@ class CaptionTask(Task):
             self.tokenizer,
             self.text_length,
             self.config.data.padding,
-            prefix=self.model.visual_prefix,
+            prefix=self.model.written_behind,
+            start=self.model.start_token,
             loss=self.model.caption_loss,
         )
 

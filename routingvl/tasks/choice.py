@@ -14,12 +14,12 @@ from routingvl.config import ConfigError
 from routingvl.config.schema import RunConfig
 from routingvl.data.files import DataError
 from routingvl.data.labelled import read_labels
-from routingvl.models import ViTRobertaForClassification
+from routingvl.models import VisionTextForClassification
 from routingvl.tasks.base import Batch, Predictions, Split, Task
 
 
 class ChoiceTask(Task):
-    """Choose one of :attr:`choices` by a RoBERTa with a head.
+    """Choose one of :attr:`choices` by a language model with a head.
 
     Attributes of the class:
         choices_file: file of the run folder that lists the choices, in the order of the head's outputs.
@@ -29,7 +29,7 @@ class ChoiceTask(Task):
         choices: the names to choose from, in order; empty until training data or the run folder's files are read.
     """
 
-    model_class = ViTRobertaForClassification
+    model_class = VisionTextForClassification
     model_settings = ("classifier_layers", "text_embedding")
     text_model = "roberta-base"
     choices_file: ClassVar[str]
@@ -45,7 +45,7 @@ class ChoiceTask(Task):
         """Also the choices, in their order."""
         return super().decided_by() | {f"the {self.kind}s to choose from (data.answers)": list(self.choices)}
 
-    def use_model(self, model: ViTRobertaForClassification) -> None:
+    def use_model(self, model: VisionTextForClassification) -> None:
         """Take ``model``; ConfigError unless its head has one output per choice."""
         super().use_model(model)
         if model.num_labels != len(self.choices):

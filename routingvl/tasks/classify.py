@@ -65,7 +65,9 @@ class ClassifyTask(ChoiceTask):
 
     def collator(self) -> LabelCollator:
         """Texts, with the numbers of their labels."""
-        return LabelCollator(self.tokenizer, self.text_length, self.config.data.padding)
+        return LabelCollator(
+            self.tokenizer, self.text_length, self.config.data.padding, token_types=self.model.token_types
+        )
 
     def selection_metric(self, split: LabelledSplit) -> str:
         """Accuracy; DataError when the split has no labels."""

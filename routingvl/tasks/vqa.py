@@ -13,7 +13,7 @@ from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
 from routingvl.data.vqa import VQASplit, load_vqa
 from routingvl.data.vqa_dataset import VQADataset
 from routingvl.metrics import soft_score_report, vqa_report, vqa_results_name, write_vqa_results
-from routingvl.models import ViTRobertaForVQA
+from routingvl.models import VisionTextForVQA
 from routingvl.tasks.base import register
 from routingvl.tasks.choice import ChoiceTask, first_examples
 
@@ -23,7 +23,7 @@ class VQATask(ChoiceTask):
     """Choose one of the answers of a vocabulary, each learned as a decision of its own from soft scores."""
 
     name = "vqa"
-    model_class = ViTRobertaForVQA
+    model_class = VisionTextForVQA
     max_text_length = 20
     command = "answer"
     choices_file = "label2ans.json"
@@ -52,7 +52,13 @@ class VQATask(ChoiceTask):
 
     def collator(self) -> VQACollator:
         """Questions, with soft scores as labels."""
-        return VQACollator(self.tokenizer, self.text_length, len(self.vocabulary), self.config.data.padding)
+        return VQACollator(
+            self.tokenizer,
+            self.text_length,
+            len(self.vocabulary),
+            self.config.data.padding,
+            token_types=self.model.token_types,
+        )
 
     def selection_metric(self, split: VQASplit) -> str:
         """The official accuracy where annotators' answers are known; DataError when the split has no answers."""

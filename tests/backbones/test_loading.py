@@ -19,7 +19,7 @@ from transformers import (
 
 from routingvl import RoutingConfig, ViTRobertaForVQA
 from routingvl.backbones.loading import BackboneError, find_source
-from routingvl.backbones.text import load_text, text_body
+from routingvl.backbones.text import READ, WRITE, load_text, text_body
 from routingvl.backbones.vision import load_tower
 from routingvl.commands import answer, export
 from routingvl.config import ConfigError
@@ -41,7 +41,7 @@ def load(folder):
     if "vit" in folder.name:
         return load_tower(str(folder))
     kind = folder.name.split("-")[0]
-    return text_body(kind, load_text(kind, str(folder)))
+    return text_body(use := READ if kind == "roberta" else WRITE, load_text(use, str(folder)))
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_loud_on_every_misfit(tmp_path):
     with pytest.raises(CheckpointError, match=r"adapter_config.json does not exist"):
         load()
     captioner().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="holds a ViTGPT2ForCaptioning, not a ViTRobertaForVQA"):
+    with pytest.raises(CheckpointError, match="holds a VisionTextForCaptioning, not a VisionTextForVQA"):
         ViTRobertaForVQA.from_pretrained(tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     good = load_file(weights)

@@ -121,8 +121,12 @@ class TestVQACollator:
         assert collate([None, None]) is None
 
     def test_tokenizer_without_padding_token(self, gpt2):
-        with pytest.raises(ValueError, match="no padding token"):
-            VQACollator(gpt2, 40, 4)
+        batch = VQACollator(gpt2, 40, 4)(question_items())
+        padded = batch["attention_mask"] == 0
+        assert padded.any()
+        assert (batch["input_ids"][padded] == gpt2.eos_token_id).all()
+        with pytest.raises(ValueError, match="no padding or end token"):
+            VQACollator(PreTrainedTokenizerFast(tokenizer_object=byte_level_bpe("<x>")), 40, 4)
 
     @pytest.mark.parametrize(
         ("options", "message"), [({"padding": "shortest"}, "padding='shortest'"), ({"max_length": 2}, "max_length=2")]

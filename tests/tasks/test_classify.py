@@ -156,7 +156,7 @@ def test_labels_that_do_not_fit(tiny, data, run, tmp_path):
 
 def test_given_models(tiny, run, tmp_path):
     config = tiny_config(tiny, tmp_path / "run", "classify", max_steps=1, lr=1e-9)
-    with pytest.raises(ConfigError, match="'classify' trains a ViTRobertaForClassification, not a ViTRobertaForVQA"):
+    with pytest.raises(ConfigError, match="'classify' trains a VisionTextForClassification, not a VisionTextForVQA"):
         train(tiny_config(tiny, tmp_path / "run", "classify"), model=answerer(num_labels=5), log="quiet")
     backbones = str(tiny / "vit"), str(tiny / "roberta")
     model = ViTRobertaForClassification.from_backbones(*backbones, config.routing, num_labels=3)
