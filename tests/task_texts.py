@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -85,7 +86,13 @@ KINDS = {
         (["<pad>", "</s>", "<unk>"], {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}, "$A </s>"),
         ["q", "v"],
     ),
-    "bart": ("BartForConditionalGeneration", "BartConfig", BOTH | {"decoder_start_token_id": 2}, BART, ["q_proj"]),
+    "bart": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        BOTH | {"decoder_start_token_id": 2},
+        BART,
+        ["q_proj", "v_proj"],
+    ),
     "mbart": (
         "MBartForConditionalGeneration",
         "MBartConfig",
@@ -99,6 +106,7 @@ ENCODERS = ["bert", "electra", "distilbert", "deberta-v3", "modernbert"]
 SEQ2SEQ = ["t5", "bart", "mbart"]
 
 
+@functools.cache
 def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE over the tiny texts, with the special tokens of this kind of model."""
     special, names, template = KINDS[kind][3]
@@ -126,6 +134,15 @@ def text_model(kind: str, words: PreTrainedTokenizerFast | None = None, **change
             if weight.dim() > 1 or name == "lm_head.bias":
                 weight.normal_(std=0.15)
     return model.eval()
+
+
+def text_body(kind: str, **changes: object) -> torch.nn.Module:
+    """The same weights without a head, in the class that reads texts (with a random pooler, where it has one)."""
+    whole = text_model(kind, **changes)
+    body = transformers.AutoModel.from_config(whole.config)
+    lacking = body.load_state_dict(whole.base_model.state_dict(), strict=False).missing_keys
+    assert all(name.startswith("pooler.") for name in lacking)
+    return body.eval()
 
 
 def write_text_model(folder: Path, kind: str) -> Path:

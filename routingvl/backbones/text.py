@@ -210,18 +210,13 @@ def has_plain_head(model: nn.Module) -> bool:
         return False
     # Large states, so that a cap shows.
     ramp = torch.linspace(-30, 30, head.in_features, device=head.weight.device, dtype=head.weight.dtype)[None, None]
-
-    def replace(module: nn.Module, args: Any, output: Any) -> Any:
-        output.last_hidden_state = ramp
-        return output
-
-    hook = body.register_forward_hook(replace)
+    token, read = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device), []
+    hook = head.register_forward_pre_hook(lambda module, args: read.append(args[0]) or (ramp,))
     try:
-        with torch.no_grad():
-            logits = _probe(model, input_ids=torch.zeros(1, 1, dtype=torch.long, device=head.weight.device))
-            return logits.shape[1] == 1 and torch.equal(logits.float(), head(ramp).float())
+        logits = _probe(model, input_ids=token)
     finally:
         hook.remove()
+    return torch.equal(read[0], _probe(body, input_ids=token)) and torch.equal(logits.float(), head(ramp).float())
 
 
 @torch.no_grad()
