@@ -156,6 +156,9 @@ def load_tower(name: str) -> nn.Module:
 def check_features(vision: nn.Module, kind: str, layer: int | None = None) -> None:
     """Raise :class:`BackboneError` unless features of this ``kind`` can be taken of a loaded tower's ``layer``."""
     tower, name = tower_of(vision), getattr(vision.config, "_name_or_path", "")
+    classes = [cls.__name__ for cls in type(vision).__mro__]
+    if "PreTrainedModel" in classes and tower.model_class not in classes:  # one with a head gives no hidden states
+        raise BackboneError(f"model.vision: a {classes[0]} is no {tower.model_class}: give the tower inside it")
     if kind not in tower.features:
         known = ", ".join(map(repr, tower.features))
         raise BackboneError(f"vision_features={kind!r}: a {tower.model_type} has only {known}")
@@ -192,11 +195,14 @@ def check_image_size(vision: nn.Module, size: tuple[int, int]) -> None:
                 f"images are resized to {height} x {width} pixels, but the vision tower {name} takes "
                 f"{wanted[0]} x {wanted[1]}: take the preprocessor_config.json that belongs to it"
             )
-    elif tower.image_sizes == "patches" and (height % (patch := vision.config.patch_size) or width % patch):
-        raise BackboneError(
-            f"images are resized to {height} x {width} pixels, which the patches of {patch} of the vision tower {name} "
-            "do not fill: take the preprocessor_config.json that belongs to it"
-        )
+    elif tower.image_sizes == "patches":
+        patch = vision.config.patch_size
+        sides = tuple(patch) if isinstance(patch, list | tuple) else (patch, patch)
+        if height % sides[0] or width % sides[1]:
+            raise BackboneError(
+                f"images are resized to {height} x {width} pixels, which patches of {sides[0]} x {sides[1]} of the "
+                f"vision tower {name} do not fill: take the preprocessor_config.json that belongs to it"
+            )
 
 
 def tower_width(vision: nn.Module) -> int:
@@ -226,6 +232,8 @@ def image_features(vision: nn.Module, pixel_values: Tensor, kind: str, layer: in
     if kind not in tower.features or layer is not None:
         check_features(vision, kind, layer)
     check_image_size(vision, tuple(pixel_values.shape[-2:]))
+    weight = next(vision.parameters())  # of another type, or on another device, than the language model perhaps
+    pixel_values = pixel_values.to(weight.device, weight.dtype if weight.is_floating_point() else None)
     with torch.no_grad():
         if layer is None:
             output = vision(pixel_values=pixel_values)

@@ -284,12 +284,14 @@ def _describe(backbone: nn.Module | None, name: str | None, directory: Path) -> 
     if backbone is None:
         return None
     local = name is not None and Path(name).is_dir()
+    config = backbone.config
+    staged = not hasattr(config, "hidden_size")  # a convolutional tower: widths and depths of its stages
     return {
         "name": name,
         "relative": os.path.relpath(name, directory.resolve()) if local else None,
-        "model_type": backbone.config.model_type,
-        "hidden_size": backbone.config.hidden_size,
-        "num_hidden_layers": backbone.config.num_hidden_layers,
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_sizes[-1] if staged else config.hidden_size,
+        "num_hidden_layers": sum(config.depths) if staged else config.num_hidden_layers,
         "fingerprint": fingerprint(backbone),
         "content": content_digest(backbone),
     }
@@ -322,6 +324,7 @@ def content_digest(backbone: nn.Module) -> str:
     saves, and again when a weight was written to.
     """
     frozen = _frozen(backbone)
+    frozen |= {n: b for n, b in sorted(backbone.named_buffers()) if n.endswith(("running_mean", "running_var"))}
     state = [(name, id(parameter), parameter._version) for name, parameter in frozen.items()]
     if backbone not in _digests or _digests[backbone][0] != state:
         known = getattr(backbone, "config", None)

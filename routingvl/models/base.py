@@ -197,8 +197,6 @@ class RoutedVLModel(PretrainedParts):
         if not len(pixel_values):
             raise ValueError("the batch is empty: there is no image in pixel_values")
         check_finite("pixel_values", pixel_values)
-        weight = next(self.vit.parameters())  # of another type, or on another device, than the language model perhaps
-        pixel_values = pixel_values.to(weight.device, weight.dtype if weight.is_floating_point() else None)
         return image_features(self.vit, pixel_values, self.vision_features, self.vision_layer)
 
     def visual_features(self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None) -> torch.Tensor:
@@ -346,7 +344,10 @@ class RoutedVLModel(PretrainedParts):
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments, beside backbones and routing, that make this model again."""
-        return {name: getattr(self, name) for name in self.option_names() if name != "backend"}
+        options = {name: getattr(self, name) for name in self.option_names() if name != "backend"}
+        if self.vision_layer is None:  # as earlier versions, which do not know it, write and read a model
+            del options["vision_layer"]
+        return options
 
     @classmethod
     def from_pretrained(
@@ -395,7 +396,7 @@ class RoutedVLModel(PretrainedParts):
             holds = f"{Path(directory) / checkpoint.CONFIG} holds a {saved['model_class']}"
             raise checkpoint.CheckpointError(f"{holds}, not a {cls.__name__}")
         source = Path(directory) / checkpoint.CONFIG
-        saved["model"].setdefault("vision_layer", None)  # what earlier versions wrote has no such key
+        saved["model"].setdefault("vision_layer", None)  # see options
         if saved["model"].keys() != (known := set(cls.option_names()) - {"backend"}):
             keys = ", ".join(sorted(known ^ saved["model"].keys()))
             raise checkpoint.CheckpointError(f"{source}: model lacks, or has in excess, {keys}")

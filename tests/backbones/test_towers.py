@@ -1,5 +1,6 @@
 """Each vision tower against transformers' own class: all weights, and every kind of feature taken by hand."""
 
+import copy
 import json
 import re
 
@@ -7,10 +8,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny import randomise, small_roberta
 from tower_zoo import CASES, SHAPE, Case, randomised
 
+from routingvl import RoutingConfig, ViTRobertaForVQA
 from routingvl.backbones.loading import BackboneError
 from routingvl.backbones.vision import TOWERS, check_features, check_image_size, image_features, load_tower, tower_width
+from routingvl.bottlenecks.checkpoint import CheckpointError
 
 TEXT = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50,
@@ -180,8 +184,36 @@ def test_what_is_no_tower_says_what_to_give(tmp_path):
         (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": kind, name: {"model_type": inner}}))
         with pytest.raises(BackboneError, match=rf"whole model around a vision tower \('{inner}'\): save that tower"):
             load_tower(str(tmp_path / kind))
+    with pytest.raises(BackboneError, match="a ViTForImageClassification is no ViTModel: give the tower inside it"):
+        check_features(transformers.ViTForImageClassification(CASES["vit"].config), "cls")
     with pytest.raises(BackboneError, match=r"CLIPModel is of model type 'clip', .*give its .vision_model"):
         check_features(whole_clip(), "cls")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_trains_saves_and_loads_with_it(towers, name, tmp_path):
+    case, (folder, original) = CASES[name], towers[name]
+    config = RoutingConfig(rank=2, alpha=4, routing="vllora")
+    text = small_roberta()
+    model = ViTRobertaForVQA.from_backbones(str(folder), text, config, num_labels=3, vision_features="tokens")
+    randomise(model).eval()
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    out = model(pixel_values=pixels(case), input_ids=ids, labels=torch.eye(3)[:2])
+    out.loss.backward()
+    trained = {key: weight for key, weight in model.named_parameters() if weight.requires_grad}
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in trained.values())
+    assert not any(key.startswith("vit.") for key in trained)
+    model.save_pretrained(tmp_path)
+    again = ViTRobertaForVQA.from_pretrained(tmp_path, text=small_roberta())
+    assert torch.equal(again(pixel_values=pixels(case), input_ids=ids).logits, out.logits)
+    with torch.no_grad():
+        tokens = by_hand(case, original(pixel_values=pixels(case)))["tokens"]
+    torch.testing.assert_close(again(vision_features=tokens, input_ids=ids).logits, out.logits)
+    last = list(original.state_dict())[-1 if name != "resnet" else -2]  # of a ResNet a statistic, not a parameter
+    other = copy.deepcopy(original)
+    other.state_dict()[last].add_(1.0)
+    with pytest.raises(CheckpointError, match="trained with another vision backbone"):
+        ViTRobertaForVQA.from_pretrained(tmp_path, vision=other, text=small_roberta())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -197,7 +229,7 @@ def test_image_sizes(towers, name):
         check_image_size(tower, (32, 48))
         tokens = image_features(tower, torch.zeros(1, 3, 32, 48), "tokens")
         assert tokens.shape == (1, case.prefix + 24, 24)
-        wrong, message = (20, 32), "20 x 32 pixels, which the patches of 8 of the vision tower .* do not fill"
+        wrong, message = (20, 32), "20 x 32 pixels, which patches of 8 x 8 of the vision tower .* do not fill"
     else:
         wrong, message = (24, 16), rf"24 x 16 pixels, but the vision tower {re.escape(str(folder))} takes {case.side} x"
     for call in (check_image_size, lambda tower, size: image_features(tower, torch.zeros(1, 3, *size), "mean")):

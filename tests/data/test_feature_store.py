@@ -88,6 +88,18 @@ def test_features_are_the_vits(tiny, tmp_path, kind, on_disk):
     assert found.shape == (5, 1 if kind == "pooler" else 5, 32)
 
 
+def test_a_tower_in_half_precision_and_another_layer(tiny, tmp_path):
+    vit, images = load_vit(tiny), records(tmp_path / "images")
+    data = DataConfig(feature_cache=str(tmp_path / "cache"))
+    found = {}
+    for name, tower, layer in (("whole", vit, None), ("layer", vit, -2), ("half", load_vit(tiny).bfloat16(), -2)):
+        made = FeatureStore(tower, "mean", ImagePreprocessor(size=16), data, layer)
+        found[name] = torch.stack(rows(made.load(images), images))
+        assert made.computed == 5, "no other one's features may be taken"
+    assert not torch.allclose(found["layer"], found["whole"], atol=0.1)
+    torch.testing.assert_close(found["half"], found["layer"], rtol=0.05, atol=0.05)
+
+
 def test_each_image_is_decoded_once(tiny, tmp_path, opens):
     vit, images = load_vit(tiny), records(tmp_path / "images")
     first = store(vit, tmp_path / "cache")
