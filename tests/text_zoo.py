@@ -79,6 +79,7 @@ _ROWS = {
     "bert": ("BertForSequenceClassification", ENCODER, ("query", "value")),
     "electra": ("ElectraForSequenceClassification", ENCODER | {"embedding_size": 16}, ("query", "value")),
     "deberta-v2": ("DebertaV2ForSequenceClassification", DEBERTA, ("query_proj", "value_proj")),
+    "deberta": ("DebertaForSequenceClassification", DEBERTA, ("in_proj",)),
     "distilbert": ("DistilBertForSequenceClassification", DISTILBERT, ("q_lin", "v_lin")),
     "modernbert": (
         "ModernBertForSequenceClassification",

@@ -5,6 +5,7 @@ Models of no kind listed here take LoRA too, with ``targets`` in the configurati
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +109,15 @@ def _encoder(model_type: str, adapter_residual: bool = False) -> Family:
     )
 
 
+def _deberta(model_type: str, *projections: Projection) -> Family:
+    """DeBERTa's versions differ in their projections."""
+    return dataclasses.replace(
+        _encoder(model_type, adapter_residual=True),
+        projections=projections,
+        sublayers=tuple(sublayer for sublayer in _encoder(model_type).sublayers if not sublayer.optional),
+    )
+
+
 _QUERY_VALUE = (Projection("self_attn.q_proj"), Projection("self_attn.v_proj"))
 
 
@@ -199,23 +209,20 @@ FAMILIES: dict[str, Family] = {
         _encoder("camembert"),
         _encoder("bert"),
         _encoder("electra", adapter_residual=True),
-        Family(
-            model_type="deberta-v2",  # DeBERTa-v3 too
-            layer="encoder.layer.{}",
-            projections=(
-                # These also project the relative positions, one batch of them for all texts.
-                Projection("attention.self.query_proj", unrouted="share_att_key"),
-                Projection("attention.self.value_proj"),
-                Projection("attention.self.key_proj", default=False, unrouted="share_att_key"),
-                Projection("attention.self.pos_query_proj", optional=True, default=False, unrouted=True),
-                Projection("attention.self.pos_key_proj", optional=True, default=False, unrouted=True),
-            ),
-            sublayers=(
-                Sublayer("attention.output.dropout", "attention.output.LayerNorm", "attention.output"),
-                Sublayer("output.dropout", "output.LayerNorm", "output"),
-            ),
-            adapter_residual=True,
-            activation_key="hidden_act",
+        _deberta(
+            "deberta-v2",  # DeBERTa-v3 too
+            # These also project the relative positions, one batch of them for all texts.
+            Projection("attention.self.query_proj", unrouted="share_att_key"),
+            Projection("attention.self.value_proj"),
+            Projection("attention.self.key_proj", default=False, unrouted="share_att_key"),
+            Projection("attention.self.pos_query_proj", optional=True, default=False, unrouted=True),
+            Projection("attention.self.pos_key_proj", optional=True, default=False, unrouted=True),
+        ),
+        _deberta(
+            "deberta",
+            Projection("attention.self.in_proj", parts=3, adapted=(0, 2), repeats="num_attention_heads"),
+            Projection("attention.self.pos_q_proj", optional=True, default=False, unrouted=True),
+            Projection("attention.self.pos_proj", optional=True, default=False, unrouted=True),
         ),
         Family(
             model_type="distilbert",

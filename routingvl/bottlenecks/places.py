@@ -308,7 +308,8 @@ def _named_modules(model: nn.Module, config: RoutingConfig) -> Iterator[tuple[st
             continue
         if not (named(targets, name) or (ALL_LINEAR in targets and inside(name) and _widths(module) is not None)):
             continue
-        if layers is None or (name.startswith(chosen) if chosen else _layer_index(name) in layers):
+        known = chosen and inside(name)  # a layer of a family; elsewhere the first number in the name counts
+        if layers is None or (name.startswith(chosen) if known else _layer_index(name) in layers):
             yield name, module
 
 

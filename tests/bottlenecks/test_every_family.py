@@ -21,7 +21,7 @@ INSIDE = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")  # language model
 POSITIONS = ("post_module", "pre_norm", "post_norm")
 STACKS = ("bart", "mbart", "t5", "mt5")  # encoder, and decoder with cross-attention
 # How many LoRAs a layer gets, and how many adapters behind and around: those with cross-attention have both kinds.
-LORAS = {"gpt2": 1, "gpt_neox": 1, "modernbert": 1, "phi3": 1} | dict.fromkeys(STACKS, 2 + 4)
+LORAS = {"gpt2": 1, "gpt_neox": 1, "deberta": 1, "modernbert": 1, "phi3": 1} | dict.fromkeys(STACKS, 2 + 4)
 PLACES = {"opt": 1} | dict.fromkeys(STACKS, 2 + 3)
 
 
@@ -195,6 +195,27 @@ def test_every_norm_inside_the_layers_trains(kind):
     } == norms
 
 
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+@pytest.mark.parametrize("kind", ["llama", "t5", "phi3", pytest.param("modernbert", marks=pytest.mark.slow)])
+def test_recomputation_gives_the_same_gradients(kind, method):
+    gradients = []
+    for recompute in (False, True):
+        model, context = text_model(kind), VisualContext()
+        inject(model, RoutingConfig(routing="mul", rank=4, method=method), context)
+        randomise(model).train().double()  # what is left then is no rounding
+        if recompute:
+            model.gradient_checkpointing_enable()
+        with context.bind(images().double()):
+            loss = model(**text_batch(kind)).loss
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    plain, again = gradients
+    assert plain.keys() == again.keys()
+    for name in plain:
+        assert plain[name].any()
+        assert (again[name] - plain[name]).abs().max() <= 1e-9 * plain[name].abs().max(), name
+
+
 @pytest.mark.parametrize("kind", ["gpt_neox", "phi3", "modernbert"])
 def test_fused_projections_change_query_and_value_alone(kind):
     model, context = text_model(kind), VisualContext()
@@ -265,6 +286,8 @@ def test_a_vision_tower_is_left_alone_unless_named():
     towers = [f"model.vision_tower.encoder.layers.{n}.self_attn.q_proj" for n in range(2)]
     assert names("llava", r".*vision_tower.*\.q_proj") == towers
     assert names("llava", "lm_head") == ["lm_head"]
+    config = RoutingConfig(targets=(".*vision_tower.*q_proj",), layers=(1,))
+    assert [place.name for place in lora_places(vision_language_model("llava"), config)] == towers[1:]
     with pytest.raises(SurgeryError, match="match no projection"):
         names("blip-2-opt", "query")
 
