@@ -108,7 +108,7 @@ class VisualContext:
             raise ValueError(f"beams={beams} must be at least 1, or None to find it in each layer")
         if text_only not in TEXT_ONLY:
             raise ValueError(f"text_only={text_only!r} is not one of {', '.join(map(repr, TEXT_ONLY))}")
-        binding = _Binding(features, features, beams, decoding, text_only)
+        binding = _Binding(features, features, beams, decoding, text_only, traced=torch.compiler.is_compiling())
         if features is None:
             if mask is not None:
                 raise ValueError("mask= belongs to features, and features is None")
@@ -214,6 +214,11 @@ class VisualContext:
                 "a routed layer ran with no visual features bound: call the model inside "
                 "`with context.bind(features):` or `with routingvl.bind_image(model, features):`, attach its image "
                 "once with routingvl.attach(model, ...), or pass pixel_values= or vision_features= to a routingvl model"
+            )
+        if torch.compiler.is_exporting() and not binding.traced:
+            raise RuntimeError(
+                "an export inside a binding would write this one image into the program: export a module whose forward "
+                "takes the features as an input and binds them itself, `with context.bind(features):`"
             )
         images, rows = binding.features.shape[0], x.shape[0]
         if binding.beams is None:
@@ -362,6 +367,7 @@ class _Binding:
         mask: bool [B, L], True for tokens; None for all.
         counted: the same, but that an entry without tokens (``text_only="zero"``) counts its first.
         present: bool [B], False where the bottleneck adds nothing; None: True everywhere.
+        traced: whether it was made in code that is being traced.
         read: whether a layer ran in it without an image.
         kept: {layer: (state that its code was made in, its weights, its code or None)}. The weights are there so that
             no other tensor can come to stand at their addresses.
@@ -377,6 +383,7 @@ class _Binding:
     mask: torch.Tensor | None = None
     counted: torch.Tensor | None = None
     present: torch.Tensor | None = None
+    traced: bool = False
     read: bool = False
     kept: dict[nn.Module, tuple[tuple, Weights, ImageCode | None]] = field(default_factory=dict)
     recomputes: bool = False

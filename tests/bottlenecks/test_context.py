@@ -13,6 +13,7 @@ from tiny import WIDTH, batch, randomise, small_gpt2, small_roberta
 from torch.utils.checkpoint import checkpoint
 
 from routingvl import RoutingConfig, VisualContext, ViTRobertaForVQA, inject
+from routingvl.bottlenecks.layers import RoutedLoRALinear
 
 
 def test_read_needs_a_binding():
@@ -240,3 +241,27 @@ def test_a_copy_of_a_checkpointed_model_recomputes_with_its_own_image():
         found.append([p.grad for p in twin.parameters() if p.grad is not None])
     assert own is not context
     assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
+
+
+class BindsItself(torch.nn.Module):
+    """A layer that gets its image as an input."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, v):
+        with self.layer.context.bind(v):
+            return self.layer(x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_has_the_image_as_an_input_and_never_in_it(strict):
+    layer = RoutedLoRALinear(torch.nn.Linear(8, 8), 2, routing="mul", context=VisualContext())
+    torch.nn.init.normal_(layer.lora_B)
+    layer.requires_grad_(False)
+    x, v = torch.randn(2, 3, 8), torch.randn(2, 1, 8)
+    program = torch.export.export(BindsItself(layer), (x, v), strict=strict).module()
+    torch.testing.assert_close(program(x, 2 * v), layer(x, 2 * v))
+    with layer.context.bind(v), pytest.raises(Exception, match="write this one image into the program"):
+        torch.export.export(layer, (x,), strict=strict)
