@@ -170,7 +170,7 @@ A `{type(model).__name__}` of [routingvl](https://arxiv.org/abs/2403.09377): rou
 ```python
 from routingvl.models import load_pretrained
 
-model = load_pretrained({repo_id!r}{given})
+model = load_pretrained("{repo_id}"{given})
 ```
 """
 
