@@ -127,7 +127,7 @@ def test_a_pushed_adapter_is_the_saved_one_with_a_card(model, saved: Path, hub: 
     card = hub.files.pop("README.md").decode()
     assert 'load_pretrained("me/routed", vision=..., text=...)' in card
     front = card.split("---")[1]
-    assert all(f"- {tag}\n" in front for tag in ("routingvl", "lora", "routing:mul", "a"))
+    assert all(f"- {tag}\n" in front for tag in ("routingvl", "lora", "routing:mul", "coco"))
     for name, content in hub.files.items():
         (tmp_path / name).write_bytes(content)
     assert weights(tmp_path) == weights(saved)
