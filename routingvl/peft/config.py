@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 
 from routingvl.kernels import ROUTINGS
 from routingvl.kernels.lora.options import PLACEMENTS
@@ -123,6 +123,21 @@ class RoutedLoraConfig(LoraConfig):
             )
         super().save_pretrained(save_directory, **kwargs)
         write_note(save_directory)
+
+
+class OwnAdapterConfig(PeftConfig):
+    """Stands in PEFT's table for adapters that routingvl saved in its own format, to say what opens them."""
+
+    def __init__(self, *, opened: str = "this folder", **kwargs: Any) -> None:
+        raise PeftMethodError(
+            f"{opened} is an adapter in routingvl's own format, not PEFT's: open it with "
+            "routingvl.load_adapter(model, folder), or with from_pretrained of the routingvl model that saved it"
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> OwnAdapterConfig:
+        """Raise PeftMethodError."""
+        return cls(opened=str(pretrained_model_name_or_path))
 
 
 def _refuse(config: RoutedLoraConfig) -> None:

@@ -13,11 +13,12 @@ from torch import nn
 
 from routingvl.bottlenecks.attach import attach
 from routingvl.bottlenecks.beside import callable_widths
+from routingvl.bottlenecks.checkpoint import PEFT_TYPE as OWN_TYPE
 from routingvl.bottlenecks.layers import RoutedLayer, is_projection, projection_widths
 from routingvl.bottlenecks.places import LoRAPlace, lora_places, parts_outside
 from routingvl.config import RoutingConfig
 from routingvl.kernels import ROUTINGS
-from routingvl.peft.config import PeftMethodError, RoutedLoraConfig, RoutedType
+from routingvl.peft.config import OwnAdapterConfig, PeftMethodError, RoutedLoraConfig, RoutedType
 from routingvl.peft.layer import RoutedLinear, check_linear
 
 HANDLE = "_routingvl_image_from"  # attribute of a model: what attach() returned
@@ -28,6 +29,7 @@ def register() -> None:
     """Write the method into PEFT's tables: of configs, tuners and parameter prefixes, and of hot-swapping's checks."""
     name = RoutedType.ROUTED_LORA
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = RoutedLoraConfig
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[OWN_TYPE] = OwnAdapterConfig
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = RoutedLoraModel
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = RoutedLoraModel.prefix
     hotswap.CONFIG_KEYS_TO_CHECK[name] = [*hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA], *SETTINGS]

@@ -1,10 +1,11 @@
 """What cannot go with a routed LoRA is refused by name, with the reason, and nothing is changed."""
 
 import importlib.metadata
+import json
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft_cases import WIDTH, adapted, config, gpt2, llama, logits
 
@@ -132,3 +133,10 @@ def test_without_peft(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(ImportError, match=r"pip install 'routingvl\[peft\]'"):
         routingvl.peft.check_version()
+
+
+def test_an_adapter_in_routingvls_own_format(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "ROUTINGVL", "format_version": 1}))
+    for opens in (PeftConfig.from_pretrained, lambda folder: PeftModel.from_pretrained(llama(), folder)):
+        with pytest.raises(PeftMethodError, match=r"own format, not PEFT's: open it with routingvl\.load_adapter"):
+            opens(str(tmp_path))
