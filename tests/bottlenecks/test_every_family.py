@@ -1,5 +1,6 @@
 """Every row of the table of families, on tiny random models: LoRA and adapters train, and see the image."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from text_zoo import LAYERS, TARGETS, generates, text_batch, text_model, vision_
 from tiny import WIDTH, randomise
 from torch import nn
 
-from routingvl import RoutingConfig, VisualContext, inject
+from routingvl import RoutingConfig, VisualContext, bind_image, inject, load_adapter, save_adapter
 from routingvl.bottlenecks.families import FAMILIES, Family, Projection
 from routingvl.bottlenecks.inject import SurgeryError, remove
 from routingvl.bottlenecks.layers import RoutedAdapter, RoutedLayer, RoutedLoRA
@@ -156,6 +157,41 @@ def test_plain_lora_runs_in_peft_and_comes_back(kind, tmp_path):
     assert (logits(theirs, context, batch, images()) - want).abs().max() < 1e-4 * want.abs().max()
     import_peft(again, tmp_path)
     assert torch.equal(logits(again, context, batch, images()), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_saved_loaded_copied_and_in_half_precision(kind, method, tmp_path):
+    batch, features, context = text_batch(kind), images(), VisualContext()
+    config = RoutingConfig(routing="mul", rank=4, method=method)
+    model, again, half = (text_model(kind) for _ in range(3))
+    inject(model, config, context)
+    randomise(model)
+    want = logits(model, context, batch, features)
+    save_adapter(model, tmp_path)
+    load_adapter(again, tmp_path)
+    copied = copy.deepcopy(model)
+    for other in (again, copied):
+        with bind_image(other, features), torch.no_grad():
+            assert torch.equal(other(**batch).logits, want)
+    inject(half.bfloat16(), config, context)
+    with context.bind(features.bfloat16()):
+        half(**batch).loss.backward()
+    trained = [parameter for parameter in half.parameters() if parameter.requires_grad]
+    assert all(parameter.dtype == torch.float32 and parameter.grad.isfinite().all() for parameter in trained)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:LoRA on")
+@pytest.mark.parametrize("kind", TARGETS)
+def test_every_projection_with_the_image_projected_to_its_width(kind):
+    model, batch, context = text_model(kind), text_batch(kind), VisualContext()
+    inject(model, RoutingConfig(rank=4, targets="all-linear", image_projection="linear"), context, image_width=24)
+    features = torch.randn(3, 1, 24, generator=torch.Generator().manual_seed(9))
+    randomise(model)
+    seen = logits(model, context, batch, features)
+    assert (seen - logits(model, context, batch, features.flip(0))).abs().max() > 1e-4
 
 
 @pytest.mark.slow
