@@ -190,6 +190,18 @@ def test_what_is_no_tower_says_what_to_give(tmp_path):
         check_features(whole_clip(), "cls")
 
 
+def test_the_tower_of_a_llava(tmp_path):
+    """Saved as docs/backbones.md says, it gives what LLaVA reads."""
+    text = transformers.LlamaConfig(num_key_value_heads=2, **TEXT)
+    config = transformers.LlavaConfig(vision_config=transformers.CLIPVisionConfig(**SHAPE), text_config=text)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model.model.vision_tower.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        want = model.model.vision_tower(images, output_hidden_states=True).hidden_states[config.vision_feature_layer]
+    torch.testing.assert_close(image_features(load_tower(str(tmp_path)), images, "tokens", -2), want)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_model_trains_saves_and_loads_with_it(towers, name, tmp_path):
     case, (folder, original) = CASES[name], towers[name]
