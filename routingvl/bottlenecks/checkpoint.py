@@ -177,8 +177,12 @@ def read_header(directory: str | Path) -> dict[str, Any]:
     return config
 
 
-def read_adapter_config(directory: str | Path, model_class: str | None = None) -> dict[str, Any]:
+def read_adapter_config(directory: str | Path, *model_class: str) -> dict[str, Any]:
     """The configuration of a saved routingvl model, its keys and the type of each value as in :class:`AdapterConfig`.
+
+    Args:
+        directory: the folder.
+        *model_class: the name that the model's class has to have, and names that it had before; none for any.
 
     Raises:
         CheckpointError: no such folder or file, not ours, written by a newer format, of another class, or damaged.
@@ -199,8 +203,8 @@ def read_adapter_config(directory: str | Path, model_class: str | None = None) -
                 from_dict(BackboneReference, saved, f"{path}: backbones.{role}")
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
-    if model_class is not None and config["model_class"] != model_class:
-        raise CheckpointError(f"{path} holds a {config['model_class']}, not a {model_class}")
+    if model_class and config["model_class"] not in model_class:
+        raise CheckpointError(f"{path} holds a {config['model_class']}, not a {model_class[0]}")
     return config
 
 
@@ -314,6 +318,14 @@ _SETTINGS = (
     "hidden_act activation_function layer_norm_eps layer_norm_epsilon num_attention_heads patch_size pad_token_id "
     "bos_token_id eos_token_id scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn"
 ).split()
+# Likewise; these count only where a config has them, so that digests of before, of configs without, stay as they are.
+_FURTHER_SETTINGS = (
+    "attention_multiplier attn_logit_softcapping do_layer_norm_before embedding_multiplier feed_forward_proj "
+    "final_logit_softcapping head_dim hidden_activation layer_types local_attention logits_scaling num_key_value_heads "
+    "num_heads partial_rotary_factor pos_att_type position_buckets query_pre_attn_scalar relative_attention "
+    "relative_attention_num_buckets residual_multiplier rms_norm_eps rope_parameters scale_decoder_outputs "
+    "scale_embedding sliding_window"
+).split()
 _digests: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 
 
@@ -329,6 +341,8 @@ def content_digest(backbone: nn.Module) -> str:
     if backbone not in _digests or _digests[backbone][0] != state:
         known = getattr(backbone, "config", None)
         settings = {name: getattr(known, name, None) for name in _SETTINGS}
+        further = {name: getattr(known, name, None) for name in _FURTHER_SETTINGS}
+        settings |= {name: value for name, value in further.items() if value is not None}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, parameter in frozen.items():
             digest.update(f"{name}{full_shape(parameter)}".encode())

@@ -123,7 +123,9 @@ def load_adapter(
     """
     source = Path(directory) / CONFIG
     if _is_ready_made(model):
-        saved = checkpoint.read_adapter_config(directory, checkpoint.header(model)["model_class"])
+        saved = checkpoint.read_adapter_config(
+            directory, checkpoint.header(model)["model_class"], *type(model).former_names
+        )
         checkpoint.load_adapter(model, directory, saved)
         return trainable_report(model)
     config = read_injected_config(directory)

@@ -391,10 +391,7 @@ class RoutedVLModel(PretrainedParts):
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        saved = checkpoint.read_adapter_config(directory)
-        if saved["model_class"] not in (cls.__name__, *cls.former_names):
-            holds = f"{Path(directory) / checkpoint.CONFIG} holds a {saved['model_class']}"
-            raise checkpoint.CheckpointError(f"{holds}, not a {cls.__name__}")
+        saved = checkpoint.read_adapter_config(directory, cls.__name__, *cls.former_names)
         source = Path(directory) / checkpoint.CONFIG
         saved["model"].setdefault("vision_layer", None)  # see options
         if saved["model"].keys() != (known := set(cls.option_names()) - {"backend"}):

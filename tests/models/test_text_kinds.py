@@ -10,7 +10,13 @@ from tiny import randomise, small_gpt2, small_roberta
 from torch import nn
 from torch.nn import functional as F
 
-from routingvl import RoutingConfig, VisionTextForCaptioning, VisionTextForClassification, VisionTextForVQA
+from routingvl import (
+    RoutingConfig,
+    VisionTextForCaptioning,
+    VisionTextForClassification,
+    VisionTextForVQA,
+    load_adapter,
+)
 from routingvl.backbones.text import has_plain_head
 from routingvl.bottlenecks.checkpoint import CheckpointError
 from routingvl.config import ConfigError
@@ -239,13 +245,21 @@ def test_old_names_are_aliases_and_their_adapters_load(tmp_path):
         assert saved["model_class"] == build.__name__
         (folder / "adapter_config.json").write_text(json.dumps(saved | {"model_class": old}))
         text = small_gpt2() if build is VisionTextForCaptioning else small_roberta()
+        assert load_adapter(build.from_backbones(None, text, config, **model.options()), folder).trainable
+        text = small_gpt2() if build is VisionTextForCaptioning else small_roberta()
         for load in (load_pretrained, build.from_pretrained):
             loaded = load(folder, text=text)
             assert type(loaded) is build
-            text = loaded.language_model
             text = small_gpt2() if build is VisionTextForCaptioning else small_roberta()
         with pytest.raises(CheckpointError, match=f"holds a {old}, not a VisionTextForClassification"):
             VisionTextForClassification.from_pretrained(folder, text=text)
+
+
+def test_another_backbone_by_its_settings_alone_is_refused(tmp_path):
+    writer("llama").save_pretrained(tmp_path)
+    other = text_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    with pytest.raises(CheckpointError, match="trained with another text backbone"):
+        load_pretrained(tmp_path, text=other)
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "bart"])
