@@ -9,7 +9,7 @@ from tiny import captioner, small_gpt2, small_roberta, small_vit
 from torch import nn
 from transformers import PreTrainedModel
 
-from routingvl import RoutingConfig, bind_image, inject, load_adapter, save_adapter
+from routingvl import RoutingConfig, bind_image, disable, inject, load_adapter, save_adapter
 from routingvl.bottlenecks.checkpoint import CheckpointError
 from routingvl.models import load_pretrained
 from routingvl.tensor_files import read_tensors
@@ -60,6 +60,33 @@ def test_biases_and_norms_travel_from_the_part_that_was_injected(tmp_path, build
     assert torch.equal(logits(loaded["text"]), logits(model["text"]))
     with pytest.raises(CheckpointError, match=r"adapter_config\.json does not fit the model"):
         load_adapter(build(), tmp_path)
+
+
+LORA, ADAPTER = {"rank": 4, "routing": "mul"}, {"method": "adapter", "rank": 4, "routing": "add"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("build", "first", "second"),
+    [
+        (small_gpt2, LORA, ADAPTER),
+        (small_roberta, ADAPTER | {"position": "pre_norm"}, LORA),
+        (llama, ADAPTER, LORA | {"targets": ["o_proj"]}),
+        (llama, LORA | {"layers": [0]}, LORA | {"routing": "vllora", "layers": [1]}),
+    ],
+    ids=["gpt2", "roberta", "llama-same-module", "llama-layers"],
+)
+def test_two_methods_in_one_model(tmp_path, build, first, second, dtype):
+    model, loaded = build().to(dtype).eval(), build().to(dtype).eval()
+    want = logits(model)
+    for config in (first, second):
+        inject(model, RoutingConfig(**config))
+    wake(model)
+    with disable(model):
+        assert torch.equal(model(input_ids=IDS)[0], want)
+    save_adapter(model, tmp_path)
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(logits(loaded, IMAGE.to(dtype)), logits(model, IMAGE.to(dtype)))
 
 
 @pytest.fixture(scope="module")
