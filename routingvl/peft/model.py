@@ -14,6 +14,7 @@ from torch import nn
 from routingvl.bottlenecks.attach import attach
 from routingvl.bottlenecks.beside import callable_widths
 from routingvl.bottlenecks.checkpoint import PEFT_TYPE as OWN_TYPE
+from routingvl.bottlenecks.inject import check_in_memory
 from routingvl.bottlenecks.layers import RoutedLayer, is_projection, projection_widths
 from routingvl.bottlenecks.places import LoRAPlace, lora_places, parts_outside
 from routingvl.config import RoutingConfig
@@ -46,10 +47,12 @@ class RoutedLoraModel(LoraModel):
                 different input widths would share one image, or adapters disagree on where the image comes from. The
                 model is left as it was.
             BindingError: ``image_from`` names no sub-module.
+            SurgeryError: weights are offloaded to the disk or the CPU.
         """
         config = self.peft_config[adapter_name]
         attached = hasattr(model, HANDLE)
         try:
+            check_in_memory(model)
             _check_neighbours(model, self.peft_config)
             source = _image_source(self.peft_config)
             self._settle_targets(model, config)

@@ -257,6 +257,9 @@ def test_offloaded_weights_are_refused_and_may_be_offloaded_afterwards():
             SurgeryError, match=r"the weights of model\.embed_tokens are offloaded .* bottlenecks first"
         ):
             check(model)
+    peft, method = pytest.importorskip("peft"), pytest.importorskip("routingvl.peft")
+    with pytest.raises(SurgeryError, match="bottlenecks first"):
+        peft.get_peft_model(model, method.RoutedLoraConfig(r=4, target_modules=["q_proj"]))
     later = llama()
     inject(later, RoutingConfig(rank=4, targets=["q_proj"]))
     cpu_offload(later)
