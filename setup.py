@@ -60,6 +60,7 @@ setup(
     ],
     extras_require={
         "dev": [
+            'bitsandbytes; platform_system == "Linux"',  # quantised layers, which the bottlenecks stand beside
             "build",
             "hypothesis",
             "ninja",
@@ -71,6 +72,7 @@ setup(
             "ruff",
             "setuptools>=77",  # tests build a wheel without build isolation, that is without network
             "tensorboard",
+            'torchao; platform_system == "Linux"',
         ],
         "peft": [PEFT],
         "tracking": ["tensorboard", "wandb"],
