@@ -14,13 +14,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-triton reliability lint format clean
+.PHONY: help demo test test-triton reliability models lint format clean
 
 help:
 	@echo "make demo     train and compare every routing function on a small made-up data set (DEMO_ARGS='--quick')"
 	@echo "make test     run the tests (TEST_JOBS=2, TEST_ARGS='-k metrics', TEST_MARKS=slow for the slow ones)"
 	@echo "make test-triton   the tests of models and training on the Triton kernels, in their interpreter"
 	@echo "make reliability   the tests of faults: broken inputs, full disks, kills, signals, load (docs/reliability.md)"
+	@echo "make models   try every kind of model and write docs/models.md (5 minutes)"
 	@echo "make lint     check style without changing a file"
 	@echo "make format   rewrite the files in the project's style"
 	@echo "make clean    remove the environment, builds and caches (runs/ stays)"
@@ -40,6 +41,10 @@ test-triton: test
 reliability: override TEST_MARKS := reliability
 reliability: override TEST_ARGS := tests/reliability $(TEST_ARGS)
 reliability: test
+
+models: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/model_trials.py > docs/models.md.new
+	mv docs/models.md.new docs/models.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,54 @@
+"""The programs of docs/howto-*.md, run from top to bottom on tiny random models in place of those that they name."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_docs import fences
+from text_zoo import text_batch, text_model
+from tower_zoo import vision_tower
+from vlms import batch_for, make
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+HUB = {
+    "llava-hf/llava-1.5-7b-hf": lambda: make("llava"),
+    "HuggingFaceTB/SmolLM2-135M": lambda: text_model("llama"),
+    "google/siglip-base-patch16-224": lambda: vision_tower("siglip"),
+}
+PAGES = sorted(path.name for path in DOCS.glob("howto-*.md"))
+
+
+def rows(batch):
+    """The rows of a batch, as a data set has them."""
+    return [{key: value[index] for key, value in batch.items()} for index in range(len(batch["input_ids"]))]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A folder with a tiny model for each name of the hub."""
+    folder = tmp_path_factory.mktemp("hub")
+    for name, build in HUB.items():
+        build().save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_programs_run(page, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    program = "\n".join(fences((DOCS / page).read_text(encoding="utf-8"), ("python",)))
+    assert program
+    for name in HUB:
+        program = program.replace(f'"{name}"', repr(str(hub / name)))
+    assert not re.search(r'from_pretrained\("[\w-]+/', program)
+    # Smaller than what a page says: the tiny models take seconds then.
+    program = program.replace(
+        'TrainingArguments("', 'TrainingArguments(max_steps=2, use_cpu=True, report_to=[], output_dir="'
+    )
+    batch, words = batch_for("llava"), text_batch("llama")
+    given = {"data": rows(batch_for("llava", (1,) * 4)), "words": {k: v for k, v in words.items() if k != "labels"}}
+    given["pixels"] = torch.randn(3, 3, 16, 16)
+    given["batch"] = {key: value for key, value in batch.items() if key != "labels"}
+    torch.manual_seed(0)
+    exec(compile(program, page, "exec"), {"__name__": page, **given})
