@@ -201,7 +201,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(model, tmp_path: Path, optio
         {"dtype": "auto"},
         {"torch_dtype": "bf16"},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_loading_refuses_by_name(saved: Path, options: dict) -> None:
     name = next(iter(options))
