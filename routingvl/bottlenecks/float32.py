@@ -20,13 +20,16 @@ HALF = (torch.bfloat16, torch.float16)
 def hold_in_float32(module: nn.Module, seen: dict[str, torch.dtype]) -> None:
     """Make those of ``module``'s own parameters float32; its forward reads them in the types given.
 
-    The class becomes a subclass of its own that differs in nothing else. ``model.to(dtype)`` changes both types.
+    The class becomes a subclass of its own that differs in nothing else. ``model.to(dtype)`` changes both types. A
+    module can be held again, for further parameters.
     """
+    if isinstance(module, Held):
+        seen = {**module.held_dtypes, **seen}
     for name, parameter in module.named_parameters(recurse=False):
         if name in seen:
             parameter.data = parameter.data.float()
     module.held_dtypes = dict(seen)
-    module.__class__ = _holding(type(module), tuple(sorted(seen)))
+    module.__class__ = _holding(getattr(module, "held_class", type(module)), tuple(sorted(seen)))
 
 
 def release(module: nn.Module) -> None:

@@ -113,7 +113,7 @@ def inject(
             record.originals[name] = parameter.detach().clone()
     model.routed_injections = [*getattr(model, "routed_injections", ()), record]
     if config.bottleneck_dtype == "float32":
-        _hold_in_float32(model)
+        train_in_float32(model)
     return dataclasses.replace(trainable_report(model), skipped=tuple(skipped))
 
 
@@ -364,8 +364,11 @@ def _trains(base: nn.Module) -> bool:
     return all(type(p) is nn.Parameter and p.is_floating_point() for p in (base.weight, base.bias))
 
 
-def _hold_in_float32(model: nn.Module) -> None:
-    """Everything that trains, in float32; modules see their own parameters in the model's type."""
+def train_in_float32(model: nn.Module) -> None:
+    """Hold everything that trains in float32; modules see their own parameters in the type that these had.
+
+    Of ``model``'s own: what is in float32 already, or held so, stays as it is.
+    """
     owners = []
     for module in model.modules():
         half = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad and p.dtype in HALF}

@@ -25,7 +25,7 @@ from routingvl.backbones.text import (
 from routingvl.backbones.vision import FEATURES, check_features, image_features, load_tower, tower_width
 from routingvl.bottlenecks import checkpoint
 from routingvl.bottlenecks.context import VisualContext
-from routingvl.bottlenecks.inject import inject
+from routingvl.bottlenecks.inject import inject, train_in_float32
 from routingvl.bottlenecks.report import TrainableReport, trainable_report
 from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict, nearest
 from routingvl.config.checks import check_value, types_of
@@ -98,6 +98,7 @@ class RoutedVLModel(PretrainedParts):
         self.visual_projection: nn.Linear | None = None
         if self.vision_width != (width := text.config.hidden_size):
             self.visual_projection = nn.Linear(self.vision_width, width, device=self.device, dtype=self.dtype)
+        self._hold_what_trains()
         # How many positions (prefix and text together) the text model has embeddings for.
         self.max_positions = position_limit(text)
         self.backbones: dict[str, str | None] = {"vision": None, "text": None}
@@ -145,6 +146,11 @@ class RoutedVLModel(PretrainedParts):
             raise ConfigError(str(error)) from error
         model.backbones = {"vision": vision_name, "text": text_name}
         return place(model, device_map)
+
+    def _hold_what_trains(self) -> None:
+        """Also what trains beside the bottlenecks, which ``inject`` holds in float32 by itself."""
+        if self.routing.bottleneck_dtype == "float32":
+            train_in_float32(self)
 
     @property
     def language_model(self) -> nn.Module:

@@ -67,6 +67,7 @@ class VisionTextForClassification(RoutedVLModel):
         self.text_embedding = text_embedding or ("published" if embeds_twice else "single")
         self.classifier = _classifier(self.language_model.config.hidden_size, num_labels, classifier_layers)
         self.classifier.to(device=self.device, dtype=self.dtype)
+        self._hold_what_trains()
 
     def forward(
         self,

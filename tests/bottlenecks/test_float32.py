@@ -54,3 +54,16 @@ def test_copies_pickles_and_moves(module):
     assert twin(x.float()).dtype == torch.float32
     twin.half()
     assert twin(x.half()).dtype == torch.float16
+
+
+def test_is_held_again_for_further_parameters():
+    module = nn.Linear(8, 8).bfloat16()
+    x = torch.randn(3, 8).bfloat16()
+    want = module(x)
+    hold_in_float32(module, {"bias": torch.bfloat16})
+    hold_in_float32(module, {"weight": torch.bfloat16})
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert torch.equal(module(x), want)
+    release(module)
+    assert type(module) is nn.Linear
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}

@@ -271,6 +271,38 @@ def test_bottlenecks_of_half_precision_backbones_are_float32(saved: Path) -> Non
     assert all(torch.equal(p, q) for p, q in zip(bottlenecks(loaded), bottlenecks(kept), strict=True))
 
 
+@pytest.mark.parametrize("make", [captioner, answerer], ids=["caption", "vqa"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_trains_moves_in_half_precision(make, dtype: str, tmp_path: Path) -> None:
+    """The steps of lr 1e-4 are lost on most entries that are of a half type themselves."""
+    model = randomise(make(RoutingConfig(rank=4, routing="mul", train_bias=True), vit_width=16, dtype=dtype)).train()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert {"visual_projection.weight", "visual_projection.bias"} <= trained.keys()
+    assert make is captioner or {"classifier.0.weight", "classifier.1.weight", "classifier.3.bias"} <= trained.keys()
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, weight_decay=0)
+    labels = batch()["input_ids"] if make is captioner else torch.rand(3, 7)
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(**batch(), labels=labels).loss.backward()
+        optimizer.step()
+    for part in ("visual_projection", "classifier"):
+        moved = [(p - before[name]).abs() > 1e-4 for name, p in trained.items() if name.startswith(part)]
+        assert not moved or torch.cat([m.flatten() for m in moved]).float().mean() > 0.95, part
+    model.save_pretrained(tmp_path)
+    text = small_gpt2 if make is captioner else small_roberta
+    loaded = load_pretrained(tmp_path, vision=small_vit(16), text=text(), dtype=dtype)
+    again = dict(loaded.named_parameters())
+    assert all(torch.equal(again[name], p) for name, p in trained.items())
+    assert torch.equal(logits(loaded), logits(model.eval()))
+
+
+def test_what_trains_is_of_the_model_s_type_where_the_config_says_so() -> None:
+    model = answerer(RoutingConfig(rank=4, routing="mul", bottleneck_dtype="model"), vit_width=16, dtype="bfloat16")
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"vision": "cpu", "text": "cpu"}, {"text": "cpu"}], ids=str)
 def test_device_map(model, saved: Path, device_map) -> None:
     loaded = load_pretrained(saved, vision=small_vit(), text=small_gpt2(), device_map=device_map)
