@@ -127,9 +127,7 @@ class VisionTextForCaptioning(RoutedVLModel):
         if from_states:  # outside of the block: the compiled graph ends where the loss begins
             return ModelOutput(self._loss_without_logits(hidden, labels), None)
         if labels is None:
-            # With a prefix there are more logits than labels, which is an error in evaluation anyway.
-            unaligned = self.text_kind == DECODER and (self.training or not self.visual_prefix)
-            return (UnalignedOutput if unaligned else ModelOutput)(None, logits)
+            return (UnalignedOutput if self.text_kind == DECODER else ModelOutput)(None, logits)
         loss = caption_loss(logits, self.next_tokens(labels).to(logits.device))
         return ModelOutput(loss, logits if return_logits else None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ class VisionTextForClassification(RoutedVLModel):
     text_use = READ
     former_names = ("ViTRobertaForClassification",)
     num_labels = 0  # none: it must be given
+    problem_type: ClassVar[str | None] = None  # in the config, where Trainer looks whether labels can be smoothed
     loss = staticmethod(label_loss)  # logits and labels -> scalar
 
     def __init__(
@@ -57,6 +58,7 @@ class VisionTextForClassification(RoutedVLModel):
             raise ConfigError(f"num_labels={num_labels!r} must be at least 1")
         super().__init__(vision, text, routing, **shared)
         self.num_labels = self.config.num_labels = num_labels
+        self.config.problem_type = self.problem_type
         self.classifier_layers = classifier_layers
         embeds_twice = text_model(self.language_model).embeds_twice
         if text_embedding == "published" and not embeds_twice:
@@ -153,6 +155,7 @@ class VisionTextForVQA(VisionTextForClassification):
 
     former_names = ("ViTRobertaForVQA",)
     num_labels = 3129
+    problem_type = "multi_label_classification"
     loss = staticmethod(soft_label_loss)
 
     @staticmethod

@@ -40,8 +40,8 @@ class UnalignedOutput(ModelOutput):
         if key == "logits" and self.loss is None:
             raise ValueError(
                 "output['logits'] of captions without labels: their position i does not predict label i, which "
-                "is what Trainer's label_smoothing_factor takes them for. Set label_smoothing_factor=0; other code "
-                "reads output.logits"
+                "is what Trainer's label_smoothing_factor takes them for. Set label_smoothing_factor=0, and smooth in "
+                "Trainer's compute_loss_func (docs/howto-trainer.md); other code reads output.logits"
             )
         return super().__getitem__(key)
 

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from text_zoo import text_model
 from tiny import answerer, captioner, small_gpt2, small_roberta, small_vit
+from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from routingvl import RoutingConfig
-from routingvl.models import ModelOutput, ViTRobertaForClassification, load_pretrained
+from routingvl.models import ModelOutput, VisionTextForCaptioning, ViTRobertaForClassification, load_pretrained
 
 ROUTING = RoutingConfig(rank=4, alpha=8, routing="mul")
 BACKBONES = {"caption": small_gpt2, "vqa": small_roberta, "classify": small_roberta}
@@ -152,17 +154,67 @@ def test_label_smoothing_of_labels(tmp_path: Path) -> None:
     assert losses(run)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"visual_prefix": False}, {"vision_features": "tokens"}], ids=["prefix", "none", "tokens"]
-)
+CAPTIONS = [{}, {"visual_prefix": False}, {"vision_features": "tokens"}, {"caption_loss": "reference"}]
+KINDS = ["prefix", "none", "tokens", "reference"]
+
+
+@pytest.mark.parametrize("options", CAPTIONS, ids=KINDS)
 def test_label_smoothing_of_captions_is_refused(options: dict, tmp_path: Path) -> None:
     model = captioner(RoutingConfig(rank=4, routing="vllora"), **options)
     run = trainer("caption", tmp_path, model, label_smoothing_factor=0.1)
-    with pytest.raises(ValueError, match="label_smoothing_factor=0"):
-        run.train()
-    with pytest.raises((ValueError, RuntimeError), match=r"label_smoothing_factor=0|must match"):
-        run.evaluate()
-    assert trainer("caption", tmp_path, model).predict(Examples("caption")).predictions.shape[0] == 12
+    for use in (run.train, run.evaluate, lambda: run.predict(Examples("caption"))):
+        with pytest.raises(ValueError, match="label_smoothing_factor=0, and smooth in Trainer's compute_loss_func"):
+            use()
+    without = [{key: value for key, value in row.items() if key != "labels"} for row in Examples("caption").rows]
+    for found in (run.predict(without), trainer("caption", tmp_path, model).predict(Examples("caption"))):
+        assert found.predictions.shape[0] == 12
+
+
+@pytest.mark.parametrize("options", CAPTIONS, ids=KINDS)
+def test_captions_are_smoothed_by_a_function_of_the_loss(options: dict, tmp_path: Path) -> None:
+    """As docs/howto-trainer.md does it."""
+    model, epsilon = captioner(RoutingConfig(rank=4, routing="vllora"), **options), 0.1
+
+    def smoothed(output, labels, num_items_in_batch):
+        targets = model.next_tokens(labels)
+        logits = output.logits[:, -targets.shape[1] :].flatten(0, 1)
+        loss = cross_entropy(logits, targets.flatten(), label_smoothing=epsilon, reduction="sum")
+        return loss / num_items_in_batch
+
+    data = Examples("caption")
+    arguments = settings(TrainingArguments, tmp_path, per_device_eval_batch_size=12)
+    run = Trainer(model, arguments, train_dataset=data, eval_dataset=data, compute_loss_func=smoothed)
+    batch, first = data.batch(), 0 if model.visual_prefix and model.caption_loss == "sound" else 1
+    with torch.no_grad():
+        logs = model.eval()(**batch).logits.log_softmax(-1)[:, first - 7 if model.visual_prefix else 0 : -1]
+    right = logs.gather(-1, batch["labels"][:, first:, None])[..., 0]
+    want = -((1 - epsilon) * right + epsilon * logs.mean(-1)).sum() / batch["labels"].numel()
+    assert run.evaluate()["eval_loss"] == pytest.approx(want.item(), rel=1e-5)
+    run.train()
+    assert run.evaluate()["eval_loss"] < want
+
+
+def test_label_smoothing_of_captions_of_an_encoder_decoder(tmp_path: Path) -> None:
+    """Its positions predict the labels as they stand."""
+    model = VisionTextForCaptioning.from_backbones(small_vit(), text_model("t5"), ROUTING)
+    run = trainer("caption", tmp_path, model, label_smoothing_factor=0.1, per_device_eval_batch_size=12)
+    batch = Examples("caption").batch()
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits
+    want = cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.1)
+    assert run.evaluate()["eval_loss"] == pytest.approx(want.item(), rel=1e-5)
+    run.train()
+    assert run.evaluate()["eval_loss"] < want
+
+
+def test_label_smoothing_of_soft_labels_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="not compatible with multi-label classification"):
+        run = trainer("vqa", tmp_path / "smooth", label_smoothing_factor=0.1)
+    plain = trainer("vqa", tmp_path / "plain")
+    run.train()
+    plain.train()
+    assert losses(run) == losses(plain)
+    assert run.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
 
 
 def generation(folder: Path, model, **changes) -> Seq2SeqTrainer:
