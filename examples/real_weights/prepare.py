@@ -113,7 +113,12 @@ def convert_vit(path: Path, target: Path) -> None:
                     scale = tensors[f"{start}.{scales[ours]}.lambda1"]
                     value = value * (scale[:, None] if kind == "weight" else scale)
                 state[f"layers.{layer}.{ours}.{kind}"] = value
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 4 * WIDTH}
+    sizes = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "intermediate_size": 4 * WIDTH,
+    }
     config = ViTConfig(**sizes, image_size=SIDE, patch_size=PATCH, layer_norm_eps=1e-6, hidden_act="gelu")
     vit = ViTModel(config, add_pooling_layer=False)
     vit.load_state_dict(state)

@@ -16,6 +16,7 @@ from routingvl.bottlenecks.rows import (
     BindingError,
     Tokens,
     has_places,
+    ids_of,
     place_in_rows,
     refuse_packed_rows,
     tensors_of,
@@ -224,11 +225,13 @@ class _Call:
         self.module: nn.Module | None = None
         self.outputs: list[torch.Tensor] = []
         self.waits: BindingError | None = None
+        self.past = 0  # tokens in its cache when it began
 
     def start(self) -> None:
         """Bind what is known before the model runs."""
         for context in self.contexts:
             context.follow(self.attachment.model)
+        self.past = _cached(self.first)
         self.module = self.attachment.image_module()
         given = self.attachment.image_from(self.batch) if self.module is None else None
         features, mask = given if isinstance(given, tuple) else (given, None)
@@ -253,12 +256,27 @@ class _Call:
             self._bind(tokens)
 
     def _text(self, batch: dict[str, Any]) -> tuple[Any, Any]:
-        return batch.get("input_ids", batch.get("inputs")), getattr(self.attachment.model, "config", None)
+        model = self.attachment.model
+        ids, config = batch.get("input_ids", batch.get("inputs")), getattr(model, "config", None)
+        if ids is None and isinstance(embeds := batch.get("inputs_embeds"), torch.Tensor):
+            ids = ids_of(embeds, model.get_input_embeddings(), config)
+        return ids, config
+
+    def _check_rows(self, features: torch.Tensor) -> None:
+        """In generate each layer finds how many rows share an entry: here is known how many there must be."""
+        batches = [rows for batch in (self.first, self.batch) if (rows := _rows(batch)) is not None]
+        if batches and len(features) not in batches:
+            raise BindingError(
+                f"image_from={self.attachment.image_from!r} gives features of {len(features)} rows, and the prompt "
+                f"of generate has {batches[0]}"
+            )
 
     def _bind(self, tokens: Tokens | None) -> None:
         features, mask = None, None
         if tokens is not None:
-            if not self.generates:
+            if self.generates:
+                self._check_rows(tokens.features)
+            else:
                 refuse_packed_rows(self.batch)
             features, mask = tokens.mean() if self.attachment.image_pooling == "mean" else tokens
         self.bindings.close()
@@ -276,11 +294,11 @@ class _Call:
         name = f"image_from={self.attachment.image_from!r}"
         if has_places(*self._text(self.first)):
             raise BindingError(f"the text has places for an image, but {name} did not run: name a module that does")
-        cache = self.first.get("past_key_values")
-        if not self.generates and hasattr(cache, "get_seq_length") and cache.get_seq_length() > self._length():
+        goes_on = self.past > 0 if self.generates else _cached(self.first) > self._length()
+        if goes_on:
             raise BindingError(
                 f"a call goes on from past_key_values, and {name} did not run in it: bind the prompt's image around "
-                "the whole loop with routingvl.bind_image(model, features), or use generate"
+                "the whole loop with routingvl.bind_image(model, features), or give generate the whole prompt"
             )
 
     def _length(self) -> int:
@@ -292,6 +310,18 @@ class _Call:
         """End the bindings of this call."""
         self.bindings.close()
         self.outputs, self.batch, self.first = [], {}, {}
+
+
+def _cached(batch: dict[str, Any]) -> int:
+    """How many tokens the cache of a call holds."""
+    cache = batch.get("past_key_values")
+    return cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+
+
+def _rows(batch: dict[str, Any]) -> int | None:
+    """How many texts a call has; None where it has none of its own."""
+    texts = (batch.get(key) for key in ("input_ids", "inputs", "inputs_embeds"))
+    return next((len(text) for text in texts if isinstance(text, torch.Tensor)), None)
 
 
 def _sub_module(model: nn.Module, name: str) -> nn.Module:

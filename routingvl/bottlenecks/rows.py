@@ -104,6 +104,22 @@ def has_places(input_ids: torch.Tensor | None, config: Any) -> bool:
     return isinstance(input_ids, torch.Tensor) and bool(_places(input_ids, config))
 
 
+def ids_of(embeds: torch.Tensor, embeddings: torch.nn.Module, config: Any) -> torch.Tensor | None:
+    """The ids that stand for visual tokens among ``embeds`` [B, T, d], -1 elsewhere; None for a model without such.
+
+    Vision-language models that are given embeddings find the places in the same way.
+    """
+    known = [value for keys in TOKEN_IDS for key in keys if (value := getattr(config, key, None)) is not None]
+    if not known or embeds.dim() != 3:
+        return None
+    ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+    for token in known:
+        with torch.no_grad():
+            place = embeddings(torch.tensor(token, device=embeds.device))
+        ids[(embeds == place.to(embeds.dtype)).all(2)] = token
+    return ids
+
+
 def _places(input_ids: torch.Tensor | None, config: Any) -> list[torch.Tensor]:
     """How many visual tokens of each kind every row has a place for [B], on the CPU; kinds without any left out."""
     if input_ids is None or input_ids.dim() != 2:

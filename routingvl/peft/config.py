@@ -69,6 +69,7 @@ class RoutedLoraConfig(LoraConfig):
         image_pooling: with image_from, "mean" of an image's tokens or all "tokens" (vllora).
         text_only: with image_from, what a row without an image gets: None is an error, "skip" the base model's output,
             "zero" an image of zeros.
+        joined_rank: r and rank_pattern, where slices share a rank; hot-swapping may not change it then.
         registered_by: for who finds the file: the import that makes PEFT know the method.
 
     Raises:
@@ -82,6 +83,7 @@ class RoutedLoraConfig(LoraConfig):
     image_from: str | Callable[[dict[str, Any]], Any] | None = None
     image_pooling: str = "mean"
     text_only: str | None = "skip"
+    joined_rank: list[Any] | None = None
     registered_by: str = "import routingvl.peft"
 
     def __post_init__(self) -> None:

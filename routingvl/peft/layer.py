@@ -25,6 +25,11 @@ class AdapterUpdate(LoRAUpdate):
         super().__init__(widths, rank, partial(layer.weights_of, adapter), context=layer.context, **options)
         self._layer, self.adapter = (layer,), adapter  # in a tuple: not a sub-module
 
+    @property
+    def is_joined(self) -> bool:
+        """Whether several parts of the output share its rank, so that rows of A and B have their places in it."""
+        return self.groups > 1 or self.parts is not None or self.columns is not None
+
     def joint_options(self, v: torch.Tensor) -> dict[str, Any] | None:
         """See :class:`~routingvl.bottlenecks.layers.RoutedLayer`; only adapters that run are projected with others."""
         (layer,) = self._layer
@@ -65,7 +70,7 @@ class RoutedLinear(Linear):
         self.routed[adapter_name] = update = AdapterUpdate(
             self, adapter_name, r, placement=config.placement, **_options(config, kwargs.get("target_name", ""))
         )
-        if update.groups == 1 and update.parts is None and update.columns is None:
+        if not update.is_joined:
             return
         rows = update.groups * update.width if update.parts is None else sum(update.parts.sizes)
         self.lora_A[adapter_name] = nn.Linear(self.in_features, update.groups * r, bias=False)
@@ -145,7 +150,8 @@ class RoutedLinear(Linear):
         # The update is linear in x, so that of the unit vectors is the matrix; slices need no second definition.
         a, _ = update.projection
         units = torch.eye(self.in_features, device=a.device, dtype=a.dtype)[None]
-        delta = update.refresh()(units, units.new_zeros(1, self.in_features, self.out_features))[0]
+        update.refresh().dropout = 0.0  # a change of the weight has none, whatever the mode
+        delta = update(units, units.new_zeros(1, self.in_features, self.out_features))[0]
         return delta if self.fan_in_fan_out else delta.T
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

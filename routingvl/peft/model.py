@@ -23,7 +23,7 @@ from routingvl.peft.config import OwnAdapterConfig, PeftMethodError, RoutedLoraC
 from routingvl.peft.layer import RoutedLinear, check_linear
 
 HANDLE = "_routingvl_image_from"  # attribute of a model: what attach() returned
-SETTINGS = ("routing", "relu", "placement", "slices", "image_from", "image_pooling", "text_only")
+SETTINGS = ("routing", "relu", "placement", "slices", "image_from", "image_pooling", "text_only", "joined_rank")
 
 
 def register() -> None:
@@ -66,6 +66,8 @@ class RoutedLoraModel(LoraModel):
                 detach(model)
             raise
         layers = list(routed_layers(model))
+        if any(layer.routed[adapter_name].is_joined for layer in layers if adapter_name in layer.routed):
+            config.joined_rank = [config.r, dict(config.rank_pattern)]
         for layer in layers:
             layer.set_context(layers[0].context)
         if layers:
@@ -116,7 +118,14 @@ class RoutedLoraModel(LoraModel):
         return model
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, for adapters of routing "none"."""
+        """As PEFT's, for adapters of routing "none"; those of joined rank keep it only where weights are averaged."""
+        how = kwargs.get("combination_type", args[2] if len(args) > 2 else "svd")
+        joined = any(layer.routed[name].is_joined for layer in routed_layers(self.model) for name in layer.routed)
+        if joined and ("svd" in how or how == "cat"):
+            raise PeftMethodError(
+                f"combination_type={how!r} makes a new A and B, which slices of a fused projection divide between "
+                "them: use 'linear', 'ties' or another that averages adapters of one rank"
+            )
         for name in adapters:
             if name in self.peft_config:
                 check_linear(name, ROUTINGS[self.peft_config[name].routing], "averaged with others")

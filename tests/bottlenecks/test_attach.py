@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache
 from vlms import VLMS, WIDTH, batch_for, make
 
 import routingvl
 from routingvl import RoutingConfig, VisualContext, inject
+from routingvl.bottlenecks.rows import BindingError
 
 ROUTINGS = {name: "vllora" if name == "qwen2_vl" else "mul" for name in VLMS}
 
@@ -183,3 +185,30 @@ def test_two_images_a_row_a_text_alone_and_a_batch_of_texts(name, attached):
 def test_features_are_as_wide_as_the_text(case):
     name, model = case
     assert image_of(name, model, batch_for(name)).shape[-1] == WIDTH
+
+
+def test_embeddings_find_their_places_as_ids_do(attached):
+    model, batch = routed("llava"), batch_for("llava", (2, 0))
+    attached(model, VLMS["llava"].image_from)
+    with torch.no_grad():
+        want = model(**batch).logits
+        embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+        torch.testing.assert_close(model(inputs_embeds=embeds, **batch).logits, want)
+
+
+def test_generate_refuses_features_of_another_number_of_rows(attached):
+    model, batch = routed("llava"), batch_for("llava", (1, 1))
+    attached(model, lambda call: call.pop("features"))
+    with pytest.raises(BindingError, match="gives features of 1 rows, and the prompt of generate has 2"):
+        model.generate(**batch, features=torch.randn(1, 1, WIDTH), max_new_tokens=2)
+
+
+def test_generate_that_goes_on_without_its_image_is_an_error(attached):
+    model, batch = routed("llava"), batch_for("llava", (1, 1))
+    attached(model, VLMS["llava"].image_from)
+    cache = DynamicCache()
+    model.generate(**batch, past_key_values=cache, max_new_tokens=2, do_sample=False)
+    words = torch.full((2, 3), 5)
+    mask = torch.ones(2, cache.get_seq_length() + 3, dtype=torch.long)
+    with pytest.raises(BindingError, match="goes on from past_key_values"):
+        model.generate(input_ids=words, attention_mask=mask, past_key_values=cache, max_new_tokens=2)

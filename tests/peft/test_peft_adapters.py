@@ -122,11 +122,10 @@ def test_hotswap(tmp_path):
     torch.testing.assert_close(logits(model), logits(adapted(seed=5)), rtol=0, atol=0)
     with pytest.raises(ValueError, match="Configs are incompatible: for routing"):
         hotswap_adapter(model, tmp_path / "add", adapter_name="default")
-    sliced = config(target_modules=["c_attn"], slices="family")
-    adapted(sliced, gpt2(), seed=5).save_pretrained(tmp_path / "sliced")
-    model = adapted(config(target_modules=["c_attn"], slices="family"), gpt2())
+    adapted(sliced(), gpt2(), seed=5).save_pretrained(tmp_path / "sliced")
+    model = adapted(sliced(), gpt2())
     hotswap_adapter(model, tmp_path / "sliced", adapter_name="default")
-    torch.testing.assert_close(logits(model), logits(adapted(sliced, gpt2(), seed=5)), rtol=0, atol=0)
+    torch.testing.assert_close(logits(model), logits(adapted(sliced(), gpt2(), seed=5)), rtol=0, atol=0)
 
 
 def test_a_plain_lora_cannot_stand_beside_and_leaves_the_model_as_it_was(alone):
@@ -153,3 +152,28 @@ def test_weighted_adapters_of_routing_none_only():
     routed = adapted()
     with pytest.raises(PeftMethodError, match=r"adapter 'default' routes the image in \(mul\).*averaged"):
         routed.add_weighted_adapter(["default"], [1.0], "both")
+
+
+def sliced(routing="mul", **settings):
+    return config(routing, target_modules=["c_attn"], slices="family", **settings)
+
+
+def test_hotswap_keeps_the_rank_that_slices_share(tmp_path):
+    adapted(sliced(r=2), gpt2()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Configs are incompatible: for joined_rank"):
+        hotswap_adapter(adapted(sliced(r=4), gpt2()), tmp_path, adapter_name="default")
+
+
+def test_merging_draws_no_dropout():
+    model = adapted(sliced("none", lora_dropout=0.5), gpt2())
+    want = logits(model.eval())
+    model.train().merge_adapter()
+    torch.testing.assert_close(logits(model.eval()), want, rtol=0, atol=1e-4)
+
+
+def test_adapters_of_joined_rank_are_only_averaged():
+    model = adapted(sliced("none"), gpt2())
+    for how in ("svd", "cat", "ties_svd"):
+        with pytest.raises(PeftMethodError, match=f"combination_type='{how}' makes a new A and B"):
+            model.add_weighted_adapter(["default"], [1.0], "both", combination_type=how)
+    model.add_weighted_adapter(["default"], [1.0], "same", combination_type="linear")
