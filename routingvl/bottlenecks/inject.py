@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -325,6 +325,11 @@ def _image_width(model: nn.Module, widths: Mapping[int, str], given: int | None)
         raise SurgeryError(f"image_width={given}: an earlier injection reads features of width {min(earlier)}")
     if given is not None or earlier:
         return given or min(earlier)
+    return default_image_width(model, widths)
+
+
+def default_image_width(model: nn.Module, widths: Collection[int]) -> int:
+    """How wide the image is when nobody says so: as the inputs of all targets, or as the text where those differ."""
     if len(widths) == 1:
         return next(iter(widths))
     config = getattr(model, "config", None)

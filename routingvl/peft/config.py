@@ -17,6 +17,7 @@ from routingvl.peft.card import write_note
 
 POOLINGS = ("mean", "tokens")
 TEXT_ONLY = (None, "skip", "zero")
+PROJECTIONS = (None, "linear")
 INITS = (True, False, "gaussian")
 
 _VARIANT = "it is another formula for the update, and the routing function is one already"
@@ -69,6 +70,10 @@ class RoutedLoraConfig(LoraConfig):
         image_pooling: with image_from, "mean" of an image's tokens or all "tokens" (vllora).
         text_only: with image_from, what a row without an image gets: None is an error, "skip" the base model's output,
             "zero" an image of zeros.
+        image_projection: "linear" trains one nn.Linear from the image's width to each input width of the targets that
+            is another, shared by the layers of that width; None makes such a target an error.
+        image_width: how wide the image's features are; None: what other adapters of the model read, else the width of
+            all targets, or of the text model where they differ. With image_projection it is saved as found.
         joined_rank: r and rank_pattern, where slices share a rank; hot-swapping may not change it then.
         registered_by: for who finds the file: the import that makes PEFT know the method.
 
@@ -83,6 +88,8 @@ class RoutedLoraConfig(LoraConfig):
     image_from: str | Callable[[dict[str, Any]], Any] | None = None
     image_pooling: str = "mean"
     text_only: str | None = "skip"
+    image_projection: str | None = None
+    image_width: int | None = None
     joined_rank: list[Any] | None = None
     registered_by: str = "import routingvl.peft"
 
@@ -90,10 +97,12 @@ class RoutedLoraConfig(LoraConfig):
         _refuse(self)
         super().__post_init__()
         self.peft_type = RoutedType.ROUTED_LORA
-        self.places = {}  # no setting: what the tuner finds out about the target modules, by name
+        # No settings, but what the tuner finds out: about the target modules, by name, and which of them hold the
+        # projection of the image to their width.
+        self.places, self.projecting = {}, ()
         for key, known in (
             ("routing", tuple(ROUTINGS)), ("placement", PLACEMENTS), ("image_pooling", POOLINGS),
-            ("text_only", TEXT_ONLY), ("init_lora_weights", INITS),
+            ("text_only", TEXT_ONLY), ("image_projection", PROJECTIONS), ("init_lora_weights", INITS),
         ):  # fmt: skip
             if (value := getattr(self, key)) not in known:
                 raise PeftMethodError(f"{key}={value!r} is not one of {', '.join(map(repr, known))}")
@@ -107,6 +116,8 @@ class RoutedLoraConfig(LoraConfig):
             )
         if not (self.slices in (None, "family") or isinstance(self.slices, dict)):
             raise PeftMethodError(f"slices={self.slices!r} is not None, 'family' or {{name: [[start, stop], ...]}}")
+        if self.image_width is not None and (type(self.image_width) is not int or self.image_width < 1):
+            raise PeftMethodError(f"image_width={self.image_width!r} is not None or a number of features")
         if not (self.image_from is None or isinstance(self.image_from, str) or callable(self.image_from)):
             raise PeftMethodError(f"image_from={self.image_from!r} is neither a module's name nor a function")
 

@@ -13,6 +13,7 @@ from torch import nn
 from routingvl.bottlenecks.beside import LoRAUpdate
 from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.layers import is_conv1d, is_projection
+from routingvl.bottlenecks.sharding import is_sharded
 from routingvl.kernels.routing import Routing
 from routingvl.peft.config import PeftMethodError, RoutedLoraConfig
 
@@ -37,6 +38,16 @@ class AdapterUpdate(LoRAUpdate):
         runs = self.adapter in layer.active_adapters and not layer.disable_adapters
         return super().joint_options(v) if runs else None
 
+    def to_own_width(self, v: torch.Tensor) -> torch.Tensor:
+        """See :class:`~routingvl.bottlenecks.layers.RoutedLayer`; PeftMethodError where the projection is not whole."""
+        projection = self.image_projection
+        if projection is not None and is_sharded(projection.weight) and not is_sharded(self.projection[0]):
+            raise PeftMethodError(
+                "image_projection: FSDP2 shards the layers one by one, and the first of a width holds the projection "
+                "that the others use: shard the model as a whole, fully_shard(model)"
+            )
+        return super().to_own_width(v)
+
     def refresh(self) -> AdapterUpdate:
         """Itself, with what PEFT may have changed since the last call: scaling, dropout and mode."""
         (layer,) = self._layer
@@ -49,8 +60,11 @@ class AdapterUpdate(LoRAUpdate):
 class RoutedLinear(Linear):
     """PEFT's LoRA layer, which calls its base layer, whatever that is, and adds the active adapters' routed updates.
 
-    The same class stands beside plain, quantised and foreign projections.
+    The same class stands beside plain, quantised and foreign projections. ``lora_image_projection`` holds, in the first
+    layer of each width that is not the image's, the adapter's projection to that width.
     """
+
+    adapter_layer_names = (*Linear.adapter_layer_names, "lora_image_projection")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: RoutedLoraConfig, **kwargs: Any) -> None:
         # nn.Module's own attributes do not exist yet, and update_layer runs inside PEFT's constructor.
@@ -66,9 +80,14 @@ class RoutedLinear(Linear):
                 f"adapter {adapter_name!r} is a {type(config).__name__} and the model has routed adapters: PEFT cannot "
                 "keep both; use RoutedLoraConfig(routing='none'), which is the plain LoRA"
             )
+        target = kwargs.get("target_name", "")
+        if not hasattr(self, "lora_image_projection"):  # this runs inside PEFT's constructor
+            self.lora_image_projection = nn.ModuleDict()
+        if target in config.projecting:
+            self.lora_image_projection[adapter_name] = nn.Linear(config.image_width, self.in_features)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self.routed[adapter_name] = update = AdapterUpdate(
-            self, adapter_name, r, placement=config.placement, **_options(config, kwargs.get("target_name", ""))
+            self, adapter_name, r, placement=config.placement, **_options(config, target)
         )
         if not update.is_joined:
             return

@@ -14,7 +14,7 @@ from torch import nn
 from routingvl.bottlenecks.attach import attach
 from routingvl.bottlenecks.beside import callable_widths
 from routingvl.bottlenecks.checkpoint import PEFT_TYPE as OWN_TYPE
-from routingvl.bottlenecks.inject import check_in_memory
+from routingvl.bottlenecks.inject import check_in_memory, default_image_width
 from routingvl.bottlenecks.layers import RoutedLayer, is_projection, projection_widths
 from routingvl.bottlenecks.places import LoRAPlace, lora_places, parts_outside
 from routingvl.config import RoutingConfig
@@ -23,7 +23,10 @@ from routingvl.peft.config import OwnAdapterConfig, PeftMethodError, RoutedLoraC
 from routingvl.peft.layer import RoutedLinear, check_linear
 
 HANDLE = "_routingvl_image_from"  # attribute of a model: what attach() returned
-SETTINGS = ("routing", "relu", "placement", "slices", "image_from", "image_pooling", "text_only", "joined_rank")
+SETTINGS = (
+    "routing", "relu", "placement", "slices", "image_from", "image_pooling", "text_only",
+    "joined_rank", "image_projection", "image_width",
+)  # fmt: skip
 
 
 def register() -> None:
@@ -43,9 +46,9 @@ class RoutedLoraModel(LoraModel):
         """Add an adapter, as PEFT does, and connect its layers to the model's context.
 
         Raises:
-            PeftMethodError: the model has adapters of another method, a target cannot take a routed LoRA, targets of
-                different input widths would share one image, or adapters disagree on where the image comes from. The
-                model is left as it was.
+            PeftMethodError: the model has adapters of another method, a target cannot take a routed LoRA or has another
+                input width than the image's without ``image_projection``, or adapters disagree on where the image comes
+                from or how wide it is. The model is left as it was.
             BindingError: ``image_from`` names no sub-module.
             SurgeryError: weights are offloaded to the disk or the CPU.
         """
@@ -66,6 +69,7 @@ class RoutedLoraModel(LoraModel):
                 detach(model)
             raise
         layers = list(routed_layers(model))
+        _share_projections(layers, adapter_name)
         if any(layer.routed[adapter_name].is_joined for layer in layers if adapter_name in layer.routed):
             config.joined_rank = [config.r, dict(config.rank_pattern)]
         for layer in layers:
@@ -92,7 +96,8 @@ class RoutedLoraModel(LoraModel):
         known = [name for name, module in targets.items() if is_projection(module) or callable_widths(module)]
         places = lora_places(model, RoutingConfig(targets=tuple(known))) if known else []
         config.places = {place.name: place for place in places}
-        _check_targets(model, targets, config)
+        widths = _check_targets(targets, config)
+        _settle_image(model, widths if ROUTINGS[config.routing].uses_image else {}, config)
         if config.slices == "family":
             config.slices = _family_slices(places)
 
@@ -186,12 +191,9 @@ def _unasked(model: nn.Module, config: RoutedLoraConfig) -> tuple[str, ...]:
     return tuple(part for part in parts if not any(part.rpartition(".")[2] in target for target in named))
 
 
-def _check_targets(model: nn.Module, targets: dict[str, nn.Module], config: RoutedLoraConfig) -> None:
-    """Raise for modules that cannot have a routed LoRA, and for several widths where one image reaches all."""
-    widths = {}
-    for layer in routed_layers(model):
-        if any(update.routing.uses_image for update in layer.routed.values()):
-            widths[layer.in_features] = "a layer of another adapter"
+def _check_targets(targets: dict[str, nn.Module], config: RoutedLoraConfig) -> dict[int, str]:
+    """Input width -> the first target of that width that can read an image; modules without LoRA raise."""
+    widths: dict[int, str] = {}
     for name, module in targets.items():
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(base, RoutedLayer):
@@ -202,13 +204,53 @@ def _check_targets(model: nn.Module, targets: dict[str, nn.Module], config: Rout
                 "out_features; leave it out of target_modules, or add it to exclude_modules"
             )
         if not (name in config.places and config.places[name].unrouted):
-            widths[width] = name
-    if len(widths) > 1 and ROUTINGS[config.routing].uses_image:
-        listed = ", ".join(f"{name} takes {width} features" for width, name in widths.items())
+            widths.setdefault(width, name)
+    return widths
+
+
+def _settle_image(model: nn.Module, widths: dict[int, str], config: RoutedLoraConfig) -> None:
+    """Decide how wide the image is and which of the targets hold projections of it, and write that into ``config``."""
+    config.projecting = ()
+    if not widths:
+        return
+    read = _width_read(model)
+    if read is not None and config.image_width not in (None, read):
         raise PeftMethodError(
-            f"the target modules differ in width: {listed}. One image reaches all, so leave those of another width "
-            "than the image's out of target_modules (or name them in exclude_modules)"
+            f"image_width={config.image_width}: another adapter of the model reads an image of {read} features, and "
+            "one image reaches all"
         )
+    wide = config.image_width or read or default_image_width(model, widths)
+    foreign = tuple(name for width, name in widths.items() if width != wide)
+    if foreign and config.image_projection is None:
+        listed = ", ".join(f"{name} takes {width} features" for width, name in widths.items())
+        whose = "the image that another adapter reads has" if read is not None else "the image has"
+        raise PeftMethodError(
+            f"the target modules and the image differ in width: {listed}, and {whose} {wide}. Set "
+            "image_projection='linear' (and image_width, where the image has another), or leave those of another width "
+            "out of target_modules (or name them in exclude_modules)"
+        )
+    config.projecting = foreign
+    if config.image_projection is not None:
+        config.image_width = wide
+
+
+def _width_read(model: nn.Module) -> int | None:
+    """How wide the image is that adapters in ``model`` read; None: there is none that reads any."""
+    for layer in routed_layers(model):
+        for update in layer.routed.values():
+            if update.routing.uses_image:
+                return (update.image_projection or layer).in_features
+    return None
+
+
+def _share_projections(layers: list[RoutedLinear], adapter: str) -> None:
+    """Have all layers of a width read the image by the projection that the first of them holds."""
+    shared: dict[int, nn.Module] = {}
+    for layer in layers:
+        if adapter in layer.lora_image_projection:
+            shared[layer.in_features] = layer.lora_image_projection[adapter]
+        if adapter in layer.routed:
+            layer.routed[adapter].project_image_by(shared.get(layer.in_features))
 
 
 def _input_width(base: nn.Module) -> int | None:

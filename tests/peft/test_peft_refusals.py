@@ -34,6 +34,8 @@ REFUSED = {
     "tokens": (dict(image_pooling="tokens"), "routing 'mul' takes one: use 'mean'"),
     "text_only": (dict(text_only="drop"), "text_only='drop' is not one of None, 'skip', 'zero'"),
     "slices": (dict(slices="c_attn"), "slices='c_attn' is not None, 'family' or"),
+    "image_projection": (dict(image_projection="own"), "image_projection='own' is not one of None, 'linear'"),
+    "image_width": (dict(image_width=0), "image_width=0 is not None or a number of features"),
     "image_from": (dict(image_from=3), "image_from=3 is neither a module's name nor a function"),
 }
 
@@ -61,7 +63,11 @@ TARGETS = {
     "an embedding": (dict(target_modules=["embed_tokens"]), "embed_tokens is a Embedding: .*exclude_modules"),
     "two widths": (
         dict(target_modules=["q_proj", "down_proj"]),
-        "differ in width: .*q_proj takes 32 features, .*down_proj takes 48 features",
+        "differ in width: .*q_proj takes 32 features, .*down_proj takes 48 features, .* 32. Set image_p",
+    ),
+    "another width than the image's": (
+        dict(image_width=24),
+        "differ in width: .*q_proj takes 32 features, and the image has 24",
     ),
     "a family of no fused projection": (
         dict(slices="family"),
@@ -81,7 +87,7 @@ def test_targets(row):
 
 def test_a_second_adapter_of_another_width():
     model = adapted()
-    with pytest.raises(PeftMethodError, match=r"another adapter takes 32 features.*down_proj takes 48"):
+    with pytest.raises(PeftMethodError, match=r"down_proj takes 48 .*another adapter reads has 32. Set image_p"):
         model.add_adapter("second", config(target_modules=["down_proj"]))
     assert list(model.peft_config) == ["default"]
     model.add_adapter("second", config("none", target_modules=["down_proj"]))  # which no image reaches
