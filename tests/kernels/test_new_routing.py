@@ -221,9 +221,10 @@ def test_a_new_argument_of_a_kernel_is_added_in_two_places(tmp_path: Path) -> No
     program = """
 import torch
 from routingvl.kernels import routed_lora
+torch.manual_seed(0)
 x, v, a, b = (torch.randn(s) for s in ((2, 3, 8), (2, 1, 8), (4, 8), (8, 4)))
 eager, triton = (routed_lora(x, v, a, b, routing="mul", backend=backend) for backend in ("eager", "triton"))
-torch.testing.assert_close(triton, 3 * eager)
+torch.testing.assert_close(triton, 3 * eager, rtol=1e-4, atol=1e-4)
 """
     done = run_in(folder, program)
     assert done.returncode == 0, done.stderr[-4000:]
