@@ -23,6 +23,7 @@ from routingvl.bottlenecks.rows import (
 )
 
 IMAGE_POOLING = ("mean", "tokens")
+STEP_TEXTS = ("decoder_input_ids", "input_ids", "inputs_embeds")  # what a step of generate reads
 
 
 def contexts_of(model: nn.Module) -> list[VisualContext]:
@@ -169,10 +170,11 @@ class Attachment:
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = _named(model.forward, args, kwargs)
         running = next((call for owner, call in reversed(_CALLS.open) if owner is self and call is not None), None)
-        if running is not None:
+        if running is not None and running.owns(kwargs):
             _CALLS.open.append((self, None))
             running.batch, running.begins = kwargs, True
-        elif self._bound_by_hand():
+            running.inside += 1
+        elif running is None and self._bound_by_hand():
             _CALLS.open.append((self, None))
         else:
             call = _Call(self, kwargs, generates=False)
@@ -183,7 +185,11 @@ class Attachment:
     @torch.compiler.disable
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         _, call = _CALLS.open.pop() if _CALLS.open else (self, None)
-        if call is not None:
+        if call is None:
+            running = next((call for owner, call in reversed(_CALLS.open) if owner is self and call is not None), None)
+            if running is not None:
+                running.inside -= 1
+        else:
             try:
                 if output is not None:  # else it failed
                     call.check()
@@ -209,7 +215,7 @@ _CALLS = _Calls()
 def _image_passes(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """The hook of a module that gives an image. It holds nothing, so that the module can be copied by itself."""
     call = next((call for _, call in reversed(_CALLS.open) if call is not None and call.module is module), None)
-    if call is not None:
+    if call is not None and call.expects_image:
         call.receive(output)
 
 
@@ -226,6 +232,34 @@ class _Call:
         self.outputs: list[torch.Tensor] = []
         self.waits: BindingError | None = None
         self.past = 0  # tokens in its cache when it began
+        self.steps = self.inside = 0  # forward passes of generate so far, and how many of them run now
+        self.cache: Any = None
+        self.text: Any = None
+
+    def owns(self, batch: dict[str, Any]) -> bool:
+        """Whether a forward pass with ``batch`` inside of this call is a part of it.
+
+        In generate, a stopping criterion or a logits processor may use the model for something else. A step has the
+        cache of the first one, or without a cache a text that begins as its text.
+        """
+        if not self.generates:
+            return True
+        cache = batch.get("past_key_values")
+        text = next((batch[key] for key in STEP_TEXTS if batch.get(key) is not None), None)
+        if not self.steps:
+            self.text = text
+        if self.steps and self.cache is not None:
+            own = cache is self.cache
+        else:
+            self.cache = cache
+            own = not self.steps or cache is not None or _begins(text, self.text)
+        self.steps += own
+        return own
+
+    @property
+    def expects_image(self) -> bool:
+        """Whether what the image's module gives now is of this call: before the first step of generate, or in one."""
+        return not self.generates or not self.steps or self.inside > 0
 
     def start(self) -> None:
         """Bind what is known before the model runs."""
@@ -316,6 +350,13 @@ def _cached(batch: dict[str, Any]) -> int:
     """How many tokens the cache of a call holds."""
     cache = batch.get("past_key_values")
     return cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+
+
+def _begins(text: Any, first: Any) -> bool:
+    """Whether ``text`` begins as ``first``, both [B, T] or [B, T, d]; True where one of them is not known."""
+    if not isinstance(text, torch.Tensor) or not isinstance(first, torch.Tensor):
+        return True
+    return text.shape[0] == first.shape[0] and torch.equal(text[:, : first.shape[1]], first)
 
 
 def _rows(batch: dict[str, Any]) -> int | None:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from routingvl.atomic_files import write_json
 from routingvl.backbones.loading import BackboneError, find_source, loading
+from routingvl.backbones.text import text_kind
 from routingvl.backbones.vision import check_image_size
 from routingvl.bottlenecks.checkpoint import CONFIG, CheckpointError
 from routingvl.config import ConfigError, check_choice
@@ -323,6 +324,8 @@ def build_task(config: RunConfig, *, model: RoutedVLModel | None, tokenizer: Any
     Raises ConfigError, DataError or OSError naming what is missing.
     """
     task_class, settings = find_task(config.task), config.model
+    if model is None and settings.text is not None:
+        text_kind(settings.text)  # a folder of another kind may have no tokenizer, and the error would be of that
     tokenizer = tokenizer or load_tokenizer(settings.tokenizer or settings.text or task_class.text_model)
     task = task_class(config, tokenizer, ImagePreprocessor.from_pretrained(settings.vision))
     train, val = task.read_training_splits()

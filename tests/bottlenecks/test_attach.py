@@ -212,3 +212,27 @@ def test_generate_that_goes_on_without_its_image_is_an_error(attached):
     mask = torch.ones(2, cache.get_seq_length() + 3, dtype=torch.long)
     with pytest.raises(BindingError, match="goes on from past_key_values"):
         model.generate(input_ids=words, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("use", ["forward", "module"])
+def test_another_use_of_the_model_in_generate_leaves_its_image_alone(use, cached, attached):
+    model, batch, other = routed("llava"), batch_for("llava", (1, 1)), batch_for("llava", (1,))
+    other["pixel_values"] = other["pixel_values"] + 3
+    attached(model, VLMS["llava"].image_from)
+    how = {"max_new_tokens": 4, "do_sample": False, "use_cache": cached, "return_dict_in_generate": True}
+    seen = []
+
+    def criterion(ids, scores, **_):
+        seen.append(model(**other).logits if use == "forward" else model.get_image_features(other["pixel_values"]))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    with torch.no_grad():
+        alone = model(**other).logits
+        want = model.generate(**batch, **how, output_logits=True).logits
+        found = model.generate(**batch, **how, output_logits=True, stopping_criteria=[criterion]).logits
+    assert len(seen) == 4
+    for step, wanted in zip(found, want, strict=True):
+        torch.testing.assert_close(step, wanted)
+    if use == "forward":
+        torch.testing.assert_close(seen[-1], alone)

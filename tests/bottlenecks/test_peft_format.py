@@ -16,7 +16,7 @@ from routingvl.digests import file_digest
 
 def test_peft_refuses_a_routed_adapter(tmp_path):
     captioner().save_pretrained(tmp_path)
-    with pytest.raises(Exception, match="ROUTINGVL|routingvl's own format"):
+    with pytest.raises(Exception, match=r"ROUTINGVL|routingvl's own format"):
         peft.PeftModel.from_pretrained(small_gpt2(), tmp_path)
 
 
