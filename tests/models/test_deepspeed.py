@@ -30,18 +30,18 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def deepspeed(tmp_path_factory: pytest.TempPathFactory):
     """deepspeed on the CPU, with a process group of this process alone."""
-    patch = pytest.MonkeyPatch()
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}.items():
-        patch.setenv(name, value)
-    module = pytest.importorskip("deepspeed")
-    # A C++ extension, compiled for minutes, that one process has no use for.
-    patch.setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
-    meeting = (tmp_path_factory.mktemp("deepspeed") / "rendezvous").as_uri()
-    torch.distributed.init_process_group("gloo", meeting, timeout=timedelta(seconds=60), rank=0, world_size=1)
-    module.init_distributed("gloo", dist_init_required=False)
-    yield module
-    torch.distributed.destroy_process_group()
-    patch.undo()
+    settings = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    with pytest.MonkeyPatch.context() as patch:  # undone too where deepspeed is not installed, and this skips
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        module = pytest.importorskip("deepspeed")
+        # A C++ extension, compiled for minutes, that one process has no use for.
+        patch.setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
+        meeting = (tmp_path_factory.mktemp("deepspeed") / "rendezvous").as_uri()
+        torch.distributed.init_process_group("gloo", meeting, timeout=timedelta(seconds=60), rank=0, world_size=1)
+        module.init_distributed("gloo", dist_init_required=False)
+        yield module
+        torch.distributed.destroy_process_group()
 
 
 def steps(deepspeed, model: nn.Module, stage: int, loss) -> list[float]:
