@@ -44,7 +44,7 @@ def assert_level(before: dict[str, float], after: dict[str, float], repeats: int
     assert grown["threads"] <= 0, text
     assert grown["tensors"] <= 2, text
     assert grown["objects"] <= repeats / 10, text
-    assert grown["MiB"] <= 3, text  # the faulty hook took 10 in 1,000 of these steps
+    assert grown["MiB"] <= 6, text  # the faulty hook took 10 in 1,000 of these steps; a fork of a large process, 4 once
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
