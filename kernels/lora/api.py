@@ -176,10 +176,8 @@ def _run(
         if fused:
             from .fused import fused_lora  # here, because it needs triton
 
-            check_devices(x=x, v=v, a=a, b=b, weight=frozen[0], bias=frozen[1], base=base)
-            if image is not None:
-                check_devices(x=x, image=image.u)
-
+            code = None if image is None else image.u
+            check_devices(x=x, v=v, a=a, b=b, weight=frozen[0], bias=frozen[1], base=base, image=code)
             try:
                 y = fused_lora(x, v, image, weights, options)
             except NoTileFitsError as error:

@@ -169,7 +169,7 @@ class Attachment:
     @torch.compiler.disable
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = _named(model.forward, args, kwargs)
-        running = next((call for owner, call in reversed(_CALLS.open) if owner is self and call is not None), None)
+        running = self._running()
         if running is not None and running.owns(kwargs):
             _CALLS.open.append((self, None))
             running.batch, running.begins = kwargs, True
@@ -186,7 +186,7 @@ class Attachment:
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         _, call = _CALLS.open.pop() if _CALLS.open else (self, None)
         if call is None:
-            running = next((call for owner, call in reversed(_CALLS.open) if owner is self and call is not None), None)
+            running = self._running()
             if running is not None:
                 running.inside -= 1
         else:
@@ -195,6 +195,10 @@ class Attachment:
                     call.check()
             finally:
                 call.close()
+
+    def _running(self) -> _Call | None:
+        """The innermost of this model's calls that bind an image."""
+        return next((call for owner, call in reversed(_CALLS.open) if owner is self and call is not None), None)
 
     def _bound_by_hand(self) -> bool:
         open_calls = any(owner is self for owner, _ in _CALLS.open)
