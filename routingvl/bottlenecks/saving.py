@@ -134,9 +134,10 @@ def load_adapter(
         for name, of_module in config["injections"].items()
     }
     training = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    if fresh := not _injections(model):
-        _inject_again(model, wanted, source, backend)
+    fresh = not _injections(model)
     try:
+        if fresh:
+            _inject_again(model, wanted, source, backend)
         _check_injections(model, wanted, source)
         tensors, parameters = read_tensors(Path(directory) / WEIGHTS, CheckpointError), dict(model.named_parameters())
         for name in tensors.keys() & parameters.keys():  # also what someone trained beside the bottlenecks
@@ -145,7 +146,7 @@ def load_adapter(
             _check_base(model, config["base"], source)
         checkpoint.copy_strictly(trained_parameters(model), tensors, str(Path(directory) / WEIGHTS))
     except CheckpointError:
-        if fresh:
+        if fresh and _injections(model):
             remove(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(training.get(name, parameter.requires_grad))
@@ -189,17 +190,12 @@ def _injections(model: nn.Module) -> dict[str, list[Injection]]:
 
 
 def _inject_again(model: nn.Module, wanted: Mapping[str, list[Injection]], source: Path, backend: str | None) -> None:
-    training = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         for name, injections in wanted.items():
             part = model.get_submodule(name)
             for injection in injections:
                 inject(part, injection.config, backend=backend, image_width=injection.image_width)
     except (SurgeryError, AttributeError) as error:
-        if _injections(model):
-            remove(model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(training[name])
         raise CheckpointError(f"{source} does not fit the model: {error}") from error
 
 
