@@ -3,7 +3,7 @@
     python examples/real_weights/with_peft.py WORK [--routing mul] [--steps 300]
 
 WORK is what prepare.py made. SmolLM2-135M gets a routed LoRA on query and value; the pictures' features, 384 wide, are
-brought to its 576 by a trainable projection, and nothing of them stands in front of the text. The adapter is saved,
+brought to its 576 by a projection that trains with the adapter, and nothing of them stands in front of the text. The adapter is saved,
 opened again, and writes a name for each test picture; the same with each picture's features given to another tells how
 much of the score is the picture's doing.
 """
@@ -40,7 +40,7 @@ def main() -> None:
 
     config = RoutedLoraConfig(
         r=64, lora_alpha=64, routing=options.routing, target_modules=["q_proj", "v_proj"],
-        modules_to_save=["image_projection"],
+        image_projection="linear", image_width=384,
     )  # fmt: skip
     model = get_peft_model(base_model(options.work), config)
     see(model)
@@ -61,23 +61,20 @@ def main() -> None:
         features = torch.stack([row["vision_features"] for row in test]).roll(shift, 0)
         written = write(model, tokenizer, features)
         references = {i: [name] for i, name in enumerate(names)}
-        scores[control] = caption_scores(dict(enumerate(written)), references, ["CIDEr", "Bleu_1"])
+        scores[control] = caption_scores(dict(enumerate(written)), references, ["CIDEr", "BLEU-1"])
         print(control, {name: value for name, value in scores[control].items() if isinstance(value, float)})
         print("  ", ", ".join(f"{said!r} for {name!r}" for said, name in list(zip(written, names, strict=True))[:8:2]))
     (options.output / "scores.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
 
 
 def base_model(work: Path) -> nn.Module:
-    """SmolLM2 with a projection of the pictures' features, which PEFT trains and saves with the adapter."""
-    model = AutoModelForCausalLM.from_pretrained(work / "smollm2", dtype=torch.float32)
-    model.image_projection = nn.Linear(384, model.config.hidden_size)
-    return model
+    """SmolLM2."""
+    return AutoModelForCausalLM.from_pretrained(work / "smollm2", dtype=torch.float32)
 
 
 def see(model: PeftModel) -> None:
     """Bind, in every call, the features that come with the batch."""
-    base = model.get_base_model()
-    routingvl.attach(model, lambda batch: base.image_projection(batch.pop("vision_features")))
+    routingvl.attach(model, lambda batch: batch.pop("vision_features"))
 
 
 @torch.no_grad()

@@ -60,11 +60,11 @@ class AdapterUpdate(LoRAUpdate):
 class RoutedLinear(Linear):
     """PEFT's LoRA layer, which calls its base layer, whatever that is, and adds the active adapters' routed updates.
 
-    The same class stands beside plain, quantised and foreign projections. ``lora_image_projection`` holds, in the first
+    The same class stands beside plain, quantised and foreign projections. ``lora_project_image`` holds, in the first
     layer of each width that is not the image's, the adapter's projection to that width.
     """
 
-    adapter_layer_names = (*Linear.adapter_layer_names, "lora_image_projection")
+    adapter_layer_names = (*Linear.adapter_layer_names, "lora_project_image")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: RoutedLoraConfig, **kwargs: Any) -> None:
         # nn.Module's own attributes do not exist yet, and update_layer runs inside PEFT's constructor.
@@ -81,10 +81,10 @@ class RoutedLinear(Linear):
                 "keep both; use RoutedLoraConfig(routing='none'), which is the plain LoRA"
             )
         target = kwargs.get("target_name", "")
-        if not hasattr(self, "lora_image_projection"):  # this runs inside PEFT's constructor
-            self.lora_image_projection = nn.ModuleDict()
+        if not hasattr(self, "lora_project_image"):  # this runs inside PEFT's constructor
+            self.lora_project_image = nn.ModuleDict()
         if target in config.projecting:
-            self.lora_image_projection[adapter_name] = nn.Linear(config.image_width, self.in_features)
+            self.lora_project_image[adapter_name] = nn.Linear(config.image_width, self.in_features)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self.routed[adapter_name] = update = AdapterUpdate(
             self, adapter_name, r, placement=config.placement, **_options(config, target)

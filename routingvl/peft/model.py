@@ -247,8 +247,8 @@ def _share_projections(layers: list[RoutedLinear], adapter: str) -> None:
     """Have all layers of a width read the image by the projection that the first of them holds."""
     shared: dict[int, nn.Module] = {}
     for layer in layers:
-        if adapter in layer.lora_image_projection:
-            shared[layer.in_features] = layer.lora_image_projection[adapter]
+        if adapter in layer.lora_project_image:
+            shared[layer.in_features] = layer.lora_project_image[adapter]
         if adapter in layer.routed:
             layer.routed[adapter].project_image_by(shared.get(layer.in_features))
 

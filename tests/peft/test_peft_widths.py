@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
+from peft.utils.other import ModulesToSaveWrapper
 from peft_cases import IDS, IMAGES, ROWS, adapted, config, fill, llama, logits, train
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -16,7 +17,7 @@ from routingvl.peft import PeftMethodError
 from routingvl.peft.model import routed_layers
 
 NARROW = torch.randn(ROWS, 1, 24, generator=torch.Generator().manual_seed(4))
-HELD = "lora_image_projection"
+HELD = "lora_project_image"
 
 
 def wide(**changes):
@@ -83,7 +84,7 @@ def test_equal_to_inject(settings, images):
                 ours = base.get_submodule(name)
                 ours.lora_A.copy_(layer.lora_A["default"].weight)
                 ours.lora_B.copy_(layer.lora_B["default"].weight)
-                for projection in layer.lora_image_projection.values():
+                for projection in layer.lora_project_image.values():
                     base.image_projections[str(layer.in_features)].load_state_dict(projection.state_dict())
         with context.bind(images):
             want = base.eval()(input_ids=IDS).logits
@@ -196,3 +197,13 @@ def test_fsdp2_over_the_model_and_over_each_layer(saved, alone):
     fully_shard(model, mesh=alone)
     with pytest.raises(PeftMethodError, match=r"image_projection: FSDP2 shards the layers one by one"):
         logits(model)
+
+
+def test_a_module_of_the_base_called_image_projection_is_saved_by_that_name():
+    """PEFT finds modules_to_save by how their names end."""
+    base = llama()
+    base.image_projection = torch.nn.Linear(3, 32)
+    model = get_peft_model(base, narrow(modules_to_save=["image_projection"]))
+    kept = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    assert kept == ["base_model.model.image_projection"]
+    assert len(held(model)) == 4
