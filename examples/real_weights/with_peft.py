@@ -3,9 +3,9 @@
     python examples/real_weights/with_peft.py WORK [--routing mul] [--steps 300]
 
 WORK is what prepare.py made. SmolLM2-135M gets a routed LoRA on query and value; the pictures' features, 384 wide, are
-brought to its 576 by a projection that trains with the adapter, and nothing of them stands in front of the text. The adapter is saved,
-opened again, and writes a name for each test picture; the same with each picture's features given to another tells how
-much of the score is the picture's doing.
+brought to its 576 by a projection that trains with the adapter, and nothing of them stands in front of the text. The
+adapter is saved, opened again, and writes a name for each test picture; the same with each picture's features given to
+another tells how much of the score is the picture's doing.
 """
 
 from __future__ import annotations
