@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -134,9 +135,9 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
     return {"model": kind, "difference": difference, **row, "rounds": args.rounds, "quick": args.quick}
 
 
-def main() -> None:
-    """Gate, time, print and write."""
-    args = build_parser().parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Gate, time, print and write; 0."""
+    args = build_parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     import peft
 
@@ -147,7 +148,8 @@ def main() -> None:
         rows.append(row | {"peft": peft.__version__})
     environment = describe_environment(torch.device(args.device), args.threads)
     append_rows(args.output, [row | environment for row in rows])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
