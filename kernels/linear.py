@@ -1,26 +1,19 @@
 """Matrix products in the form in which torch is fastest, and the frozen projection beside a LoRA bottleneck.
 
-Products of float32 on a CPU are MKL's in torch, and MKL leaves the AVX-512 of AMD's CPUs unused. oneDNN, which torch
-brings along for bfloat16, does not, and is faster there (benchmarks/results/cpu_layers_amd.jsonl). It takes float32
-through an operation that torch has for its compiler; without that operation everything stays with MKL. Sums differ in
-their order only.
+Which library multiplies float32 on a CPU is decided in :mod:`.cpu_library`.
 """
 
 from __future__ import annotations
 
-import functools
-import platform
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from .cpu_library import measured, onednn_is_faster, onednn_linear, onednn_product
 from .float32_precision import exact_on_cpu
-
-CPU_LIST = Path("/proc/cpuinfo")
 
 
 def inner_products(x: Tensor, p: Tensor) -> Tensor:
@@ -32,14 +25,14 @@ def inner_products(x: Tensor, p: Tensor) -> Tensor:
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left right: [M, K] and [K, N], in any layout, give [M, N]."""
     if _through_onednn(left, right):
-        return _onednn_linear(left, right.t(), None)
+        return onednn_product(left, right)
     return torch.mm(left, right)
 
 
 def plus_product(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """y + left right in new memory: y [M, N] contiguous, left [M, K], right [K, N] in any layout."""
     if _through_onednn(y, left, right):
-        return _onednn_linear(left, right.t(), None, plus=y)
+        return onednn_linear(left, right.t(), None, plus=y)
     return torch.addmm(y, left, right)
 
 
@@ -47,7 +40,7 @@ def add_product_(y: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, bet
     """y = beta y + alpha left right in place, with beta 0 or 1: y [M, N], left [M, K], right [K, N], in any layout."""
     if not _through_onednn(y, left, right):
         return y.addmm_(left, right, beta=beta, alpha=alpha)
-    found = _onednn_linear(left, right.t(), None)
+    found = onednn_product(left, right)
     return y.add_(found, alpha=alpha) if beta else torch.mul(found, alpha, out=y)
 
 
@@ -124,37 +117,19 @@ def frozen_projection_gradients(
 
 def _through_onednn(*operands: Tensor) -> bool:
     """Whether products of these are float32 products that run faster through oneDNN than as torch computes them."""
-    if torch.compiler.is_compiling() or not _mkl_leaves_avx512_unused():
+    if torch.compiler.is_compiling() or measured() is False:
         return False
     # At other precisions torch itself gives float32 products to oneDNN.
     wanted = torch.backends.mkldnn.enabled and exact_on_cpu()
-    # Subclasses of tensors (fake, distributed) may not know the operation.
-    return wanted and all(
-        type(x) in (Tensor, Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
-        for x in operands
-    )
+    return wanted and all(map(_is_plain, operands)) and onednn_is_faster()
 
 
-@functools.cache
-def _mkl_leaves_avx512_unused() -> bool:
-    """Whether this is an AMD CPU with AVX-512, torch's products are MKL's, and it has oneDNN's."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
-        return False
-    maker = CPU_LIST.read_text() if CPU_LIST.exists() else platform.processor()
-    return "AuthenticAMD" in maker and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def _is_plain(x: Tensor) -> bool:
+    """Whether oneDNN takes it; subclasses of tensors (fake, distributed) may not know the operation."""
+    return type(x) in (Tensor, Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
 
 
 def _onednn_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """:func:`linear`, in memory that is no view."""
-    y = _onednn_linear(x.flatten(0, 1), weight, bias)
+    y = onednn_linear(x.flatten(0, 1), weight, bias)
     return y.resize_(*x.shape[:-1], weight.shape[0])  # in place, so it is none
-
-
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor | None = None) -> Tensor:
-    """x weightᵀ + bias + plus: x [M, K], weight [N, K] in any layout, plus [M, N] -> [M, N] in new memory."""
-    if not (weight.is_contiguous() or weight.t().is_contiguous()):
-        weight = weight.contiguous()  # for columns of a larger matrix oneDNN has slow code only
-    multiply = torch.ops.mkldnn._linear_pointwise
-    if plus is None:
-        return multiply(x, weight, bias, "none", [], "")
-    return multiply.binary(x, plus, weight, bias, "add")

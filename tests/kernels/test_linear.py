@@ -1,4 +1,4 @@
-"""Matrix products through oneDNN, where MKL leaves half of an AMD CPU idle: when, and that they are the same."""
+"""Matrix products through oneDNN: that they are the same, and that no others go there."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ from routed_cases import defined_linear, options, tensors
 from tolerances import assert_as_good_as, relative_rms
 from torch import Tensor
 
-from routingvl.kernels import ROUTINGS, routed_adapter, routed_lora_linear
+from routingvl.kernels import ROUTINGS, cpu_library, routed_adapter, routed_lora_linear
 from routingvl.kernels import linear as products
 from routingvl.kernels.linear import add_product_, fresh_linear, plus_product, product
 from routingvl.kernels.reference import reference_adapter
@@ -22,14 +22,16 @@ needs_onednn = pytest.mark.skipif(
 @pytest.fixture
 def through(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Products go through oneDNN on whatever CPU this is; the shapes of x of those that did."""
-    seen, real = [], products._onednn_linear
+    seen, real = [], cpu_library.onednn_linear
 
     def spy(x: Tensor, *rest: Tensor | None, **more: Tensor) -> Tensor:
         seen.append(tuple(x.shape))
         return real(x, *rest, **more)
 
-    monkeypatch.setattr(products, "_mkl_leaves_avx512_unused", lambda: True)
-    monkeypatch.setattr(products, "_onednn_linear", spy)
+    for name in ("measured", "onednn_is_faster"):
+        monkeypatch.setattr(products, name, lambda: True)
+    monkeypatch.setattr(products, "onednn_linear", spy)
+    monkeypatch.setattr(cpu_library, "onednn_linear", spy)
     return seen
 
 
@@ -115,25 +117,3 @@ def test_only_exact_float32_products_on_a_cpu_go_there(through: list) -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
     assert not through
-
-
-@pytest.mark.parametrize(
-    ("capability", "maker", "mkl", "expected"),
-    [
-        ("AVX512", "AuthenticAMD", True, True),
-        ("AVX512", "GenuineIntel", True, False),
-        ("AVX2", "AuthenticAMD", True, False),
-        ("AVX512", "AuthenticAMD", False, False),
-    ],
-)
-def test_which_cpus_need_it(capability, maker, mkl, expected, tmp_path, monkeypatch) -> None:
-    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
-    monkeypatch.setattr(products, "CPU_LIST", tmp_path / "cpuinfo")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    assert products._mkl_leaves_avx512_unused.__wrapped__() == (expected and known)
-    # Systems without that file tell the maker in the processor's name.
-    monkeypatch.setattr(products, "CPU_LIST", tmp_path / "nothing")
-    monkeypatch.setattr(products.platform, "processor", lambda: f"AMD64 Family 26, {maker}")
-    assert products._mkl_leaves_avx512_unused.__wrapped__() == (expected and known)
