@@ -76,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = measure(rows, args.repeats, args.threads)
             append_rows(args.output, found)
             for row in found:
-                print(f"{row['isa']}  M {rows:5d}  {row['product']:6s}  torch {row['torch_p50']:8.3f} ms"
-                      f"  onednn {row['onednn_p50']:8.3f} ms  ratio {row['ratio_p50']:.2f}"
+                print(f"{row['isa']}  M {rows:5d}  {row['product']:6s}  torch {row['torch_ms_p50']:8.3f} ms"
+                      f"  onednn {row['onednn_ms_p50']:8.3f} ms  ratio {row['ratio_p50']:.2f}"
                       f" ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})")  # fmt: skip
     return 0
 
