@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..activations import find_activation
+from ..by_index import check_index, code_of_each_token, each_token
 from ..dispatch import select_backend
 from ..image_code import ImageCode, adapter_image
 from ..inputs import (
@@ -36,6 +37,7 @@ def routed_adapter(
     relu: bool = False,
     backend: str | None = None,
     image: ImageCode | None = None,
+    image_index: Tensor | None = None,
 ) -> Tensor:
     """A bottleneck that the image is routed into, with or without a residual around it.
 
@@ -55,6 +57,8 @@ def routed_adapter(
         backend: "eager", "triton", or None for the default of :func:`routingvl.kernels.dispatch.select_backend`.
         image: what :func:`routingvl.kernels.project_adapter_image` made of v for these weights, so that v is not
             projected again; None without.
+        image_index: int64 [B, T], which entry of v [I, 1, K] each token of the text reads; its values are not checked.
+            None: rows of the text belong to the entries in order, which is faster.
 
     Returns:
         [B, T, K] in the dtype of the inputs. Under autocast the products run in its dtype and the residual keeps x's:
@@ -65,7 +69,11 @@ def routed_adapter(
         RuntimeError: the backend asked for cannot run.
     """
     row, act = find_routing(routing), find_activation(activation)
-    check_text_and_image(x, v, row, relu)
+    if image_index is None or not row.uses_image:
+        image_index = None
+        check_text_and_image(x, v, row, relu)
+    else:
+        check_index(image_index, x, v, row, relu)
     check_shape("down_weight", down_weight, ("R", x.shape[2]))
     check_shape("up_weight", up_weight, (x.shape[2], down_weight.shape[0]))
     check_shape("down_bias", down_bias, (down_weight.shape[0],))
@@ -92,7 +100,11 @@ def routed_adapter(
         if v is not None:
             image = adapter_image(v, *weights[:2], row, relu) if image is None else image
             image = image.to(narrow.dtype)
-        arguments = (fold_beams(narrow, v), image, weights, options)
+        if image_index is not None:
+            text, image = each_token(narrow), code_of_each_token(image, image_index)
+        else:
+            text = fold_beams(narrow, v)
+        arguments = (text, image, weights, options)
         try:
             y = run(*arguments)
         except NoTileFitsError as error:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..by_index import check_index, code_of_each_token, each_token, of_each_token
 from ..dispatch import select_backend
 from ..image_code import ImageCode, lora_image
 from ..inputs import (
@@ -41,6 +42,7 @@ def routed_lora(
     columns: Sequence[int] | None = None,
     placement: str = "bottleneck",
     image: ImageCode | None = None,
+    image_index: Tensor | None = None,
 ) -> Tensor:
     """Add a routed bottleneck to the output of a frozen projection.
 
@@ -61,7 +63,7 @@ def routed_lora(
         groups: G, how many projections share the joined bottleneck (GPT-2's query and value: 2).
         columns: for each group the column of base at which its n outputs are added; the rest of base is only copied.
         placement: "bottleneck" routes before the up-projection, "output" after it (all groups together).
-        image: as in :func:`routed_lora_linear`.
+        image, image_index: as in :func:`routed_lora_linear`.
 
     Returns:
         [B, T, N] in the dtype of the inputs. Under autocast the products run in its dtype and base keeps its own: the
@@ -72,7 +74,8 @@ def routed_lora(
         RuntimeError: the backend asked for cannot run.
     """
     row = find_routing(routing)
-    _check(x, v, a, b, row, relu, groups, placement)
+    image_index = image_index if row.uses_image else None
+    _check(x, v, a, b, row, relu, groups, placement, image_index)
     check_shape("base", base, (*x.shape[:2], "N" if columns else b.shape[0]))
     starts = _start_columns(columns, groups, b.shape[0] // groups, None if base is None else base.shape[2])
     options = LoRAOptions(row, relu, scaling, starts, placement)
@@ -84,8 +87,8 @@ def routed_lora(
         # A wider base keeps its precision, as it would in the plain sum.
         with without_autocast(device):
             zeros = torch.zeros_like(base, dtype=x.dtype)
-            return base + _run(backend, x, v, image, (a, b, None, None, zeros), options)
-    return _run(backend, x, v, image, (a, b, None, None, base), options)
+            return base + _run(backend, x, v, image, (a, b, None, None, zeros), options, image_index)
+    return _run(backend, x, v, image, (a, b, None, None, base), options, image_index)
 
 
 def routed_lora_linear(
@@ -106,6 +109,7 @@ def routed_lora_linear(
     dropout: float = 0.0,
     backend: str | None = None,
     image: ImageCode | None = None,
+    image_index: Tensor | None = None,
 ) -> Tensor:
     """The frozen projection and its routed bottleneck in one differentiable step: x Wᵀ + bias + scaling route(...) Bᵀ.
 
@@ -122,6 +126,8 @@ def routed_lora_linear(
             ones scaled by 1 / (1 - dropout)); 0 outside training. The frozen projection sees x whole.
         image: what :func:`routingvl.kernels.project_lora_image` made of v for these weights, so that v is not
             projected again; None without. Not together with dropout, which draws a mask for v in every call.
+        image_index: int64 [B, T], which entry of v [I, 1, K] each token of the text reads; its values are not checked.
+            None: rows of the text belong to the entries in order, which is faster.
 
     Returns:
         [B, T, N].
@@ -130,7 +136,8 @@ def routed_lora_linear(
         ValueError, RuntimeError: as :func:`routed_lora`.
     """
     row = find_routing(routing)
-    _check(x, v, a, b, row, relu, groups, placement)
+    image_index = image_index if row.uses_image else None
+    _check(x, v, a, b, row, relu, groups, placement, image_index)
     if weight_layout not in WEIGHT_LAYOUTS:
         raise ValueError(f"weight_layout={weight_layout!r} is not one of 'nk' (nn.Linear) and 'kn' (Conv1D)")
     check_shape("weight", weight, ("N", x.shape[2]) if weight_layout == "nk" else (x.shape[2], "N"))
@@ -151,12 +158,18 @@ def routed_lora_linear(
     x, v, weight, bias, a, b = cast_for_autocast(device, x, v if row.uses_image else None, weight, bias, a, b)
     check_dtypes(x=x, v=v, weight=weight, bias=bias, a=a, b=b, base=base)
     if base is not None:
-        return _run(backend, x, v, image, (a, b, None, None, base), options)
-    return _run(backend, x, v, image, (a, b, weight, bias, None), options)
+        return _run(backend, x, v, image, (a, b, None, None, base), options, image_index)
+    return _run(backend, x, v, image, (a, b, weight, bias, None), options, image_index)
 
 
 def _run(
-    backend: str | None, x: Tensor, v: Tensor | None, image: ImageCode | None, weights: Weights, options: LoRAOptions
+    backend: str | None,
+    x: Tensor,
+    v: Tensor | None,
+    image: ImageCode | None,
+    weights: Weights,
+    options: LoRAOptions,
+    image_index: Tensor | None,
 ) -> Tensor:
     """Hand checked arguments, and what the image comes to, to the backend."""
     a, b, *frozen, base = weights
@@ -164,15 +177,26 @@ def _run(
     visual_tokens = 0 if v is None else v.shape[1]
     name, _ = select_backend(
         x.device.type, backend, dtype=x.dtype, width=a.shape[0], routing=routing, visual_tokens=visual_tokens,
-        relu=relu, placement=placement, products=relu or not routing.is_rank_one(visual_tokens),
+        relu=relu, placement=placement,
+        products=relu or image_index is not None or not routing.is_rank_one(visual_tokens),
     )  # fmt: skip
     fused = name == "triton" and options.equally_spaced
-    shape, x, weights = x.shape, fold_beams(x, v), (a, b, *frozen, fold_beams(base, v))
+    shape, before_up = x.shape, placement == "bottleneck" or routing.moves_before_up(visual_tokens, relu)
+    if image_index is None:
+        x, base = fold_beams(x, v), fold_beams(base, v)
+    else:
+        x, base = each_token(x), each_token(base)
+    weights = (a, b, *frozen, base)
     with without_autocast(x.device.type):
         # The image's mask is torch's own on any backend: v is B*L rows against M of text.
         dropped = F.dropout(x, dropout) if dropout > 0 and not fused else x
         v = F.dropout(v, dropout) if dropout > 0 and v is not None else v
         image = None if image is None else image.to(x.dtype)
+        if image_index is not None and (placement == "bottleneck" or routing.image_factor is not None):
+            image = lora_image(v, a, b, options, factors=False) if image is None else image
+            image = code_of_each_token(image, image_index)
+        elif image_index is not None:
+            v, image = of_each_token(v, image_index), None
         if fused:
             from .fused import fused_lora  # here, because it needs triton
 
@@ -184,7 +208,6 @@ def _run(
                 eager_instead(error)
                 fused, dropped = False, F.dropout(x, dropout) if dropout > 0 else x
         if not fused:
-            before_up = placement == "bottleneck" or routing.moves_before_up(visual_tokens, relu)
             if v is not None and image is None and before_up:
                 image = lora_image(v, a, b, options)
             y = eager_lora(x, dropped, v, image, weights, options)
@@ -192,11 +215,22 @@ def _run(
 
 
 def _check(
-    x: Tensor, v: Tensor | None, a: Tensor, b: Tensor, routing: Routing, relu: bool, groups: int, placement: str
+    x: Tensor,
+    v: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    routing: Routing,
+    relu: bool,
+    groups: int,
+    placement: str,
+    image_index: Tensor | None,
 ) -> None:
     if placement not in PLACEMENTS:
         raise ValueError(f"placement={placement!r} is not one of {', '.join(map(repr, PLACEMENTS))}")
-    check_text_and_image(x, v, routing, relu)
+    if image_index is None:
+        check_text_and_image(x, v, routing, relu)
+    else:
+        check_index(image_index, x, v, routing, relu)
     check_shape("b", b, ("G*n", "R"))
     if groups < 1 or b.shape[0] % groups:
         raise ValueError(f"groups={groups} must be at least 1 and divide the {b.shape[0]} rows of b")

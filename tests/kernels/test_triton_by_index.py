@@ -1,0 +1,32 @@
+"""The kernels where each token of the text names its image: on a GPU where there is one, else interpreted."""
+
+from functools import partial
+
+import pytest
+import torch
+from index_cases import INDEX, ROUTED, adapter_tensors, lora_tensors, looped_adapter, looped_lora
+from routed_cases import options
+from tolerances import assert_as_good_as
+
+from routingvl.kernels import routed_adapter, routed_lora_linear
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def there(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("layout", ["plain", "c_attn"])
+@pytest.mark.parametrize(("name", "relu"), ROUTED)
+def test_lora_is_the_loop_over_the_images(name: str, relu: bool, layout: str) -> None:
+    op = partial(routed_lora_linear, **options(name, relu, layout), image_index=INDEX.to(DEVICE), backend="triton")
+    assert_as_good_as(op, looped_lora(name, relu, layout), there(lora_tensors(layout)), torch.float32)
+
+
+@pytest.mark.parametrize(("name", "relu"), ROUTED)
+def test_adapter_is_the_loop_over_the_images(name: str, relu: bool) -> None:
+    op = partial(routed_adapter, routing=name, relu=relu, image_index=INDEX.to(DEVICE), backend="triton")
+    assert_as_good_as(op, looped_adapter(name, relu, True), there(adapter_tensors()), torch.float32)
