@@ -20,7 +20,7 @@ ROUTED = [
 
 def by_loop(op, x: Tensor, v: Tensor, base: Tensor | None = None) -> Tensor:
     """``op(x, v, base)`` of each image's own tokens alone, put together."""
-    rows = {i: (INDEX == i).nonzero(as_tuple=True) for i in INDEX.unique().tolist()}
+    rows = {i: (i == INDEX).nonzero(as_tuple=True) for i in INDEX.unique().tolist()}
     pieces = {i: op(x[at][None], v[i][None], None if base is None else base[at][None])[0] for i, at in rows.items()}
     y = x.new_zeros(*INDEX.shape, next(iter(pieces.values())).shape[1])
     for i, at in rows.items():

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from index_cases import INDEX, ROUTED, adapter_tensors, lora_tensors, looped_adapter, looped_lora
+from index_cases import INDEX, ROUTED, adapter_tensors, looped_adapter, looped_lora, lora_tensors
 from routed_cases import LAYOUTS, options
 from tolerances import assert_as_good_as, run
 
@@ -45,11 +45,11 @@ def test_rows_in_order_are_the_fast_form(name: str, relu: bool) -> None:
     torch.testing.assert_close(got, run(partial(routed_lora_linear, **chosen), given, dy))
 
 
-def test_a_base_is_added_to(name: str = "mul") -> None:
+def test_a_base_is_added_to() -> None:
     given = lora_tensors("plain")
     base = torch.nn.functional.linear(given["x"], given.pop("weight"), given.pop("bias"))
-    got = routed_lora(**given, base=base, **options(name, False), image_index=INDEX)
-    torch.testing.assert_close(got, looped_lora(name, False, "plain")(**lora_tensors("plain")))
+    got = routed_lora(**given, base=base, **options("mul", False), image_index=INDEX)
+    torch.testing.assert_close(got, looped_lora("mul", False, "plain")(**lora_tensors("plain")))
 
 
 def test_a_code_made_beforehand_is_read() -> None:

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from index_cases import INDEX, ROUTED, adapter_tensors, lora_tensors, looped_adapter, looped_lora
+from index_cases import INDEX, ROUTED, adapter_tensors, looped_adapter, looped_lora, lora_tensors
 from routed_cases import options
 from tolerances import assert_as_good_as
 
