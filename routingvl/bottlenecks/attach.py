@@ -41,6 +41,7 @@ def bind_image(
     beams: int | None = None,
     text_only: str | None = None,
     decoding: bool = False,
+    image_index: torch.Tensor | None = None,
 ) -> Iterator[None]:
     """Make ``features`` the image of every routed layer of ``model`` inside the ``with`` block::
 
@@ -49,7 +50,8 @@ def bind_image(
 
     Args:
         model: any model with routed layers: after ``inject``, after ``get_peft_model``, or a routingvl model.
-        features, mask, text_only, decoding: see :meth:`VisualContext.bind`; decoding=True is for ``generate``.
+        features, mask, text_only, decoding, image_index: see :meth:`VisualContext.bind`; decoding=True is for
+            ``generate``.
         beams: how many rows of text each entry of the features serves; None finds it in each layer.
 
     Raises:
@@ -64,8 +66,8 @@ def bind_image(
     with contextlib.ExitStack() as stack:
         for context in contexts:
             context.follow(model)
-            bound = context.bind(features, mask=mask, beams=beams, decoding=decoding, text_only=text_only)
-            stack.enter_context(bound)
+            options = {"mask": mask, "beams": beams, "decoding": decoding, "text_only": text_only}
+            stack.enter_context(context.bind(features, image_index=image_index, **options))
         yield
 
 

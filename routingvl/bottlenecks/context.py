@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from routingvl.bottlenecks.image_index import ImageIndex
 from routingvl.bottlenecks.recompute import carry_along
 from routingvl.bottlenecks.rows import Tokens, check_mask
 from routingvl.bottlenecks.sharding import is_sharded
@@ -28,14 +29,16 @@ class Reading(NamedTuple):
     Attributes:
         v: features [B, L, K], zero where they are padding; None when the routing reads no image.
         code: what they come to in the layer where that is kept, see :meth:`VisualContext.image_code`.
-        keep: bool [rows of text, 1, 1] (or [1, 1, 1]), False where the bottleneck adds nothing; None: True everywhere.
+        keep: bool, for [rows of text, T, 1], False where the bottleneck adds nothing; None: True everywhere.
         counted: bool [B, L], False where v is padding; None: True everywhere.
+        index: int64 [rows of text, T], the entry of v that each token reads; None: rows belong to entries in order.
     """
 
     v: torch.Tensor | None
     code: ImageCode | None = None
     keep: torch.Tensor | None = None
     counted: torch.Tensor | None = None
+    index: torch.Tensor | None = None
 
 
 class VisualContext:
@@ -79,6 +82,7 @@ class VisualContext:
         beams: int | None = 1,
         decoding: bool = False,
         text_only: str | None = None,
+        image_index: torch.Tensor | None = None,
     ) -> AbstractContextManager[None]:
         """Make ``features`` readable inside the ``with`` block, in this thread.
 
@@ -94,10 +98,14 @@ class VisualContext:
                 makes of the image is kept until the block ends, see :meth:`image_code`.
             text_only: what becomes of a text without an image. None: it is an error. "skip": the bottlenecks add
                 nothing to it. "zero": its image is zero in every layer (v = 0).
+            image_index: int64 [rows of text, T], the entry of ``features`` that each token of the text reads, -1 for
+                none (``text_only`` says what becomes of it): for texts packed into one row, and texts that read several
+                images. Layers read the mean of an entry's tokens. While ``decoding``, a call with another number of
+                tokens is a later step, which reads what the row's last token does. None: in order, which is faster.
 
         Raises:
-            ValueError: features are not a tensor of three dimensions, the mask does not fit them, a text has no image
-                and ``text_only`` is None, or ``beams`` is below 1.
+            ValueError: features are not a tensor of three dimensions, mask or index do not fit them, a text has no
+                image and ``text_only`` is None, or ``beams`` is below 1.
         """
         if features is not None and features.dim() != 3:
             raise ValueError(
@@ -110,8 +118,12 @@ class VisualContext:
             raise ValueError(f"text_only={text_only!r} is not one of {', '.join(map(repr, TEXT_ONLY))}")
         binding = _Binding(features, features, beams, decoding, text_only, traced=torch.compiler.is_compiling())
         if features is None:
-            if mask is not None:
-                raise ValueError("mask= belongs to features, and features is None")
+            if mask is not None or image_index is not None:
+                name = "mask" if image_index is None else "image_index"
+                raise ValueError(f"{name}= belongs to features, and features is None")
+        elif image_index is not None:
+            binding.index = found = ImageIndex.of(features, mask, image_index, text_only)
+            binding.pooled, binding.mask = found.pooled, found.real
         elif mask is not None:
             binding.apply(mask)
         else:
@@ -144,7 +156,10 @@ class VisualContext:
         binding = self._current()
         if binding is None or binding.features is None:
             return contextlib.nullcontext()
-        images = index // max(1, of // binding.features.shape[0])
+        images = index // max(1, of // binding.batch)
+        if binding.index is not None:
+            kept = binding.index.of_rows(images)
+            return self._bound(replace(binding, index=kept, beams=1, kept={}, hidden=False))
         at = {name: getattr(binding, name) for name in ("features", "pooled", "mask", "counted", "present")}
         at = {name: None if value is None else value[images.to(value.device)] for name, value in at.items()}
         return self._bound(replace(binding, **at, beams=1, kept={}, hidden=False))
@@ -189,6 +204,9 @@ class VisualContext:
             keep = None if binding.text_only == "zero" else x.new_zeros(1, 1, 1, dtype=torch.bool)
             return Reading(x.new_zeros(1, 1, width), None, keep)
         binding = self._checked(x)
+        if (found := binding.index) is not None:
+            index, keep = found.for_text(x, pooled, binding.decoding)
+            return Reading(found.pooled, None, keep, None, index)
         v = binding.pooled if pooled else binding.features
         if binding.mask is None:
             return Reading(v)
@@ -220,17 +238,18 @@ class VisualContext:
                 "an export inside a binding would write this one image into the program: export a module whose forward "
                 "takes the features as an input and binds them itself, `with context.bind(features):`"
             )
-        images, rows = binding.features.shape[0], x.shape[0]
+        images, rows = binding.batch, x.shape[0]
+        what = "features have" if binding.index is None else "image_index has"
         if binding.beams is None:
             if not images or rows % images:
                 raise ValueError(
-                    f"features have batch {images}, and the text of a routed layer has batch {rows}: not a whole "
+                    f"{what} batch {images}, and the text of a routed layer has batch {rows}: not a whole "
                     "number of rows for each image"
                 )
         elif images * binding.beams != rows:
             times = f" and {binding.beams} beams each" if binding.beams > 1 else ""
             raise ValueError(
-                f"features have batch {images}{times}, text has batch {rows}; with beams, bind "
+                f"{what} batch {images}{times}, text has batch {rows}; with beams, bind "
                 "context.bind(features, beams=num_beams)"
             )
         return binding
@@ -293,9 +312,9 @@ class VisualContext:
             return None
         if binding.features is None:  # no text has an image
             return None
-        features = binding.pooled if layer.pooled else binding.features
-        if recording and layer.image_projection is not None:
+        if recording and (layer.image_projection is not None or binding.index is not None):
             return None
+        features = binding.pooled if layer.pooled or binding.index is not None else binding.features
         options = layer.joint_options(features) if recording else None
         if recording and (options is None or features.is_inference()):
             return None
@@ -367,6 +386,8 @@ class _Binding:
         mask: bool [B, L], True for tokens; None for all.
         counted: the same, but that an entry without tokens (``text_only="zero"``) counts its first.
         present: bool [B], False where the bottleneck adds nothing; None: True everywhere.
+        index: the image of each token of the text; None: rows belong to the entries in order. With it ``pooled`` and
+            ``mask`` are those of its entries, and layers read nothing else.
         traced: whether it was made in code that is being traced.
         read: whether a layer ran in it without an image.
         kept: {layer: (state that its code was made in, its weights, its code or None)}. The weights are there so that
@@ -383,11 +404,17 @@ class _Binding:
     mask: torch.Tensor | None = None
     counted: torch.Tensor | None = None
     present: torch.Tensor | None = None
+    index: ImageIndex | None = None
     traced: bool = False
     read: bool = False
     kept: dict[nn.Module, tuple[tuple, Weights, ImageCode | None]] = field(default_factory=dict)
     recomputes: bool = False
     hidden: bool = False
+
+    @property
+    def batch(self) -> int:
+        """How many rows of text there are without beams."""
+        return len(self.features) if self.index is None else len(self.index.index)
 
     def apply(self, mask: torch.Tensor) -> None:
         """Fill what depends on ``mask`` [B, L]."""

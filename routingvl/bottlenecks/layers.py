@@ -147,7 +147,7 @@ class RoutedLayer(nn.Module):
             raise RuntimeError(f"{type(self).__name__} has no context: pass the visual features as second argument")
         weights = self.projection
         width = weights[0].shape[1]
-        v, _, keep, counted = self.context.reading(x, pooled=self.pooled, width=width)
+        v, _, keep, counted, index = self.context.reading(x, pooled=self.pooled, width=width)
         if counted is not None and not self.routing.inner_product:
             raise ValueError(
                 f"routing {self.routing.name!r} may read something in zero padding: bind as many visual tokens for "
@@ -156,8 +156,8 @@ class RoutedLayer(nn.Module):
         projected = self.to_own_width(v)
         # What does not fit the weights is left to the call, which says so.
         if self.drops or projected.shape[2] != width or (counted is not None and self.kind != "lora"):
-            return Reading(projected, None, keep, counted)
-        return Reading(projected, self.context.image_code(self, weights), keep, counted)
+            return Reading(projected, None, keep, counted, index)
+        return Reading(projected, self.context.image_code(self, weights), keep, counted, index)
 
     def _watch(self, y: torch.Tensor) -> None:
         if self.context is not None and self.routing.uses_image and self.training:
@@ -241,14 +241,14 @@ class RoutedLoRA(RoutedLayer):
         """
         if not self.enabled:
             return base_output
-        v, image, keep, _ = self.read_image(x, v)
+        v, image, keep, _, index = self.read_image(x, v)
         rows = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
         base = base_output.reshape(*rows.shape[:-1], self.out_features)
         v, a, b = in_dtype(rows, v, *self.projection)
         mixed = base.dtype != rows.dtype and not torch.is_autocast_enabled(rows.device.type)
         if self.drops:
             rows, v = F.dropout(rows, self.dropout), None if v is None else F.dropout(v, self.dropout)
-        options = {"image": image, **self._options()}
+        options = {"image": image, "image_index": index, **self._options()}
         if self.parts is not None:
             y = self.parts.add(base, routed_lora(rows, v, a, self.parts.even(b), **options))
         else:
@@ -322,7 +322,7 @@ class RoutedLoRALinear(RoutedLoRA):
         if self.parts is not None:
             weight = self.weight if self.weight_layout == "nk" else self.weight.t()
             return self.add_to(F.linear(x, *in_dtype(x, weight, self.bias)), x, v)
-        v, image, keep, _ = self.read_image(x, v)
+        v, image, keep, _, index = self.read_image(x, v)
         shape = x.shape
         rows = x if x.dim() == 3 else x.reshape(1, -1, shape[-1])
         v, bias, a, b = in_dtype(rows, v, self.bias, *self.projection)
@@ -337,6 +337,7 @@ class RoutedLoRALinear(RoutedLoRA):
             weight_layout=self.weight_layout,
             dropout=self.dropout if self.training else 0.0,
             image=image,
+            image_index=index,
             **self._options(),
         )
         if keep is not None:
@@ -404,7 +405,7 @@ class RoutedAdapter(RoutedLayer):
         """x [B, T, K], v [B, L, K] or the context's -> y [B, T, K]."""
         if not self.enabled:
             return x
-        v, image, keep, counted = self.read_image(x, v)
+        v, image, keep, counted, index = self.read_image(x, v)
         dropped = x
         if self.drops:
             dropped, v = F.dropout(x, self.dropout), None if v is None else F.dropout(v, self.dropout)
@@ -420,6 +421,7 @@ class RoutedAdapter(RoutedLayer):
             relu=self.relu,
             backend=self.backend,
             image=image,
+            image_index=index,
         )
         self._watch(y)
         # The residual path carries the input itself, without the bottleneck's dropout.

@@ -1,0 +1,93 @@
+"""Which image each token of the text reads, where that is said token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from routingvl.bottlenecks.rows import Tokens, check_mask
+
+
+@dataclass(frozen=True)
+class ImageIndex:
+    """The argument ``image_index`` of :meth:`VisualContext.bind`, ready for the layers.
+
+    Attributes:
+        pooled: the mean of each image's tokens [I, 1, d]; where tokens of the text read none, one of zeros behind them.
+        index: int64 [rows, T], the entry of ``pooled`` that each token of the text reads.
+        keep: bool [rows, T], False where the bottleneck adds nothing; None: True everywhere.
+        real: bool [I, 1], False for the zeros in ``pooled``; None: there are none.
+        several: L, if the features have more than one visual token per image, else 1.
+    """
+
+    pooled: torch.Tensor
+    index: torch.Tensor
+    keep: torch.Tensor | None
+    real: torch.Tensor | None
+    several: int
+
+    @classmethod
+    def of(
+        cls, features: torch.Tensor, mask: torch.Tensor | None, index: torch.Tensor, text_only: str | None
+    ) -> ImageIndex:
+        """Of features [I, L, d], mask [I, L] and index [rows, T], -1 for none; ValueError where one does not fit."""
+        images, several = features.shape[:2]
+        if mask is not None:
+            check_mask(mask, features, None)
+        everywhere = _check(index, images, text_only)
+        pooled, index = Tokens(features, mask).mean().features, index.to(features.device)
+        if everywhere:
+            return cls(pooled, index, None, None, several)
+        pooled = torch.cat([pooled, pooled.new_zeros(1, 1, pooled.shape[2])])
+        real = (torch.arange(images + 1, device=index.device) < images).unsqueeze(1)
+        keep = index >= 0 if text_only == "skip" else None
+        return cls(pooled, torch.where(index < 0, images, index), keep, real, several)
+
+    def of_rows(self, rows: torch.Tensor) -> ImageIndex:
+        """The same for some rows of the text, long [n]."""
+        rows = rows.to(self.index.device)
+        return replace(self, index=self.index[rows], keep=None if self.keep is None else self.keep[rows])
+
+    def for_text(self, x: torch.Tensor, pooled: bool, decoding: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The entry for each token of ``x`` [rows*beams, T, d], and which tokens the bottleneck adds to [.., T, 1].
+
+        Raises:
+            ValueError: the layer would read several visual tokens (not ``pooled``); x has another number of tokens than
+                the index, and it is no step of a ``decoding`` binding.
+        """
+        if not pooled and self.several > 1:
+            raise ValueError(
+                f"with image_index= a layer reads one visual token per image, and the features have {self.several}: "
+                "bind their mean, features.mean(1, keepdim=True)"
+            )
+        if x.dim() != 3:
+            raise ValueError(f"image_index is for text [rows, T, width], and a routed layer was given {list(x.shape)}")
+        index, keep, tokens = self.index, self.keep, x.shape[1]
+        if tokens != index.shape[1]:
+            if not decoding:
+                raise ValueError(
+                    f"image_index is for {index.shape[1]} tokens, and the text of a routed layer has {tokens}; in "
+                    "generation, bind with decoding=True"
+                )
+            # A later step: its tokens read what the row's last one does.
+            index, keep = (None if of is None else of[:, -1:].expand(-1, tokens) for of in (index, keep))
+        if (beams := x.shape[0] // len(index)) > 1:
+            index, keep = (None if of is None else of.repeat_interleave(beams, 0) for of in (index, keep))
+        return index, None if keep is None else keep.unsqueeze(2)
+
+
+def _check(index: torch.Tensor, images: int, text_only: str | None) -> bool:
+    """Whether every token reads an image; ValueError where the index is not allowed."""
+    if index.dtype != torch.int64 or index.dim() != 2:
+        raise ValueError(f"image_index must be torch.int64 [rows of text, T], not {index.dtype} {list(index.shape)}")
+    if not index.numel():
+        return True
+    least, most = torch.stack(index.aminmax()).tolist()  # one wait for the device
+    if least < -1 or most >= images:
+        raise ValueError(
+            f"image_index has values from {least} to {most}, and there are {images} images: -1 (none) to {images - 1}"
+        )
+    if least < 0 and text_only is None:
+        raise ValueError("image_index has tokens without an image (-1): say text_only='skip' or 'zero' for them")
+    return least >= 0
