@@ -159,6 +159,6 @@ def refuse_packed_rows(batch: Mapping[str, Any]) -> None:
     if packed:
         raise BindingError(
             "several texts are packed into one row (position_ids begin again, or cu_seq_lens_q is given), and a row is "
-            "routed with one image: give each text its row (a padding collator, packing=False), or bind by hand and say "
-            "which image each token reads, bind_image(model, features, image_index=...)"
+            "routed with one image: give each text its row (a padding collator, packing=False), or bind by hand and "
+            "say which image each token reads, bind_image(model, features, image_index=...)"
         )
