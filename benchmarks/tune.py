@@ -140,12 +140,20 @@ def read(path: Path) -> dict[str, dict]:
         raise SystemExit(f"{path} is not a file of benchmarks.tune ({error!r}); remove it or name another") from error
 
 
+def tile_name(tile: Tile) -> str:
+    """A tile's numbers, such as 64x64x64x4x3, without zeros at the end."""
+    numbers = list(astuple(tile))
+    while not numbers[-1]:
+        del numbers[-1]
+    return "x".join(map(str, numbers))
+
+
 def tune_cell(path: Path, key: str, tiles: Sequence[Tile], measure_tile: Callable[[Tile], float | str]) -> Tile | None:
     """Measure what ``path`` lacks under ``key``, writing it after each tile; the fastest one, None if none is right."""
     for tile in tiles:
         data = read(path)
         known = data["measured"].setdefault(key, {})
-        name = "x".join(map(str, astuple(tile)))
+        name = tile_name(tile)
         if name not in known:
             known[name] = measure_tile(tile)
             print(f"{key} {name} {known[name]}", flush=True)
@@ -176,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind, rank, precision, decode in cells(args.rank or [128], args.precision or ["half"]):
         key, tiles = tile_key(arch, kind, rank, precision, decode), candidates(kind, rank, precision, decode, arch)
         if args.dry_run:
-            print(f"{key}: {len(tiles)} tiles: " + " ".join("x".join(map(str, astuple(tile))) for tile in tiles))
+            print(f"{key}: {len(tiles)} tiles: " + " ".join(map(tile_name, tiles)))
             continue
         width = 128 if kind.startswith("rank_one") else rank
         sizes = (CHECKED | {"R": width}, SIZES["paper"] | {"R": width})

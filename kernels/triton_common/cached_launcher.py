@@ -71,9 +71,10 @@ def _watched(kernel: Any) -> bool:
 class CachedKernel:
     """A ``triton.jit`` function that is launched from a mapping of names, and remembers its machine code.
 
-    ``kernel(grid, arguments)``: each parameter of the function takes the value of its name in lower case, num_warps and
-    num_stages are the launch's own; what else is in the mapping is left alone. Constants are the parameters in upper
-    case, and come last. ROUTINGVL_LAUNCH=triton, read when the kernels are imported, turns the shortcut off.
+    ``kernel(grid, arguments)``: each parameter of the function takes the value of its name in lower case, num_warps,
+    num_stages and, where it is there and not 0, maxnreg are the launch's own; what else is in the mapping is left
+    alone. Constants are the parameters in upper case, and come last. ROUTINGVL_LAUNCH=triton, read when the kernels are
+    imported, turns the shortcut off.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -89,6 +90,9 @@ class CachedKernel:
     def __call__(self, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
         """Launch on the current device and stream; raises what Triton raises, KeyError for a name that is missing."""
         values, constants = self._select(arguments), self._select_constants(arguments)
+        maxnreg = arguments.get("maxnreg", 0)
+        if maxnreg:
+            constants = (*constants, maxnreg)
         key = None
         if self._direct and not _watched(self._kernel):
             key = launch_key(values, constants)
@@ -97,8 +101,10 @@ class CachedKernel:
             compiled, rest = found
             compiled[(*grid, 1, 1)[:3]](*values, *rest)
             return
-        *rest, warps, stages = constants
+        rest, (warps, stages) = constants[: len(self._constants)], constants[len(self._constants) :][:2]
         named = dict(zip(self._constants, rest, strict=True))
+        if maxnreg:
+            named["maxnreg"] = maxnreg
         compiled = self._kernel[grid](*values, **named, num_warps=warps, num_stages=stages)
         if key is not None and isinstance(compiled, triton.compiler.CompiledKernel):
-            self._compiled[key] = compiled, tuple(rest)
+            self._compiled[key] = compiled, rest

@@ -19,6 +19,10 @@ LIMITS = {  # smallest and largest value of each number of a tile, all powers of
     "num_warps": (1, 32),
     "num_stages": (1, 8),
 }
+OPTIONAL = {  # likewise, of numbers that a file may leave out; 0 is what that means
+    "maxnreg": (24, 255),
+    "splits": (1, 64),
+}
 
 
 class TilesFileError(ValueError):
@@ -51,7 +55,7 @@ def _read(path: str, kinds: tuple[str, ...]) -> Mapping[str, dict[str, int]]:
     if not isinstance(tiles, dict):
         raise TilesFileError(f"{place} holds no mapping 'tiles'; make it with python -m benchmarks.tune")
     for key, tile in tiles.items():
-        if fault := _key_fault(key, kinds) or _tile_fault(tile):
+        if fault := _key_fault(key, kinds) or _tile_fault(tile) or _maxnreg_fault(key, tile):
             raise TilesFileError(f"{place}: {key!r}: {fault}")
     return tiles
 
@@ -69,11 +73,19 @@ def _key_fault(key: str, kinds: tuple[str, ...]) -> str | None:
 
 
 def _tile_fault(tile: Any) -> str | None:
-    if not isinstance(tile, dict) or set(tile) != set(LIMITS):
-        return f"a tile has the keys {', '.join(LIMITS)} and no others"
-    for name, (low, high) in LIMITS.items():
-        value = tile[name]
-        if type(value) is not int or not low <= value <= high or (name != "num_stages" and value & (value - 1)):
-            power = "" if name == "num_stages" else "a power of two "
-            return f"{name}={value!r} must be {power}from {low} to {high}"
+    if not isinstance(tile, dict) or not set(LIMITS) <= set(tile) <= {*LIMITS, *OPTIONAL}:
+        return f"a tile has the keys {', '.join(LIMITS)}, may have {' and '.join(OPTIONAL)}, and no others"
+    for name, value in tile.items():
+        low, high = LIMITS.get(name) or OPTIONAL[name]
+        any_number, none = name in OPTIONAL or name == "num_stages", name in OPTIONAL and value == 0
+        right = type(value) is int and (none or low <= value <= high) and (any_number or not value & (value - 1))
+        if not right:
+            also = "0, or " if name in OPTIONAL else "" if any_number else "a power of two "
+            return f"{name}={value!r} must be {also}from {low} to {high}"
+    return None
+
+
+def _maxnreg_fault(key: str, tile: dict[str, int]) -> str | None:
+    if tile.get("maxnreg") and not key.startswith("sm_"):
+        return f"maxnreg={tile['maxnreg']} is for NVIDIA's GPUs: leave it out"
     return None

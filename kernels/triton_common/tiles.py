@@ -46,6 +46,9 @@ class Tile:
         block_k: columns of x (in the backward pass: of dx) taken in one step.
         num_warps: warps per program.
         num_stages: depth of the software pipeline.
+        maxnreg: registers a thread may have, so that more programs share a processor; 0: as many as it needs. What does
+            not fit is spilled. NVIDIA's only.
+        splits: programs that share the columns of y of one block of rows; 0: as many as :func:`column_splits` says.
     """
 
     block_m: int
@@ -53,6 +56,8 @@ class Tile:
     block_k: int
     num_warps: int
     num_stages: int
+    maxnreg: int = 0
+    splits: int = 0
 
 
 # Largest padded rank a row serves -> tile, for the three precisions of the products: "half" (bfloat16, float16), "tf32"
@@ -273,6 +278,8 @@ def column_splits(tile: Tile, rows: int, columns: int, processors: int) -> int:
     Each of them repeats the down-projection, whose operands the L2 cache holds by then; more than six would spend more
     on that than they gain, and so would programs that have to wait for a processor.
     """
+    if tile.splits:
+        return max(1, min(tile.splits, -(-columns // tile.block_n)))
     row_blocks = -(-rows // tile.block_m)
     wanted = processors // row_blocks
     limit = 6 if tile.block_m > 16 else 32

@@ -8,7 +8,7 @@ import torch
 from routingvl.benchmarks import tune
 from routingvl.kernels.optional_triton import interpreted
 from routingvl.kernels.triton_common.tile_file import TilesFileError, tile_key
-from routingvl.kernels.triton_common.tiles import SHARED_MEMORY, Tile, shared_memory, tiles_for
+from routingvl.kernels.triton_common.tiles import SHARED_MEMORY, Tile, column_splits, shared_memory, tiles_for
 
 KEY = "sm_90/lora_forward/128/half/many"
 TILE = {"block_m": 128, "block_n": 32, "block_k": 64, "num_warps": 8, "num_stages": 2}
@@ -39,6 +39,7 @@ def test_the_file_goes_before_the_table(tiles_file):
     tiles_for.cache_clear()
     found = tiles_for("lora_forward", 100, "half", False, "sm_90")
     assert found[0] == Tile(**TILE) != table[0]
+    assert (found[0].maxnreg, found[0].splits) == (0, 0)  # what a file need not say
     assert len(found) > 1  # what does not fit after all can still shrink
     assert [tiles_for(*other) for other in others] == untouched
 
@@ -54,6 +55,10 @@ def test_the_file_goes_before_the_table(tiles_file):
         ({"tiles": {KEY: {"block_m": 16}}}, f"{KEY}': a tile has the keys block_m"),
         ({"tiles": {KEY: TILE | {"block_m": 48}}}, f"{KEY}': block_m=48 must be a power of two from 16"),
         ({"tiles": {KEY: TILE | {"num_stages": 0}}}, "num_stages=0 must be from 1 to 8"),
+        ({"tiles": {KEY: TILE | {"maxnreg": 8}}}, "maxnreg=8 must be 0, or from 24 to 255"),
+        ({"tiles": {KEY: TILE | {"splits": True}}}, "splits=True must be 0, or from 1 to 64"),
+        ({"tiles": {KEY: TILE | {"step": 1}}}, "may have maxnreg and splits, and no others"),
+        ({"tiles": {KEY.replace("sm_90", "gfx942"): TILE | {"maxnreg": 128}}}, "maxnreg=128 is for NVIDIA's GPUs"),
     ],
 )
 def test_errors_name_file_and_key(tiles_file, content, message):
@@ -61,6 +66,14 @@ def test_errors_name_file_and_key(tiles_file, content, message):
     with pytest.raises(TilesFileError, match="ROUTINGVL_TILES=") as raised:
         tiles_for("lora_forward", 128, "half", False, "sm_90")
     assert message in str(raised.value)
+
+
+def test_a_file_may_limit_registers_and_set_the_shares(tiles_file):
+    tiles_file({"tiles": {KEY: TILE | {"maxnreg": 128, "splits": 3}}})
+    tiles_for.cache_clear()
+    found = tiles_for("lora_forward", 128, "half", False, "sm_90")
+    assert {(tile.maxnreg, column_splits(tile, 64, 768, 132)) for tile in found} == {(128, 3)}
+    assert tune.tile_name(found[0]) == "128x32x64x8x2x128x3"
 
 
 def test_a_missing_file(monkeypatch, tmp_path):

@@ -90,6 +90,10 @@ def test_the_second_launch_goes_straight_to_the_machine_code(knobs: SimpleNamesp
     assert kernel.searched[0][2] == {"BLOCK_R": 64, "ACT": 2, "num_warps": 4, "num_stages": 3}
     launch((3, 2), {**given, "rows": 7, "num_warps": 8})
     assert len(kernel.searched) == 3
+    for maxnreg, searches in ((0, 3), (128, 4), (128, 4), (96, 5)):  # 0: no limit, as without it
+        launch((3,), {**given, "rows": 7, "maxnreg": maxnreg})
+        assert len(kernel.searched) == searches
+    assert kernel.searched[3][2] == {**kernel.searched[0][2], "maxnreg": 128}
     with pytest.raises(KeyError, match="rows"):
         launch((3,), given)
 
