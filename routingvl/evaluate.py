@@ -14,11 +14,12 @@ from accelerate.utils import broadcast_object_list
 
 from routingvl.atomic_files import write_json
 from routingvl.backbones.loading import hide_loading_bars
-from routingvl.config import ConfigError
+from routingvl.config import ConfigError, check_choice
 from routingvl.config.schema import DataConfig, RunConfig, changed_settings, override
 from routingvl.data.files import DataError
 from routingvl.environment import environment
 from routingvl.tasks.base import Task, load_task
+from routingvl.tasks.controls import CONTROLS, ImageControl
 from routingvl.tasks.predictions import predict_dataset
 from routingvl.training.accelerator import make_accelerator
 from routingvl.training.run_folder import RunFolder
@@ -35,13 +36,14 @@ def evaluate(
     checkpoint: str = "best",
     output: str | Path | None = None,
     limit: int | None = None,
+    image_control: str | None = None,
     log: str | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Score a run on a split; nothing that the run was trained with is repeated.
 
     Writes ``metrics.json`` and the predictions, in the form that the task has for them, into ``output``, by default
-    ``run_dir/eval-<split>``.
+    ``run_dir/eval-<split>``, with ``-<image_control>`` at its end where there is one.
 
     Args:
         run_dir: folder of a training run.
@@ -49,27 +51,33 @@ def evaluate(
         checkpoint: "best" or "last".
         output: folder for the results.
         limit: only the first so many examples.
+        image_control: "shuffled", "zeros", "ones" or "noise" puts something else in the place of each example's image,
+            see :class:`routingvl.tasks.controls.ImageControl`.
         log: "quiet" shows no progress bar.
         **overrides: settings of ``data``, ``eval``, ``device`` or ``model.backend`` to change, by dotted name or last
             part (``num_beams=1``), and new places of backbones that have moved (``model.vision``, ``model.text``).
 
     Returns:
         The metrics (see :meth:`routingvl.tasks.base.Task.scores`), the same in every process, with ``split``,
-        ``checkpoint``, ``seconds``, ``examples_per_second``, ``skipped`` (unreadable images left out) and
-        ``predictions`` (path of the file).
+        ``checkpoint``, ``image_control`` (where asked for), ``seconds``, ``examples_per_second``, ``skipped``
+        (unreadable images left out) and ``predictions`` (path of the file).
 
     Raises:
         RunError: there is no such run or checkpoint.
         CheckpointError: a file of the run is damaged, or a backbone is another one than it was trained with.
-        ConfigError: an override is unknown or is fixed by the run, ``limit`` is below 1, or ``output`` is no folder.
+        ConfigError: an override or control is unknown, the override is fixed by the run, ``limit`` is below 1, or
+            ``output`` is no folder.
         OSError: nothing can be written into ``output``, which is tried before anything is computed.
     """
     folder = RunFolder(Path(run_dir))
     config = evaluation_config(folder, **overrides)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} must be at least 1; leave it out for all examples")
+    if image_control is not None:
+        check_choice("image_control", image_control, CONTROLS)
     config.check_files()
-    target = Path(output) if output is not None else folder.path / f"eval-{split}"
+    name = f"eval-{split}" if image_control is None else f"eval-{split}-{image_control}"
+    target = Path(output) if output is not None else folder.path / name
     for part in (folder.path, folder.checkpoint("best"), folder.checkpoint("last"), folder.state):
         if target.resolve() == part.resolve():
             raise ConfigError(f"{target} is a part of the run, whose files change with it; name another folder")
@@ -82,11 +90,15 @@ def evaluate(
     task.precompute(loaded.images)
     dataset = task.dataset(loaded, training=False)
     dataset.check_images()
+    if image_control is not None:
+        dataset = ImageControl(dataset, task, image_control)
     begin = time.perf_counter()
     progress = log != "quiet" and sys.stderr.isatty()
     predictions = predict_dataset(task, dataset, accelerator, num_beams=config.eval.num_beams, progress=progress)
     seconds = time.perf_counter() - begin
     metrics: dict[str, Any] = {"split": split, "checkpoint": checkpoint}
+    if image_control is not None:
+        metrics["image_control"] = image_control
     if accelerator.is_main_process:
         target.mkdir(parents=True, exist_ok=True)
         # Before scoring, so that no failure there costs the predictions.

@@ -4,15 +4,17 @@ import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 from tiny import SPLITS, tiny_config
 
 from routingvl.config import ConfigError
-from routingvl.evaluate import evaluate
+from routingvl.evaluate import evaluate, evaluation_config, load_run
 from routingvl.metrics import read_coco_results, read_vqa_results, vqa_report
 from routingvl.predict import Predictor
+from routingvl.tasks.controls import CONTROLS, ImageControl
 from routingvl.train import train
-from routingvl.training.run_folder import RunError
+from routingvl.training.run_folder import RunError, RunFolder
 
 PYTHON_METRICS = {"metrics": ["CIDEr", "BLEU-4"], "caption_tokenizer": "python"}
 
@@ -158,3 +160,47 @@ def test_predictor(tiny, runs, tmp_path):
         vqa.caption(images)
     with pytest.raises(ConfigError, match="question is empty"):
         vqa.answer(images[0], "  ")
+
+
+@pytest.mark.parametrize("features", [False, True], ids=["files", "features"])
+def test_a_model_that_reads_the_image_loses_its_score_without_it(features, tiny, runs, tmp_path):
+    plain = evaluate(runs / "vqa", log="quiet", output=tmp_path / "own")
+    found = {"own": plain}
+    for control in CONTROLS:
+        settings = {"data.precompute_features": features, "output": tmp_path / control, "log": "quiet"}
+        found[control] = evaluate(runs / "vqa", image_control=control, **settings)
+        assert found[control]["image_control"] == control
+        assert found[control]["n"] == plain["n"]
+    assert "image_control" not in plain
+    assert plain["accuracy"] == 100.0
+    assert all(found[control]["accuracy"] < 100.0 for control in CONTROLS)
+
+
+def test_image_controls(tiny, runs):
+    task, _ = load_run(RunFolder(runs / "vqa"), "best", evaluation_config(RunFolder(runs / "vqa")))
+    dataset = task.dataset(task.load_split("test"), training=False)
+    shuffled, zeros, ones, noise = (ImageControl(dataset, task, control) for control in CONTROLS)
+    images = [dataset.image(index, dataset.example(index)) for index in range(len(dataset))]
+    by_path = {image.path: dataset.picture(image)["pixel_values"] for image in images}
+    seen = []
+    for index, image in enumerate(images):
+        item = shuffled[index]
+        assert item.keys() == dataset[index].keys()
+        assert {key: item[key] for key in item if key != "pixel_values"} == dataset.example(index)
+        (path,) = (path for path in by_path if path == shuffled._other[image].path)
+        assert path != image.path
+        assert torch.equal(item["pixel_values"], by_path[path])
+        seen.append(path)
+    assert set(seen) == set(by_path)  # each image serves another one
+    for control, value in ((zeros, 0.0), (ones, 1.0)):
+        assert torch.equal(control[0]["vision_features"], torch.full((1, 32), value))
+        assert "pixel_values" not in control[0]
+    assert torch.equal(noise[1]["vision_features"], noise[1]["vision_features"])
+    assert not torch.equal(noise[0]["vision_features"], noise[1]["vision_features"])
+
+
+def test_image_controls_refuse(runs):
+    with pytest.raises(ConfigError, match="image_control"):
+        evaluate(runs / "vqa", image_control="swapped", log="quiet")
+    with pytest.raises(ConfigError, match="needs two images"):
+        evaluate(runs / "vqa", image_control="shuffled", limit=1, log="quiet")

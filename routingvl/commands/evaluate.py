@@ -15,8 +15,12 @@ def run(args: Sequence[str]) -> int:
         "evaluate", "Score a run on a split. Predictions and metrics.json go into RUN/eval-SPLIT.", EXAMPLE
     )
     parser.add_argument("--split", default="test", help="split to score (default: test)")
-    parser.add_argument("--output", metavar="FOLDER", help="folder for the results (default: RUN/eval-SPLIT)")
+    parser.add_argument("--output", metavar="FOLDER", help="folder for the results (default: RUN/eval-SPLIT[-CONTROL])")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
+    parser.add_argument(
+        "--image-control", metavar="CONTROL",
+        help="score without the images: shuffled (each example sees another's), zeros, ones or noise in their place",
+    )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     options = parser.parse_args(args)
 
@@ -28,6 +32,7 @@ def run(args: Sequence[str]) -> int:
         checkpoint=options.checkpoint,
         output=options.output,
         limit=options.limit,
+        image_control=options.image_control,
         log="quiet" if options.quiet else None,
         **options.settings,
     )

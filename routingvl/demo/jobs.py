@@ -99,8 +99,8 @@ def run_job(job: Job, settings: DemoSettings, work: str, run_dir: str) -> Record
     """Train one job into ``run_dir`` and evaluate it on the test split, as ``routingvl train`` and ``evaluate`` do.
 
     Returns:
-        A record of plain values: the job, validation and test scores, learning curves, seconds, parameter counts, and
-        some predictions.
+        A record of plain values: the job, validation and test scores, the main one also with another example's image
+        in the place of each ("shuffled"), learning curves, seconds, parameter counts, and some predictions.
     """
     from routingvl.evaluate import evaluate
     from routingvl.train import train
@@ -112,6 +112,9 @@ def run_job(job: Job, settings: DemoSettings, work: str, run_dir: str) -> Record
     result = train(job.run_config(settings, Path(work).resolve(), folder), log="quiet")
     evaluating = time.perf_counter()
     metrics = evaluate(folder, split="test", log="quiet")
+    score = SCORES[job.variant.task]
+    only = {"metrics": [score]} if job.variant.task == "caption" else {}
+    control = evaluate(folder, split="test", image_control="shuffled", log="quiet", **only)
     finished = time.perf_counter()
     scores, predictions = read_evaluation(job.variant.task, metrics, Path(work))
     return {
@@ -120,6 +123,7 @@ def run_job(job: Job, settings: DemoSettings, work: str, run_dir: str) -> Record
         "steps": result.steps,
         "validation": result.best_metric,
         "test": scores,
+        "shuffled": {score: control[score]},
         "curve": [[r["step"], r[result.metric]] for r in result.history if r["kind"] == "validation"],
         "losses": [[r["step"], round(r["loss"], 5)] for r in result.history if r["kind"] == "train"],
         "seconds": {

@@ -166,7 +166,9 @@ def _compare(document: Document, panels: Mapping[Panel, list[Variant]], results:
     document.paragraph(
         "CIDEr is at most about 10 here, BLEU-4 and 'exact' (share of captions that equal a reference word for "
         "word) at most 1, VQA accuracy is in percent. 'Against none' compares search means; 'ranges apart' says that "
-        "every seed of one lies beyond every seed of the other, 'overlap' that the seeds do not tell them apart."
+        "every seed of one lies beyond every seed of the other, 'overlap' that the seeds do not tell them apart. Under "
+        "'another's image' each test example of this run saw the image of another: what it loses there is what it owes "
+        "to its image."
     )
 
 
@@ -184,13 +186,14 @@ def _verdicts(panel: Panel, members: Sequence[Variant], results: _Results) -> li
 
 def _panel_table(panel: Panel, members: Sequence[Variant], results: _Results) -> tuple[list[str], list[list[str]]]:
     scores = COLUMNS[panel[0]]
-    head = ["variant", "rate", *(f"{score}, this run" for score in scores)]
+    head = ["variant", "rate", *(f"{score}, this run" for score in scores), f"{scores[0]}, another's image"]
     head += [*(f"{score}, search" for score in scores), "seeds", "against none"]
     rows = []
     for variant in members:
         record, found = results.current.get(variant), results.searched.get(variant)
         row = [variant.title, f"{(record or found)['lr']:g}"]
         row += [_number(record["test"][score], score) if record else NOTHING for score in scores]
+        row.append(_control(record, scores[0]))
         row += [_spread(found, score) if found else UNSEARCHED for score in scores]
         row += [str(found["n"]) if found else NOTHING, str(against_none(variant, results.searched) or NOTHING)]
         rows.append(row)
@@ -199,6 +202,11 @@ def _panel_table(panel: Panel, members: Sequence[Variant], results: _Results) ->
 
 def _number(value: float, score: str) -> str:
     return f"{value:.{DIGITS[score]}f}"
+
+
+def _control(record: Record | None, score: str) -> str:
+    """The score with the images of other examples; records of earlier versions have none."""
+    return _number(record["shuffled"][score], score) if record and "shuffled" in record else NOTHING
 
 
 def _spread(found: Mapping[str, Any], score: str) -> str:

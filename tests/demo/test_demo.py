@@ -257,6 +257,7 @@ def test_the_whole_demo_runs_small(finished):
     for record in records:
         score = SCORES[record["variant"]["task"]]
         assert 0 <= record["test"][score] <= 100
+        assert 0 <= record["shuffled"][score] <= 100
         assert [step for step, _ in record["curve"]] == [2, 4]
         assert record["predictions"]
         assert 0 < record["trainable"] < record["total"]
