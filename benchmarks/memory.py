@@ -7,13 +7,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from routingvl.training.estimate import saved_mib as saved_mib
 
 PROC = Path("/proc/self")
 
@@ -61,23 +62,6 @@ def tensor_peak(call: Callable[[], object], device: torch.device) -> float:
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(np.cumsum([event.nbytes() for event in events]).max(initial=0), 0) / 2**20
-
-
-def saved_mib(forward: Callable[[], Tensor], given: Iterable[Tensor]) -> float:
-    """MiB that autograd keeps for the backward pass of ``forward`` beyond the tensors ``given``."""
-    inputs = {tensor.untyped_storage().data_ptr() for tensor in given}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in inputs:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # itself it would hold the graph that holds it, for ever where it is a node's result
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    del result  # until here everything kept was alive, so that no two tensors had one address
-    return round(sum(kept.values()) / 2**20, 3)
 
 
 def _reset_peak() -> None:

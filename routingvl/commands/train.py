@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from routingvl.commands import say
+from routingvl.commands import json_text, say
 from routingvl.config import ConfigError
 from routingvl.config.files import command_parser, config_from_namespace
 
@@ -19,8 +19,18 @@ def run(args: Sequence[str]) -> int:
     )
     parser.add_argument("--resume", metavar="RUN", help="Continue this run folder from its last state, exactly.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the run folder when it is not empty.")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="Train nothing: print parameters, steps, memory and time as JSON, with random weights and one batch.",
+    )  # fmt: skip
     namespace = parser.parse_args(with_config_of_resumed_run(list(args)))
     config = config_from_namespace(namespace)
+
+    if namespace.dry_run:
+        from routingvl.training.estimate import estimate
+
+        say(json_text(estimate(config), indent=2))
+        return 0
 
     from routingvl.train import train
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from routingvl.atomic_files import write_json
@@ -129,6 +130,10 @@ class Task(ABC):
         """Options of the model class that follow from the data."""
         return {}
 
+    def made_up_labels(self, ids: torch.Tensor, model: RoutedVLModel) -> torch.Tensor:
+        """Labels of any kind for texts [B, T], for an estimate of a step's time; by default the texts themselves."""
+        return ids
+
     def use_model(self, model: RoutedVLModel) -> None:
         """Take ``model`` for the run's; ConfigError when it is not of the task's class, or does not fit the data.
 
@@ -201,13 +206,13 @@ class Task(ABC):
 
     # --------------------------------------------------------------------------------------- what all tasks share
 
-    def build_model(self) -> RoutedVLModel:
-        """A new model as the config describes it."""
+    def build_model(self, vision: nn.Module | None = None, text: nn.Module | None = None) -> RoutedVLModel:
+        """A new model as the config describes it; from these backbones where they are given."""
         settings = self.config.model
         names = ("vision_features", "vision_layer", "visual_prefix", "backend", *self.model_settings)
         return self.model_class.from_backbones(
-            settings.vision,
-            settings.text or self.text_model,
+            vision or settings.vision,
+            text or settings.text or self.text_model,
             self.config.routing,
             **{name: getattr(settings, name) for name in names},
             **self.model_options(),

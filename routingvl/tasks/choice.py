@@ -24,6 +24,7 @@ class ChoiceTask(Task):
     Attributes of the class:
         choices_file: file of the run folder that lists the choices, in the order of the head's outputs.
         kind: what the choices are called, in the singular.
+        usual_choices: how many an estimate takes where there are no data.
 
     Attributes:
         choices: the names to choose from, in order; empty until training data or the run folder's files are read.
@@ -34,12 +35,17 @@ class ChoiceTask(Task):
     text_model = "roberta-base"
     choices_file: ClassVar[str]
     kind: ClassVar[str]
+    usual_choices: ClassVar[int] = 2
 
     choices: Sequence[str] = ()
 
     def model_options(self) -> dict[str, Any]:
         """The size of the head."""
         return {"num_labels": len(self.choices)}
+
+    def made_up_labels(self, ids: torch.Tensor, model: VisionTextForClassification) -> torch.Tensor:
+        """The first choice for all."""
+        return torch.zeros(len(ids), dtype=torch.long)
 
     def decided_by(self) -> dict[str, Any]:
         """Also the choices, in their order."""

@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from routingvl.data.collate import VQACollator
 from routingvl.data.files import DataError
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
@@ -28,6 +30,11 @@ class VQATask(ChoiceTask):
     command = "answer"
     choices_file = "label2ans.json"
     kind = "answer"
+    usual_choices = 3129  # of the published vocabulary
+
+    def made_up_labels(self, ids: torch.Tensor, model: VisionTextForVQA) -> torch.Tensor:
+        """No answer is right."""
+        return torch.zeros(len(ids), model.num_labels)
 
     @cached_property
     def vocabulary(self) -> AnswerVocabulary:
