@@ -30,11 +30,20 @@ RECIPES = {
     "classify-lora": ("lora", 128, 128, 3e-4, 0.05, 512, 20, 64, "roberta-base"),  # VQA's: none is published
     "caption-lora": ("lora", 128, 128, 3e-5, 5000, 40, 20, 50, "gpt2"),
     "caption-adapter": ("adapter", 128, 128, 3e-5, 5000, 40, 20, 50, "gpt2"),
+    # Larger and newer models with settings of ours.
+    "vqa-lora-large": ("lora", 128, 128, 3e-4, 0.05, 512, 20, 20, "roberta-large"),
+    "caption-lora-large": ("lora", 128, 128, 3e-5, 5000, 40, 20, 50, "gpt2-medium"),
+    "caption-smollm2-siglip2": ("lora", 64, 64, 3e-4, 0.05, 40, 5, 50, "HuggingFaceTB/SmolLM2-135M"),
+}
+VISION = {
+    "vqa-lora-large": "google/vit-large-patch16-224-in21k",
+    "caption-lora-large": "google/vit-large-patch16-224-in21k",
+    "caption-smollm2-siglip2": "google/siglip2-base-patch16-224",
 }
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_published_recipes(name):
+def test_recipes(name):
     config = load_config(CONFIGS / f"{name}.yaml")
     found = (
         config.routing.method,
@@ -50,7 +59,7 @@ def test_published_recipes(name):
     assert found == RECIPES[name]
     assert (config.train.eps, config.train.weight_decay, config.routing.dropout) == (1e-6, 0.0, 0.0)
     assert config.eval.num_beams == 5
-    assert config.model.vision == "google/vit-base-patch16-224-in21k"
+    assert config.model.vision == VISION.get(name, "google/vit-base-patch16-224-in21k")
 
 
 def test_every_recipe_has_a_test():
