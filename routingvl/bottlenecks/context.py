@@ -191,12 +191,13 @@ class VisualContext:
         """
         return self._checked(x).features
 
-    def reading(self, x: torch.Tensor, *, pooled: bool, width: int) -> Reading:
+    def reading(self, x: torch.Tensor, *, pooled: bool, width: int, image_width: int) -> Reading:
         """What a layer reads for the text ``x``, see :meth:`read`.
 
         Args:
             pooled: the mean of each image's tokens.
             width: K, for the zeros that stand for the image in a batch without one.
+            image_width: d, how wide the features have to be; else ValueError.
         """
         binding = self._thread.binding
         if binding is not None and binding.features is None and binding.text_only is not None:
@@ -204,6 +205,12 @@ class VisualContext:
             keep = None if binding.text_only == "zero" else x.new_zeros(1, 1, 1, dtype=torch.bool)
             return Reading(x.new_zeros(1, 1, width), None, keep)
         binding = self._checked(x)
+        if (have := binding.features.shape[2]) != image_width:
+            raise ValueError(
+                f"the image's features are {have} wide, and the routed layers read {image_width}: give features "
+                f"[B, L, {image_width}] (image_from=, bind_image), or build the bottlenecks with "
+                f"image_projection='linear' and image_width={have}"
+            )
         if (found := binding.index) is not None:
             index, keep = found.for_text(x, pooled, binding.decoding)
             return Reading(found.pooled, None, keep, None, index)

@@ -147,15 +147,15 @@ class RoutedLayer(nn.Module):
             raise RuntimeError(f"{type(self).__name__} has no context: pass the visual features as second argument")
         weights = self.projection
         width = weights[0].shape[1]
-        v, _, keep, counted, index = self.context.reading(x, pooled=self.pooled, width=width)
+        read = self.image_projection.in_features if self._image_projection else width
+        v, _, keep, counted, index = self.context.reading(x, pooled=self.pooled, width=width, image_width=read)
         if counted is not None and not self.routing.inner_product:
             raise ValueError(
                 f"routing {self.routing.name!r} may read something in zero padding: bind as many visual tokens for "
                 "every image, without mask="
             )
         projected = self.to_own_width(v)
-        # What does not fit the weights is left to the call, which says so.
-        if self.drops or projected.shape[2] != width or (counted is not None and self.kind != "lora"):
+        if self.drops or (counted is not None and self.kind != "lora"):
             return Reading(projected, None, keep, counted, index)
         return Reading(projected, self.context.image_code(self, weights), keep, counted, index)
 

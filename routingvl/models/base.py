@@ -14,6 +14,7 @@ from torch import nn
 from routingvl.backbones.dropout import lighten_dropout
 from routingvl.backbones.loading import BackboneError
 from routingvl.backbones.text import (
+    DECODER,
     check_embeddings,
     drawn_weights,
     load_text,
@@ -31,7 +32,7 @@ from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict
 from routingvl.config.checks import check_value, types_of
 from routingvl.kernels import ROUTINGS
 from routingvl.models import hub
-from routingvl.models.checks import check_finite, check_tensor, check_values, check_zeros_and_ones
+from routingvl.models.checks import check_finite, check_padding, check_tensor, check_values, check_zeros_and_ones
 from routingvl.models.output import ModelOutput
 from routingvl.models.placement import backbone_dtypes, place
 from routingvl.models.pretrained import PretrainedParts
@@ -101,6 +102,7 @@ class RoutedVLModel(PretrainedParts):
         self._hold_what_trains()
         # How many positions (prefix and text together) the text model has embeddings for.
         self.max_positions = position_limit(text)
+        self._padding_seen = False
         self.backbones: dict[str, str | None] = {"vision": None, "text": None}
         self.config.describe(text, vision)
         self.train(text.training)
@@ -267,7 +269,10 @@ class RoutedVLModel(PretrainedParts):
     def check_text(
         self, features: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """The mask of texts [B, T], ones where it is None; ValueError as of :meth:`text_inputs`."""
+        """The mask of texts [B, T], ones where it is None; ValueError as of :meth:`text_inputs`.
+
+        On an accelerator, where looking waits for it, padding in front is looked for in the first batch only.
+        """
         if input_ids is not None:
             check_tensor("input_ids", input_ids, integers=True)
         if attention_mask is not None:
@@ -287,8 +292,12 @@ class RoutedVLModel(PretrainedParts):
             raise ValueError(f"{length} positions (prefix and text) exceed the text model's {self.max_positions}")
         check_values("input_ids", input_ids, 0, self.vocabulary_size - 1, ", which are the ids the model knows")
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+            return torch.ones_like(input_ids)
         check_zeros_and_ones("attention_mask", attention_mask)
+        # A decoder that reads the text alone is as in transformers.
+        if (self.visual_prefix or self.text_kind != DECODER) and not torch.compiler.is_compiling():
+            check_padding(attention_mask, look=not self._padding_seen)
+            self._padding_seen = True
         return attention_mask
 
     def image_inputs(self, features: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -51,3 +51,15 @@ def check_zeros_and_ones(name: str, values: Tensor) -> None:
         return
     if not ((values == 0) | (values == 1)).all():
         raise ValueError(f"{name} must hold nothing but 0 and 1")
+
+
+def check_padding(mask: Tensor, look: bool = False) -> None:
+    """Raise ValueError when rows of an attention mask [B, T] begin with padding; ``look`` at one on a device too."""
+    if not (_can_be_looked_at(mask) or (look and mask.numel())):
+        return
+    mask = mask != 0
+    if rows := (mask.any(1) & ~mask[:, 0]).nonzero().flatten().tolist():
+        raise ValueError(
+            f"attention_mask begins with 0 in rows {rows}: texts have to stand right behind the image, or at the "
+            "beginning, and be padded behind (tokenizer.padding_side = 'right')"
+        )

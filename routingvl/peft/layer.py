@@ -57,6 +57,23 @@ class AdapterUpdate(LoRAUpdate):
         return self
 
 
+class _Weights(nn.ModuleDict):
+    """A or B of each adapter. Those of a joined rank keep their shape: PEFT would pad them at their end."""
+
+    def __init__(self, updates: dict[str, AdapterUpdate]) -> None:
+        super().__init__()
+        self.updates = updates
+
+    def __setitem__(self, adapter: str, linear: nn.Module) -> None:
+        joined = adapter in self.updates and self.updates[adapter].is_joined
+        if joined and linear.weight.shape != self[adapter].weight.shape:
+            raise PeftMethodError(
+                f"adapter {adapter!r} cannot be padded to another rank: slices of a fused projection share its rank "
+                f"{self.updates[adapter].rank}; leave target_rank out, and hot-swap adapters of this rank"
+            )
+        super().__setitem__(adapter, linear)
+
+
 class RoutedLinear(Linear):
     """PEFT's LoRA layer, which calls its base layer, whatever that is, and adds the active adapters' routed updates.
 
@@ -68,7 +85,7 @@ class RoutedLinear(Linear):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: RoutedLoraConfig, **kwargs: Any) -> None:
         # nn.Module's own attributes do not exist yet, and update_layer runs inside PEFT's constructor.
-        self.__dict__.update(routed={}, context=VisualContext())
+        self.__dict__.update(routed={}, context=VisualContext(), on_delete=None)
         super().__init__(base_layer, adapter_name, config, **kwargs)
         base = self.get_base_layer()
         self.is_target_conv_1d_layer = self.fan_in_fan_out = is_conv1d(base)
@@ -83,17 +100,19 @@ class RoutedLinear(Linear):
         target = kwargs.get("target_name", "")
         if not hasattr(self, "lora_project_image"):  # this runs inside PEFT's constructor
             self.lora_project_image = nn.ModuleDict()
+            self.lora_A, self.lora_B = _Weights(self.routed), _Weights(self.routed)
+        self.routed.pop(adapter_name, None)  # one of that name is replaced
         if target in config.projecting:
             self.lora_project_image[adapter_name] = nn.Linear(config.image_width, self.in_features)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-        self.routed[adapter_name] = update = AdapterUpdate(
-            self, adapter_name, r, placement=config.placement, **_options(config, target)
-        )
+        update = AdapterUpdate(self, adapter_name, r, placement=config.placement, **_options(config, target))
+        if update.is_joined:
+            rows = update.groups * update.width if update.parts is None else sum(update.parts.sizes)
+            self.lora_A[adapter_name] = nn.Linear(self.in_features, update.groups * r, bias=False)
+            self.lora_B[adapter_name] = nn.Linear(r, rows, bias=False)
+        self.routed[adapter_name] = update
         if not update.is_joined:
             return
-        rows = update.groups * update.width if update.parts is None else sum(update.parts.sizes)
-        self.lora_A[adapter_name] = nn.Linear(self.in_features, update.groups * r, bias=False)
-        self.lora_B[adapter_name] = nn.Linear(r, rows, bias=False)
         self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -113,11 +132,13 @@ class RoutedLinear(Linear):
         """Remove an adapter, as PEFT does."""
         super().delete_adapter(adapter_name)
         self.routed.pop(adapter_name, None)
+        if self.on_delete is not None:
+            self.on_delete(adapter_name)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x [..., K] (three dimensions when an image is routed in) -> y [..., N] in the base layer's dtype."""
         names = kwargs.get("adapter_names")
-        if names is None and (self.disable_adapters or self.merged):
+        if names is None and self.disable_adapters:
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in ("adapter_names", "alora_offsets")}
@@ -126,7 +147,7 @@ class RoutedLinear(Linear):
         if names is not None:
             return self._add_by_row(y.clone(), x, names)
         for name in self.active_adapters:
-            if name in self.routed:
+            if name in self.routed and name not in self.merged_adapters:
                 y = self.routed[name].refresh()(x, y)
         return y.to(dtype)
 

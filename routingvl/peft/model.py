@@ -74,6 +74,7 @@ class RoutedLoraModel(LoraModel):
             config.joined_rank = [config.r, dict(config.rank_pattern)]
         for layer in layers:
             layer.set_context(layers[0].context)
+            layer.on_delete = _Farewell(model)
         if layers:
             layers[0].context.follow(model)
 
@@ -110,12 +111,6 @@ class RoutedLoraModel(LoraModel):
     @staticmethod
     def _create_new_module(config: RoutedLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         return RoutedLinear(target, adapter_name, config=config, **kwargs)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter, as PEFT does, and with the last that has one its ``image_from``."""
-        super().delete_adapter(adapter_name)
-        if _image_source(self.peft_config) is None:
-            detach(self.model)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -154,6 +149,29 @@ def detach(model: nn.Module) -> None:
     if hasattr(model, HANDLE):
         getattr(model, HANDLE).remove()
         delattr(model, HANDLE)
+
+
+class _Farewell:
+    """Ends the binding of ``image_from`` when the last adapter that has one is deleted, by whichever program.
+
+    The layers hold it; a copy of a layer alone, or a pickled one, forgets the model.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self.model = model
+
+    def __call__(self, adapter: str) -> None:
+        model = self.model
+        if not hasattr(model, HANDLE) or any(adapter in layer.routed for layer in routed_layers(model)):
+            return
+        if _image_source({name: config for name, config in model.peft_config.items() if name != adapter}) is None:
+            detach(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Farewell:
+        return _Farewell(memo.get(id(self.model)))
+
+    def __reduce__(self):
+        return _Farewell, ()
 
 
 def _check_neighbours(model: nn.Module, configs: dict[str, Any]) -> None:

@@ -196,6 +196,20 @@ def test_embeddings_find_their_places_as_ids_do(attached):
         torch.testing.assert_close(model(inputs_embeds=embeds, **batch).logits, want)
 
 
+def test_qwen2_vl_finds_them_when_it_is_told_its_positions(attached):
+    """Which it takes from input_ids otherwise, so that the base model too is another one by embeddings."""
+    model, batch = routed("qwen2_vl"), batch_for("qwen2_vl", (2, 0))
+    attached(model, VLMS["qwen2_vl"].image_from)
+    with torch.no_grad():
+        want = model(**batch).logits
+        known = {name: batch[name] for name in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")}
+        positions, _ = model.model.get_rope_index(**known)
+        embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+        model.model.rope_deltas = None
+        got = model(inputs_embeds=embeds, position_ids=positions, **batch).logits
+    torch.testing.assert_close(got, want)
+
+
 def test_generate_refuses_features_of_another_number_of_rows(attached):
     model, batch = routed("llava"), batch_for("llava", (1, 1))
     attached(model, lambda call: call.pop("features"))

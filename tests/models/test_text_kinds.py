@@ -144,6 +144,20 @@ def test_padding_changes_nothing_that_is_read(kind):
     torch.testing.assert_close(alone, together[2:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama", "bart"])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_padding_in_front_is_refused_where_it_would_be_read(kind, prefix):
+    """A decoder without a prefix reads it as transformers does: rotary positions are relative."""
+    inputs, model = texts(kind), randomise(reader(kind, visual_prefix=prefix))
+    in_front = {name: torch.cat([x[:2], x[2:].roll(3, 1)]) for name, x in inputs.items()}
+    if kind == "llama" and not prefix:
+        want = model(vision_features=features(), **inputs).logits
+        torch.testing.assert_close(model(vision_features=features(), **in_front).logits, want, rtol=1e-3, atol=1e-4)
+        return
+    with pytest.raises(ValueError, match=r"begins with 0 in rows \[2\]: .*tokenizer.padding_side = 'right'"):
+        model(vision_features=features(), **in_front)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "opt", "t5", "bart", "mbart"])
 @pytest.mark.parametrize("prefix", [True, False])
 def test_generation_with_a_cache_is_generation_without(kind, prefix):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, inject_adapter_in_model
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peft_cases import IDS, IMAGES, adapted, config, context_of, fill, gpt2, llama, logits, plain
 
 import routingvl
@@ -177,3 +177,35 @@ def test_adapters_of_joined_rank_are_only_averaged():
         with pytest.raises(PeftMethodError, match=f"combination_type='{how}' makes a new A and B"):
             model.add_weighted_adapter(["default"], [1.0], "both", combination_type=how)
     model.add_weighted_adapter(["default"], [1.0], "same", combination_type="linear")
+
+
+def test_preparing_a_hotswap_keeps_the_rank_that_slices_share():
+    model = adapted(sliced(), gpt2())
+    want = logits(model)
+    with pytest.raises(PeftMethodError, match=r"adapter 'default' cannot be padded .* share its rank 4; leave target"):
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+    torch.testing.assert_close(logits(model), want, rtol=0, atol=0)
+    prepare_model_for_compiled_hotswap(model)
+    torch.testing.assert_close(logits(model), want, rtol=0, atol=0)
+
+
+def test_a_prepared_model_takes_an_adapter_of_another_rank(tmp_path):
+    adapted(config(r=2)).save_pretrained(tmp_path)
+    model = adapted()
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    torch.testing.assert_close(logits(model), logits(adapted()), rtol=0, atol=1e-5)
+    hotswap_adapter(model, tmp_path, adapter_name="default")
+    torch.testing.assert_close(logits(model), logits(adapted(config(r=2))), rtol=0, atol=1e-5)
+
+
+def test_a_routed_adapter_goes_on_beside_a_merged_one():
+    model = adapted()
+    model.add_adapter("plain", config("none"))
+    fill(model, 3, "lora_B.plain").eval()
+    model.base_model.set_adapter(["default", "plain"])
+    want = logits(model)
+    model.merge_adapter(["plain"])
+    torch.testing.assert_close(logits(model), want, rtol=0, atol=1e-4)
+    assert not torch.allclose(logits(model, -IMAGES), want, atol=1e-2)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), want, rtol=0, atol=1e-4)

@@ -162,6 +162,29 @@ def test_adapters_agree_on_the_image_and_the_last_takes_it_along():
     assert not any(routed_layers(base))
 
 
+def test_the_last_adapter_that_transformers_deletes_takes_its_image_along(tmp_path):
+    adapted(settings(), llava()).save_pretrained(tmp_path)
+    model = llava()
+    model.load_adapter(tmp_path)
+    want = outputs(model.eval())
+    model.add_adapter(config("none"), "plain")
+    twin = copy.deepcopy(model)
+    model.delete_adapter("default")
+    assert not model._forward_pre_hooks
+    assert "generate" not in vars(model)
+    assert len(twin._forward_pre_hooks) == 1
+    twin.delete_adapter("plain")
+    assert len(twin._forward_pre_hooks) == 1
+    twin.delete_adapter("default")
+    assert not twin._forward_pre_hooks
+    model.load_adapter(tmp_path, "again")
+    model.set_adapter("again")
+    torch.testing.assert_close(outputs(model.eval()), want)
+    layer = copy.deepcopy(next(routed_layers(model)))
+    layer.delete_adapter("again")
+    assert len(model._forward_pre_hooks) == 1
+
+
 def test_vision_is_adapted_when_it_is_asked_for_by_name():
     every = get_peft_model(llava(), settings(target_modules="all-linear", exclude_modules=["down_proj"]))
     assert len(names_of(every)) == 12

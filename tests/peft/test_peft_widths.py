@@ -207,3 +207,19 @@ def test_a_module_of_the_base_called_image_projection_is_saved_by_that_name():
     kept = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     assert kept == ["base_model.model.image_projection"]
     assert len(held(model)) == 4
+
+
+@pytest.mark.parametrize("settings", [config, narrow])
+@pytest.mark.parametrize("width", [20, 32])
+def test_an_image_of_another_width_is_an_error(settings, width):
+    """Also one as wide as some of the layers, which read it through their projection."""
+    model = adapted(settings())
+    images, read = torch.ones(ROWS, 2, width), 32 if settings is config else 24
+    if width == read:
+        logits(model, images)
+        return
+    message = f"features are {width} wide, and the routed layers read {read}: .* image_width={width}"
+    with pytest.raises(ValueError, match=message), routingvl.bind_image(model, images):
+        model(input_ids=IDS)
+    with pytest.raises(ValueError, match=message), routingvl.bind_image(model, images, decoding=True):
+        model.generate(input_ids=IDS, max_new_tokens=2)
