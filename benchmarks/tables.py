@@ -103,8 +103,13 @@ def intel_layers() -> str:
     """One thread of the Xeon; also with fresh pages, and above the frozen layer."""
     first, *others = layer_lines("cpu_layers")
     fresh = Line(f"{first.label}, fresh pages", "cpu_layers_fresh_pages", first.case)
-    above = Line("768-wide LoRA, time above the frozen layer", "cpu_layers", "linear_lora_m2040", overhead)
-    return by_routing("forward + backward, float32", first, fresh, *others, above)
+    cases = {"768-wide LoRA": "linear_lora_m2040", "GPT-2 c_attn LoRA": "gpt2_lora_m2040"}
+    above = [
+        Line(f"{label}, time above the frozen layer{isa}", file, case, overhead)
+        for label, case in cases.items()
+        for file, isa in (("cpu_layers", ""), ("cpu_layers_avx2", ", AVX2"))
+    ]
+    return by_routing("forward + backward, float32", first, fresh, *others, *above)
 
 
 def amd_layers() -> str:

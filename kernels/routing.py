@@ -154,13 +154,25 @@ def route_by_gram(t: Tensor, gram: Tensor, relu: bool) -> Tensor:
 
 
 def _vllora(t: Tensor, u: Tensor, relu: bool) -> Tensor:
+    if t.shape[1] == u.shape[1] == 1:  # each token of the text has an image of its own: no products of matrices
+        return (_inner(F.relu(t), F.relu(u)) if relu else _inner(t, u)) * u
     if gram_is_cheaper(t.shape[1], u.shape[1], t.shape[2]):
         return route_by_gram(t, gram_of(u, relu), relu)
     left, right = (F.relu(t), F.relu(u)) if relu else (t, u)
     return (left @ right.mT) @ u
 
 
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    """<x, y> of each row [..., 1], summed in float32 at least."""
+    return (_at_least_float32(x) * y).sum(-1, keepdim=True).to(x.dtype)
+
+
 def _vllora_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    if t.shape[1] == u.shape[1] == 1:
+        left, right, dc = F.relu(t) if relu else t, F.relu(u) if relu else u, _inner(dz, u)
+        dt, dright = dc * right, dc * left
+        dt, dright = (dt * (t > 0), dright * (u > 0)) if relu else (dt, dright)
+        return dt, _inner(left, right) * dz + dright
     if gram_is_cheaper(t.shape[1], u.shape[1], t.shape[2]):
         dt = (_at_least_float32(dz) @ gram_of(u, relu).mT).to(t.dtype)
     else:
