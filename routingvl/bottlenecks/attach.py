@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from routingvl.bottlenecks.context import TEXT_ONLY, VisualContext
+from routingvl.bottlenecks.nearest import nearest_images
 from routingvl.bottlenecks.rows import (
     BindingError,
     Tokens,
@@ -22,7 +23,7 @@ from routingvl.bottlenecks.rows import (
     tensors_of,
 )
 
-IMAGE_POOLING = ("mean", "tokens")
+IMAGE_POOLING = ("mean", "tokens", "nearest")
 STEP_TEXTS = ("decoder_input_ids", "input_ids", "inputs_embeds")  # what a step of generate reads
 
 
@@ -89,10 +90,12 @@ def attach(
         model: a model with routed layers (they may come later), the one that is called.
         image_from: the dotted name of a sub-module whose output is the image, as tokens of the layers' width; or a
             function of the call's arguments (a dict, from which it may remove its own), which returns features
-            [B, L, d], features and a mask bool [B, L], or None where no text has an image. A module's output goes to
+            [B, L, d], features and a mask bool [B, L], these and an ``image_index`` as :meth:`VisualContext.bind` takes
+            it, or None where no text has an image. A module's output goes to
             the rows whose ``input_ids`` hold the model's image tokens, one for one, or by one entry for each row.
         image_pooling: "mean": every layer reads the mean of a row's tokens; "tokens": all of them, padded (pooled
-            functions their mean).
+            functions their mean); "nearest": each token of the text reads the mean of the nearest image before it, so
+            that a row may be several texts packed together. Tokens before the first image have none.
         text_only: see :meth:`VisualContext.bind`.
 
     Returns:
@@ -274,8 +277,13 @@ class _Call:
         self.past = _cached(self.first)
         self.module = self.attachment.image_module()
         given = self.attachment.image_from(self.batch) if self.module is None else None
-        features, mask = given if isinstance(given, tuple) else (given, None)
-        self._bind(None if features is None else Tokens(features, mask))
+        features, mask, index = (*(given if isinstance(given, tuple) else (given,)), None, None)[:3]
+        if features is not None and index is None and self.attachment.image_pooling == "nearest":
+            raise BindingError(
+                "image_pooling='nearest': a function says by itself which image each token reads, it returns features, "
+                "a mask (or None) and an image_index"
+            )
+        self._bind(None if features is None else Tokens(features, mask), index)
 
     def receive(self, output: Any) -> None:
         """Bind what the module gave, in the rows of the text where it belongs."""
@@ -288,12 +296,17 @@ class _Call:
             )
         self.outputs += tensors_of(output, name)
         try:
-            tokens = place_in_rows(self.outputs, *self._text(self.batch), name)
+            ids, config = self._text(self.batch)
+            if self.attachment.image_pooling == "nearest":
+                features, index = nearest_images(self.outputs, ids, self.batch, config, name)
+                tokens = Tokens(features, None)
+            else:
+                tokens, index = place_in_rows(self.outputs, ids, config, name), None
         except BindingError as error:
             self.waits = error  # another call of the module may bring the rest
         else:
             self.waits = None
-            self._bind(tokens)
+            self._bind(tokens, index)
 
     def _text(self, batch: dict[str, Any]) -> tuple[Any, Any]:
         model = self.attachment.model
@@ -311,18 +324,20 @@ class _Call:
                 f"of generate has {batches[0]}"
             )
 
-    def _bind(self, tokens: Tokens | None) -> None:
+    def _bind(self, tokens: Tokens | None, index: torch.Tensor | None = None) -> None:
         features, mask = None, None
         if tokens is not None:
             if self.generates:
-                self._check_rows(tokens.features)
-            else:
+                self._check_rows(tokens.features if index is None else index)
+            elif index is None:
                 refuse_packed_rows(self.batch)
-            features, mask = tokens.mean() if self.attachment.image_pooling == "mean" else tokens
+            pools = self.attachment.image_pooling == "mean" and index is None
+            features, mask = tokens.mean() if pools else tokens
         self.bindings.close()
         for context in self.contexts:
             how = {"beams": None if self.generates else 1, "decoding": self.generates}
-            bound = context.bind(features, mask=mask, text_only=self.attachment.text_only, **how)
+            how |= {"mask": mask, "image_index": index, "text_only": self.attachment.text_only}
+            bound = context.bind(features, **how)
             self.bindings.enter_context(bound)
 
     def check(self) -> None:

@@ -82,16 +82,16 @@ def place_in_rows(outputs: Sequence[torch.Tensor], input_ids: torch.Tensor | Non
     images = places[0]
     flat = [output.flatten(0, -2) for output in outputs]
     if sum(map(len, flat)) == int(images.sum()):
-        return _packed([(images, torch.cat(flat))])
+        return packed_tokens([(images, torch.cat(flat))])
     if len(flat) == len(places) and all(len(x) == int(at.sum()) for x, at in zip(flat, places, strict=True)):
-        return _packed(list(zip(places, flat, strict=True)))
+        return packed_tokens(list(zip(places, flat, strict=True)))
     rows = (images > 0).nonzero().flatten()
     if all(output.dim() == 3 for output in outputs) and len({output.shape[1] for output in outputs}) == 1:
         entries = torch.cat(list(outputs))
         if len(entries) == len(rows):
             counts = torch.zeros_like(images)
             counts[rows] = entries.shape[1]
-            return _packed([(counts, entries.flatten(0, 1))])
+            return packed_tokens([(counts, entries.flatten(0, 1))])
     raise BindingError(
         f"{name} gave {' and '.join(str(list(x.shape)) for x in outputs)} for {sum(map(len, flat))} visual tokens, and "
         f"the rows of input_ids have places for {' and '.join(str(at.tolist()) for at in places)}: name a module whose "
@@ -120,18 +120,23 @@ def ids_of(embeds: torch.Tensor, embeddings: torch.nn.Module, config: Any) -> to
     return ids
 
 
+def token_ids(config: Any) -> list[int]:
+    """The ids that stand for visual tokens, one for each kind that the model has."""
+    known = [
+        next((value for key in keys if (value := getattr(config, key, None)) is not None), None) for keys in TOKEN_IDS
+    ]
+    return [value for value in known if value is not None]
+
+
 def _places(input_ids: torch.Tensor | None, config: Any) -> list[torch.Tensor]:
     """How many visual tokens of each kind every row has a place for [B], on the CPU; kinds without any left out."""
     if input_ids is None or input_ids.dim() != 2:
         return []
-    known = [
-        next((value for key in keys if (value := getattr(config, key, None)) is not None), None) for keys in TOKEN_IDS
-    ]
-    found = torch.stack([(input_ids == value).sum(1) for value in known if value is not None] or [input_ids[:, 0] * 0])
+    found = torch.stack([(input_ids == value).sum(1) for value in token_ids(config)] or [input_ids[:, 0] * 0])
     return [counts for counts in found.cpu() if counts.any()]
 
 
-def _packed(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Tokens:
+def packed_tokens(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Tokens:
     """The rows made of (how many tokens each row takes [B], tokens [N, d]), one part after the other in each row."""
     rows = torch.cat([torch.arange(len(counts)).repeat_interleave(counts) for counts, _ in parts])
     tokens = torch.cat([part for _, part in parts]) if len(parts) > 1 else parts[0][1]
@@ -159,6 +164,6 @@ def refuse_packed_rows(batch: Mapping[str, Any]) -> None:
     if packed:
         raise BindingError(
             "several texts are packed into one row (position_ids begin again, or cu_seq_lens_q is given), and a row is "
-            "routed with one image: give each text its row (a padding collator, packing=False), or bind by hand and "
-            "say which image each token reads, bind_image(model, features, image_index=...)"
+            "routed with one image: give each text its row (a padding collator, packing=False), or each token "
+            "the nearest image before it (image_pooling='nearest'), or bind by hand with image_index="
         )

@@ -15,7 +15,7 @@ from routingvl.kernels import ROUTINGS
 from routingvl.kernels.lora.options import PLACEMENTS
 from routingvl.peft.card import write_note
 
-POOLINGS = ("mean", "tokens")
+POOLINGS = ("mean", "tokens", "nearest")
 TEXT_ONLY = (None, "skip", "zero")
 PROJECTIONS = (None, "linear")
 INITS = (True, False, "gaussian")
@@ -67,7 +67,8 @@ class RoutedLoraConfig(LoraConfig):
             GPT-2's c_attn); None adapts all columns.
         image_from: where the image's features come from in every call: the name of a module of the model, or a function
             of the call's keyword arguments; see ``routingvl.attach``. A function is not saved. None: bound by hand.
-        image_pooling: with image_from, "mean" of an image's tokens or all "tokens" (vllora).
+        image_pooling: with image_from, "mean" of a row's visual tokens, all "tokens" (vllora), or the mean of the image
+            that is "nearest" before each token of the text.
         text_only: with image_from, what a row without an image gets: None is an error, "skip" the base model's output,
             "zero" an image of zeros.
         image_projection: "linear" trains one nn.Linear from the image's width to each input width of the targets that
