@@ -40,6 +40,14 @@ def onednn_is_faster() -> bool:
     return not torch.are_deterministic_algorithms_enabled() and _probed(torch.get_num_threads())
 
 
+def in_words() -> str:
+    """Which library multiplies float32 here, and why, for reports; probes where that decides."""
+    if not torch.backends.mkl.is_available():
+        return "torch's own"
+    why = "by a probe of this CPU" if measured() is None else "as measured on such CPUs"
+    return f"{'oneDNN' if onednn_is_faster() else 'MKL'}, {why}"
+
+
 @functools.cache
 def measured() -> bool | None:
     """The answer where it takes no probe; None: this CPU is not in the table."""

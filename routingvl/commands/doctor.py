@@ -59,6 +59,7 @@ def examine() -> dict[str, dict[str, Any]]:
     import torch
 
     from routingvl.environment import git_state, hardware, package_versions
+    from routingvl.kernels import cpu_library
     from routingvl.kernels.dispatch import select_backend
 
     devices = hardware()
@@ -79,7 +80,12 @@ def examine() -> dict[str, dict[str, Any]]:
             "commit": "not a checkout" if state is None else state["commit"][:12] + " (changed)" * state["dirty"],
         },
         "devices": devices,
-        "bottlenecks": {"backend": backend, "reason": reason, "kernels": kernels},
+        "bottlenecks": {
+            "backend": backend,
+            "reason": reason,
+            "kernels": kernels,
+            "float32 on a CPU": cpu_library.in_words(),
+        },
         "checks": {"torchvision": check_torchvision(), "transformers": check_transformers()},
         "caption metrics": check_caption_metrics(),
         "optional packages": {

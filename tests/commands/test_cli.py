@@ -197,6 +197,7 @@ def test_doctor(capsys):
     assert report["versions"]["torch"] == version("torch")
     assert report["bottlenecks"]["backend"] in ("eager", "triton")
     assert report["bottlenecks"]["reason"]
+    assert report["bottlenecks"]["float32 on a CPU"]
     assert report["checks"]["transformers"].startswith("ViTModel, ")
     assert report["checks"]["transformers"].endswith(", RobertaModel, GPT2LMHeadModel import")
     assert set(report["optional packages"]) == {"tensorboard", "wandb", "peft"}

@@ -81,6 +81,17 @@ def test_others_are_probed_once_for_each_number_of_threads(maker, a_cpu, probes)
 
 
 @needs_onednn
+def test_a_report_says_which_and_why(a_cpu, probes) -> None:
+    a_cpu("AuthenticAMD", "AVX512")
+    assert cpu_library.in_words() == "oneDNN, as measured on such CPUs"
+    a_cpu("AuthenticAMD", "AVX2")
+    assert cpu_library.in_words().endswith(", by a probe of this CPU")
+    a_cpu("", "SVE256", mkl=False)
+    assert cpu_library.in_words() == "torch's own"
+    assert len(probes) == 1
+
+
+@needs_onednn
 def test_deterministic_algorithms_ask_no_clock(a_cpu, probes) -> None:
     a_cpu("AuthenticAMD", "AVX2")
     torch.use_deterministic_algorithms(True)
