@@ -105,7 +105,9 @@ class _Reading:
     def __get__(self, module: Any, owner: type) -> Any:
         if module is None:
             return self
-        weight = module._parameters[self.name] if self.name in module._parameters else module.__dict__[self.name]
+        weight = module._parameters.get(self.name, module.__dict__.get(self.name))
+        if weight is None and self.name not in module._parameters:
+            raise AttributeError(f"{type(module).__name__} has no {self.name}")
         if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype != torch.float32:
             return weight
         device = weight.device.type

@@ -13,6 +13,7 @@ import routingvl
 from routingvl import RoutingConfig, inject, keep_frozen_casts
 from routingvl.bottlenecks.frozen_casts import KeepsCasts
 from routingvl.bottlenecks.layers import RoutedLoRALinear
+from routingvl.training.precision import lower_frozen_weights
 
 IDS = torch.randint(3, 48, (3, 6), generator=torch.Generator().manual_seed(1))
 IMAGES = torch.randn(3, 1, WIDTH, generator=torch.Generator().manual_seed(2))
@@ -216,6 +217,20 @@ def test_undone_and_taken_apart():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(input_ids=IDS)[0].isfinite().all()
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_the_trainers_own_lowering_works_on_top_of_it():
+    model = injected()
+    want, before = step(model), copy.deepcopy(model.state_dict())
+    keep_frozen_casts(model)
+    restore = lower_frozen_weights(model, torch.bfloat16)
+    assert_same(step(model), want)
+    restore()
+    assert_same(step(model), want)
+    assert_same(model.state_dict(), before)
+    assert model.lm_head.weight.dtype == torch.float32
+    del model.lm_head.weight
+    assert not hasattr(model.lm_head, "weight")
 
 
 def test_compiled_code_reads_the_parameters():
