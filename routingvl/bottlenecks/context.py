@@ -7,38 +7,20 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
+from routingvl.bottlenecks.binding import Binding, Reading, Weights
 from routingvl.bottlenecks.image_index import ImageIndex
 from routingvl.bottlenecks.recompute import carry_along
-from routingvl.bottlenecks.rows import Tokens, check_mask
+from routingvl.bottlenecks.rows import Tokens
 from routingvl.bottlenecks.sharding import is_sharded
 from routingvl.kernels import ImageCode
 
-Weights = tuple[torch.Tensor, torch.Tensor]
 TEXT_ONLY = (None, "skip", "zero")
-
-
-class Reading(NamedTuple):
-    """The image as one layer is to read it.
-
-    Attributes:
-        v: features [B, L, K], zero where they are padding; None when the routing reads no image.
-        code: what they come to in the layer where that is kept, see :meth:`VisualContext.image_code`.
-        keep: bool, for [rows of text, T, 1], False where the bottleneck adds nothing; None: True everywhere.
-        counted: bool [B, L], False where v is padding; None: True everywhere.
-        index: int64 [rows of text, T], the entry of v that each token reads; None: rows belong to entries in order.
-    """
-
-    v: torch.Tensor | None
-    code: ImageCode | None = None
-    keep: torch.Tensor | None = None
-    counted: torch.Tensor | None = None
-    index: torch.Tensor | None = None
 
 
 class VisualContext:
@@ -116,7 +98,7 @@ class VisualContext:
             raise ValueError(f"beams={beams} must be at least 1, or None to find it in each layer")
         if text_only not in TEXT_ONLY:
             raise ValueError(f"text_only={text_only!r} is not one of {', '.join(map(repr, TEXT_ONLY))}")
-        binding = _Binding(features, features, beams, decoding, text_only, traced=torch.compiler.is_compiling())
+        binding = Binding(features, features, beams, decoding, text_only, traced=torch.compiler.is_compiling())
         if features is None:
             if mask is not None or image_index is not None:
                 name = "mask" if image_index is None else "image_index"
@@ -134,7 +116,7 @@ class VisualContext:
         return self._bound(binding)
 
     @contextlib.contextmanager
-    def _bound(self, binding: _Binding) -> Iterator[None]:
+    def _bound(self, binding: Binding) -> Iterator[None]:
         previous, self._thread.binding = self._thread.binding, binding
         hidden = self._thread.hidden
         if previous is not None:
@@ -231,7 +213,7 @@ class VisualContext:
         mask = binding.mask if v.shape[1] == binding.mask.shape[1] else binding.mask.any(1, keepdim=True)
         return v.masked_fill(~mask.unsqueeze(2), 0)
 
-    def _checked(self, x: torch.Tensor) -> _Binding:
+    def _checked(self, x: torch.Tensor) -> Binding:
         """The binding to read for ``x``."""
         binding = self._current()
         if binding is None or binding.features is None:
@@ -261,7 +243,7 @@ class VisualContext:
             )
         return binding
 
-    def _current(self) -> _Binding | None:
+    def _current(self) -> Binding | None:
         """The binding to read: this thread's, but in a backward pass that of the forward pass being recomputed."""
         binding = self._thread.binding
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
@@ -279,7 +261,7 @@ class VisualContext:
         binding.hidden = False  # this is its reentrant checkpoint
         return binding
 
-    def _of_graph(self) -> _Binding | None:
+    def _of_graph(self) -> Binding | None:
         """What the forward pass read whose graph the running backward pass is in: :meth:`watch` left it there."""
         nodes, seen = [torch._C._current_autograd_node()], set()
         for node in nodes:  # grows: the nearest come first
@@ -361,13 +343,13 @@ class VisualContext:
 
     def checkpoint_context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """``context_fn`` for non-reentrant ``torch.utils.checkpoint``: the recomputation sees the same features."""
-        return contextlib.nullcontext(), self.bound_again(self._thread.binding or _Binding())
+        return contextlib.nullcontext(), self.bound_again(self._thread.binding or Binding())
 
-    def bound(self) -> _Binding | None:
+    def bound(self) -> Binding | None:
         """What is bound here, to be handed to :meth:`bound_again`; None for nothing."""
         return self._current() if self._thread.binding is not None else None
 
-    def bound_again(self, binding: _Binding) -> AbstractContextManager[None]:
+    def bound_again(self, binding: Binding) -> AbstractContextManager[None]:
         """Bind for a recomputation what :meth:`bound` gave."""
         return self._bound(binding.again())
 
@@ -379,67 +361,8 @@ class _Thread(threading.local):
     """What is bound in each thread."""
 
     def __init__(self) -> None:
-        self.binding: _Binding | None = None
+        self.binding: Binding | None = None
         self.hidden = False  # whether a binding ended whose layers may be recomputed by a reentrant checkpoint
-
-
-@dataclass(eq=False)
-class _Binding:
-    """What :meth:`VisualContext.bind` was given, and what became of it.
-
-    Attributes:
-        features: [B, L, d], zero where they are padding; None: no image.
-        pooled: their mean over each entry's own tokens [B, 1, d].
-        mask: bool [B, L], True for tokens; None for all.
-        counted: the same, but that an entry without tokens (``text_only="zero"``) counts its first.
-        present: bool [B], False where the bottleneck adds nothing; None: True everywhere.
-        index: the image of each token of the text; None: rows belong to the entries in order. With it ``pooled`` and
-            ``mask`` are those of its entries, and layers read nothing else.
-        traced: whether it was made in code that is being traced.
-        read: whether a layer ran in it without an image.
-        kept: {layer: (state that its code was made in, its weights, its code or None)}. The weights are there so that
-            no other tensor can come to stand at their addresses.
-        recomputes: whether it is that of a recomputation.
-        hidden: whether layers ran in it that a reentrant checkpoint may recompute.
-    """
-
-    features: torch.Tensor | None = None
-    pooled: torch.Tensor | None = None
-    beams: int | None = 1
-    decoding: bool = False
-    text_only: str | None = None
-    mask: torch.Tensor | None = None
-    counted: torch.Tensor | None = None
-    present: torch.Tensor | None = None
-    index: ImageIndex | None = None
-    traced: bool = False
-    read: bool = False
-    kept: dict[nn.Module, tuple[tuple, Weights, ImageCode | None]] = field(default_factory=dict)
-    recomputes: bool = False
-    hidden: bool = False
-
-    @property
-    def batch(self) -> int:
-        """How many rows of text there are without beams."""
-        return len(self.features) if self.index is None else len(self.index.index)
-
-    def apply(self, mask: torch.Tensor) -> None:
-        """Fill what depends on ``mask`` [B, L]."""
-        somewhere, everywhere = check_mask(mask, self.features, self.text_only)
-        mask = None if everywhere else mask.to(self.features.device)
-        if mask is not None:
-            self.features = self.features.masked_fill(~mask.unsqueeze(2), 0)
-        self.pooled, present = Tokens(self.features, mask).mean()
-        self.mask = self.counted = mask
-        if not somewhere and self.text_only == "skip":
-            self.present = present.squeeze(1)
-        elif not somewhere:
-            first = torch.arange(mask.shape[1], device=mask.device) == 0
-            self.counted = mask | (first & ~present)
-
-    def again(self) -> _Binding:
-        """The same for a recomputation, which also sees what was made of the features."""
-        return replace(self, recomputes=True, hidden=False)
 
 
 def _state(recording: bool, features: torch.Tensor, weights: Weights) -> tuple:

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from routingvl.bottlenecks.context import Reading, VisualContext
+from routingvl.bottlenecks.binding import Reading
+from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.float32 import HALF
 from routingvl.bottlenecks.parts import Parts
 from routingvl.bottlenecks.sharding import is_sharded
