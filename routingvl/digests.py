@@ -74,12 +74,15 @@ def backbone_digest(backbone: torch.nn.Module) -> str:
 
     Neither the folder it was loaded from nor versions count, nor the bottlenecks in it.
     """
-    config = backbone.config.to_diff_dict()
-    settings = {name: value for name, value in config.items() if name not in _NOT_COMPUTED and not name.startswith("_")}
+    settings = settings_of(backbone.config.to_diff_dict())
     frozen = [(name, p) for name, p in backbone.named_parameters() if not p.requires_grad]
     settings = json.dumps(settings, sort_keys=True, default=str)
     return value_digest([settings, tensors_digest([*frozen, *backbone.named_buffers()])])
 
 
-# Entries of a backbone's config that say where it came from, not what it computes.
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a backbone's config that say what it computes, not where it came from."""
+    return {name: value for name, value in config.items() if name not in _NOT_COMPUTED and not name.startswith("_")}
+
+
 _NOT_COMPUTED = ("transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id")

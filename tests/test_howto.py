@@ -1,4 +1,4 @@
-"""The programs of docs/howto-*.md, run from top to bottom on tiny random models in place of those that they name."""
+"""The programs of docs/howto-*.md, and README.md's with PEFT, run on tiny random models in place of those they name."""
 
 import re
 from pathlib import Path
@@ -8,9 +8,11 @@ import torch
 from test_docs import fences
 from text_zoo import text_batch, text_model
 from tower_zoo import vision_tower
+from transformers import TrainingArguments
 from vlms import batch_for, make
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+README = Path(__file__).resolve().parent.parent / "README.md"
+DOCS = README.parent / "docs"
 HUB = {
     "llava-hf/llava-1.5-7b-hf": lambda: make("llava"),
     "HuggingFaceTB/SmolLM2-135M": lambda: text_model("llama"),
@@ -34,15 +36,40 @@ def hub(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_programs_run(page, hub, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    program = "\n".join(fences((DOCS / page).read_text(encoding="utf-8"), ("python",)))
-    assert program
+def run(program, hub, name, **given):
+    """The program with models of ``hub`` in place of those that it names."""
     for name in HUB:
         program = program.replace(f'"{name}"', repr(str(hub / name)))
     assert not re.search(r'from_pretrained\("[\w-]+/', program)
+    torch.manual_seed(0)
+    exec(compile(program, name, "exec"), given := {"__name__": name, **given})
+    return given
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """A folder to write into, and no hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_the_readmes_program_with_peft_runs(hub, offline):
+    programs = fences(README.read_text(encoding="utf-8"), ("python",))
+    (program,) = (block for block in programs if "get_peft_model" in block)
+    batch = batch_for("llava")
+    given = {"data": rows(batch), "args": TrainingArguments("runs", max_steps=2, use_cpu=True, report_to=[])}
+    given["batch"] = {key: value for key, value in batch.items() if key != "labels"}
+    ran = run(program, hub, "README.md", **given)
+    assert ran["model"].peft_config["default"].image_from == "model.multi_modal_projector"
+    up = [weight for name, weight in ran["model"].named_parameters() if "lora_B" in name]
+    assert up
+    assert all(weight.any() for weight in up)  # it trained, and the file held it
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_programs_run(page, hub, offline):
+    program = "\n".join(fences((DOCS / page).read_text(encoding="utf-8"), ("python",)))
+    assert program
     # Smaller than what a page says: the tiny models take seconds then.
     program = program.replace(
         'TrainingArguments("', 'TrainingArguments(max_steps=2, use_cpu=True, report_to=[], output_dir="'
@@ -51,5 +78,4 @@ def test_the_programs_run(page, hub, tmp_path, monkeypatch):
     given = {"data": rows(batch_for("llava", (1,) * 4)), "words": {k: v for k, v in words.items() if k != "labels"}}
     given["pixels"] = torch.randn(3, 3, 16, 16)
     given["batch"] = {key: value for key, value in batch.items() if key != "labels"}
-    torch.manual_seed(0)
-    exec(compile(program, page, "exec"), {"__name__": page, **given})
+    run(program, hub, page, **given)

@@ -6,7 +6,6 @@ the work; they need a common file system for the folder.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,9 +32,7 @@ from routingvl.data.feature_cache import (
 )
 from routingvl.data.files import DataError
 from routingvl.data.images import ImageDataset, ImagePreprocessor, ImageRecord
-
-# Entries of a ViT's config that say where it came from and how it is run, not what it computes.
-_IGNORED_CONFIG = ("transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id")
+from routingvl.digests import settings_of, tensors_digest
 
 
 def vision_key(
@@ -46,16 +43,12 @@ def vision_key(
     All weights and buffers count, bit for bit, with their dtypes; so does the config, but neither the folder it was
     loaded from nor the device.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vision.state_dict().items()):
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    config = {
-        name: value
-        for name, value in vision.config.to_dict().items()
-        if name not in _IGNORED_CONFIG and not name.startswith("_")
+    key = {
+        "weights": tensors_digest(vision.state_dict().items()),
+        "config": settings_of(vision.config.to_dict()),
+        "kind": kind,
+        "preprocessing": preprocessor.to_dict(),
     }
-    key = {"weights": digest.hexdigest(), "config": config, "kind": kind, "preprocessing": preprocessor.to_dict()}
     return key if layer is None else key | {"layer": layer}
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO 1, 2 and 3 in one process on the CPU: training, saving, loading. deepspeed is no dependency.
+"""DeepSpeed's ZeRO on the CPU, 1 to 3 in one process, 2 and 3 in two: training, saving, loading. It is no dependency.
 
 Where it is not installed, test_sharding.py has a stand-in.
 """
@@ -6,12 +6,13 @@ Where it is not installed, test_sharding.py has a stand-in.
 from __future__ import annotations
 
 import importlib
+import os
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from processes import needs_gloo
+from processes import PROCESSES, needs_gloo, run_in_processes
 from tiny import batch, captioner, randomise, small_gpt2, small_vit
 from torch import nn
 
@@ -45,10 +46,10 @@ def deepspeed(tmp_path_factory: pytest.TempPathFactory):
 
 
 def steps(deepspeed, model: nn.Module, stage: int, loss) -> list[float]:
-    """Losses of a few steps; ``loss`` takes what is to be called in place of the model."""
+    """Losses of a few steps, the mean of all processes; ``loss`` takes what is to be called in place of the model."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     settings = {
-        "train_micro_batch_size_per_gpu": 3,
+        "train_micro_batch_size_per_gpu": 3 // torch.distributed.get_world_size(),
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "gradient_clipping": 0.0,  # else 1, and the steps are others from the second on
         "zero_allow_untested_optimizer": True,
@@ -61,7 +62,9 @@ def steps(deepspeed, model: nn.Module, stage: int, loss) -> list[float]:
         value = loss(engine)
         engine.backward(value)
         engine.step()
-        found.append(value.item())
+        mean = value.detach().clone()
+        torch.distributed.all_reduce(mean)
+        found.append(mean.item() / torch.distributed.get_world_size())
     return found
 
 
@@ -125,3 +128,52 @@ def test_a_model_of_transformers_trains_and_is_saved(deepspeed, stage: int, tmp_
     loaded = small_gpt2()
     routingvl.load_adapter(loaded, tmp_path)
     check_same(loaded, model)
+
+
+def in_two_processes(rank: int, folder: Path) -> None:
+    """The trials above with a text for each process, in this one."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES), "DS_ACCELERATOR": "cpu"}
+    module = importlib.import_module("deepspeed")
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    module.init_distributed("gloo", dist_init_required=False)
+    texts, image = batch(), torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(1))
+
+    def caption(called, row: int):
+        inputs = {name: values[row : row + 1] for name, values in texts.items()}
+        return called(**inputs, labels=inputs["input_ids"]).loss
+
+    def write(called, row: int, model: nn.Module):
+        words = {name: texts[name][row : row + 1] for name in ("input_ids", "attention_mask")}
+        with routingvl.bind_image(model, image[row : row + 1]):
+            return called(**words, labels=words["input_ids"]).loss
+
+    def captioning() -> nn.Module:
+        return randomise(captioner(ROUTING, vit_width=16)).train()
+
+    def injected() -> nn.Module:
+        model = small_gpt2()
+        routingvl.inject(model, ROUTING)
+        return randomise(model).train()
+
+    for stage in (2, 3):
+        want = plain_steps(captioning(), lambda called: (caption(called, 0) + caption(called, 1)) / 2)
+        model = captioning()
+        assert steps(module, model, stage, lambda called: caption(called, rank)) == pytest.approx(want, rel=1e-4)
+        model.save_pretrained(folder / f"captioner{stage}", is_main_process=rank == 0)
+        torch.distributed.barrier()
+        loaded = load_pretrained(folder / f"captioner{stage}", vision=small_vit(16), text=small_gpt2())
+        check_same(loaded, model)
+        alone, model = injected(), injected()
+        want = plain_steps(alone, lambda called, alone=alone: (write(called, 0, alone) + write(called, 1, alone)) / 2)
+        got = steps(module, model, stage, lambda called, model=model: write(called, rank, model))
+        assert got == pytest.approx(want, rel=1e-4)
+        routingvl.save_adapter(model, folder / f"gpt2{stage}", is_main_process=rank == 0)
+        torch.distributed.barrier()
+        loaded = small_gpt2()
+        routingvl.load_adapter(loaded, folder / f"gpt2{stage}")
+        check_same(loaded, model)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    run_in_processes(in_two_processes, tmp_path)
