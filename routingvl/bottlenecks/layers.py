@@ -349,7 +349,7 @@ class RoutedLoRALinear(RoutedLoRA):
 
     def restore(self) -> nn.Module:
         """The module this one stands in for, with the current weight and bias; the low-rank update is dropped."""
-        (base,), weight, bias = self._base, self._parameters["weight"], self._parameters["bias"]
+        (base,), weight, bias = self._base, self._parameters["weight"], self._parameters.get("bias")
         if bias is not None and bias.dtype != weight.dtype:
             bias = nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
         base.weight, base.bias = weight, bias

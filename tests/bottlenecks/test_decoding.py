@@ -214,5 +214,5 @@ def test_a_copy_made_while_decoding_keeps_nothing():
 def test_features_that_do_not_fit_are_the_layers_error():
     context = VisualContext()
     layer = routed_layer(context, routing="mul")
-    with torch.no_grad(), context.bind(torch.randn(2, 1, 5), decoding=True), pytest.raises(ValueError, match="v must"):
+    with torch.no_grad(), context.bind(torch.randn(2, 1, 5), decoding=True), pytest.raises(ValueError, match="5 wide"):
         layer(torch.randn(2, 3, 8))

@@ -190,3 +190,9 @@ def test_deepcopy_is_independent():
     with torch.no_grad():
         twin.lora_A.zero_()
     assert layer.lora_A.any()
+
+
+def test_a_projection_without_bias_is_restored():
+    base = nn.Linear(8, 6, bias=False)
+    assert RoutedLoRALinear(base, 2, routing="none").restore() is base
+    assert base.bias is None

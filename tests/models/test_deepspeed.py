@@ -130,7 +130,7 @@ def test_a_model_of_transformers_trains_and_is_saved(deepspeed, stage: int, tmp_
     check_same(loaded, model)
 
 
-def in_two_processes(rank: int, folder: Path) -> None:
+def in_two_processes(rank: int, folder: Path, stage: int) -> None:
     """The trials above with a text for each process, in this one."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES), "DS_ACCELERATOR": "cpu"}
     module = importlib.import_module("deepspeed")
@@ -155,25 +155,35 @@ def in_two_processes(rank: int, folder: Path) -> None:
         routingvl.inject(model, ROUTING)
         return randomise(model).train()
 
-    for stage in (2, 3):
-        want = plain_steps(captioning(), lambda called: (caption(called, 0) + caption(called, 1)) / 2)
-        model = captioning()
-        assert steps(module, model, stage, lambda called: caption(called, rank)) == pytest.approx(want, rel=1e-4)
-        model.save_pretrained(folder / f"captioner{stage}", is_main_process=rank == 0)
-        torch.distributed.barrier()
-        loaded = load_pretrained(folder / f"captioner{stage}", vision=small_vit(16), text=small_gpt2())
-        check_same(loaded, model)
-        alone, model = injected(), injected()
-        want = plain_steps(alone, lambda called, alone=alone: (write(called, 0, alone) + write(called, 1, alone)) / 2)
-        got = steps(module, model, stage, lambda called, model=model: write(called, rank, model))
-        assert got == pytest.approx(want, rel=1e-4)
-        routingvl.save_adapter(model, folder / f"gpt2{stage}", is_main_process=rank == 0)
-        torch.distributed.barrier()
-        loaded = small_gpt2()
-        routingvl.load_adapter(loaded, folder / f"gpt2{stage}")
-        check_same(loaded, model)
+    want = plain_steps(captioning(), lambda called: (caption(called, 0) + caption(called, 1)) / 2)
+    model = captioning()
+    assert steps(module, model, stage, lambda called: caption(called, rank)) == pytest.approx(want, rel=1e-4)
+    model.save_pretrained(folder / "captioner", is_main_process=rank == 0)
+    torch.distributed.barrier()
+    loaded = load_pretrained(folder / "captioner", vision=small_vit(16), text=small_gpt2())
+    check_same(loaded, model)
+    alone, model = injected(), injected()
+    want = plain_steps(alone, lambda called: (write(called, 0, alone) + write(called, 1, alone)) / 2)
+    got = steps(module, model, stage, lambda called: write(called, rank, model))
+    assert got == pytest.approx(want, rel=1e-4)
+    routingvl.save_adapter(model, folder / "gpt2", is_main_process=rank == 0)
+    torch.distributed.barrier()
+    loaded = small_gpt2()
+    routingvl.load_adapter(loaded, folder / "gpt2")
+    check_same(loaded, model)
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def stage_2(rank: int, folder: Path) -> None:
+    """A process of ZeRO 2."""
+    in_two_processes(rank, folder, 2)
+
+
+def stage_3(rank: int, folder: Path) -> None:
+    """A process of ZeRO 3."""
+    in_two_processes(rank, folder, 3)
+
+
+@pytest.mark.parametrize("stage", [stage_2, stage_3])
+def test_two_processes(stage, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    run_in_processes(in_two_processes, tmp_path)
+    run_in_processes(stage, tmp_path)
