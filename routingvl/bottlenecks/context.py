@@ -195,7 +195,7 @@ class VisualContext:
             )
         if (found := binding.index) is not None:
             index, keep = found.for_text(x, pooled, binding.decoding)
-            return Reading(found.pooled, None, keep, None, index)
+            return Reading(binding.pooled, None, keep, None, index)
         v = binding.pooled if pooled else binding.features
         if binding.mask is None:
             return Reading(v)

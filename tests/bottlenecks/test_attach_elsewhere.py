@@ -52,7 +52,8 @@ def assert_same(found, want) -> None:
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("trained", [False, True])
-def test_two_passes_before_one_backward_pass(llava, reentrant, trained):
+@pytest.mark.parametrize("pooling", ["mean", "nearest"])
+def test_two_passes_before_one_backward_pass(llava, reentrant, trained, pooling):
     """Each is recomputed with its own image, though another is bound by then; the projector's gradients too."""
     model = llava
     model.get_submodule(PROJECTOR).requires_grad_(trained)
@@ -61,7 +62,7 @@ def test_two_passes_before_one_backward_pass(llava, reentrant, trained):
     def passes():
         (model(**batches[0]).loss + 2 * model(**batches[1]).loss).backward()
 
-    with attached(model, PROJECTOR):
+    with attached(model, PROJECTOR, image_pooling=pooling):
         model.train()
         passes()
         want = gradients(model)

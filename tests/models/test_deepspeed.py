@@ -45,9 +45,18 @@ def deepspeed(tmp_path_factory: pytest.TempPathFactory):
         torch.distributed.destroy_process_group()
 
 
-def steps(deepspeed, model: nn.Module, stage: int, loss) -> list[float]:
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """For several processes: a gradient of another size shows, and the order of a sum does not."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def steps(deepspeed, model: nn.Module, stage: int, loss, make=adamw) -> list[float]:
     """Losses of a few steps, the mean of all processes; ``loss`` takes what is to be called in place of the model."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = make(model)
     settings = {
         "train_micro_batch_size_per_gpu": 3 // torch.distributed.get_world_size(),
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
@@ -68,8 +77,8 @@ def steps(deepspeed, model: nn.Module, stage: int, loss) -> list[float]:
     return found
 
 
-def plain_steps(model: nn.Module, loss) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+def plain_steps(model: nn.Module, loss, make=adamw) -> list[float]:
+    optimizer = make(model)
     found = []
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -155,16 +164,16 @@ def in_two_processes(rank: int, folder: Path, stage: int) -> None:
         routingvl.inject(model, ROUTING)
         return randomise(model).train()
 
-    want = plain_steps(captioning(), lambda called: (caption(called, 0) + caption(called, 1)) / 2)
+    want = plain_steps(captioning(), lambda called: (caption(called, 0) + caption(called, 1)) / 2, sgd)
     model = captioning()
-    assert steps(module, model, stage, lambda called: caption(called, rank)) == pytest.approx(want, rel=1e-4)
+    assert steps(module, model, stage, lambda called: caption(called, rank), sgd) == pytest.approx(want, rel=1e-4)
     model.save_pretrained(folder / "captioner", is_main_process=rank == 0)
     torch.distributed.barrier()
     loaded = load_pretrained(folder / "captioner", vision=small_vit(16), text=small_gpt2())
     check_same(loaded, model)
     alone, model = injected(), injected()
-    want = plain_steps(alone, lambda called: (write(called, 0, alone) + write(called, 1, alone)) / 2)
-    got = steps(module, model, stage, lambda called: write(called, rank, model))
+    want = plain_steps(alone, lambda called: (write(called, 0, alone) + write(called, 1, alone)) / 2, sgd)
+    got = steps(module, model, stage, lambda called: write(called, rank, model), sgd)
     assert got == pytest.approx(want, rel=1e-4)
     routingvl.save_adapter(model, folder / "gpt2", is_main_process=rank == 0)
     torch.distributed.barrier()
