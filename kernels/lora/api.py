@@ -211,7 +211,7 @@ def _run(
             if v is not None and image is None and before_up:
                 image = lora_image(v, a, b, options)
             y = eager_lora(x, dropped, v, image, weights, options)
-    return y if y.shape[0] == shape[0] else y.reshape(*shape[:2], y.shape[2])
+    return y if y.shape[:2] == shape[:2] else y.reshape(*shape[:2], y.shape[2])
 
 
 def _check(

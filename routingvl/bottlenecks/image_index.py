@@ -9,7 +9,7 @@ import torch
 from routingvl.bottlenecks.rows import Tokens, check_mask
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImageIndex:
     """The argument ``image_index`` of :meth:`VisualContext.bind`, ready for the layers.
 
@@ -19,6 +19,7 @@ class ImageIndex:
         keep: bool [rows, T], False where the bottleneck adds nothing; None: True everywhere.
         real: bool [I, 1], False for the zeros in ``pooled``; None: there are none.
         several: L, if the features have more than one visual token per image, else 1.
+        begun: whether a call had the whole text; before it none is a later step.
     """
 
     pooled: torch.Tensor
@@ -26,6 +27,7 @@ class ImageIndex:
     keep: torch.Tensor | None
     real: torch.Tensor | None
     several: int
+    begun: bool = False
 
     @classmethod
     def of(
@@ -63,18 +65,32 @@ class ImageIndex:
             )
         if x.dim() != 3:
             raise ValueError(f"image_index is for text [rows, T, width], and a routed layer was given {list(x.shape)}")
-        index, keep, tokens = self.index, self.keep, x.shape[1]
-        if tokens != index.shape[1]:
-            if not decoding:
-                raise ValueError(
-                    f"image_index is for {index.shape[1]} tokens, and the text of a routed layer has {tokens}; in "
-                    "generation, bind with decoding=True"
-                )
-            # A later step: its tokens read what the row's last one does.
-            index, keep = (None if of is None else of[:, -1:].expand(-1, tokens) for of in (index, keep))
+        index, keep, tokens, whole = self.index, self.keep, x.shape[1], self.index.shape[1]
+        if tokens != whole and not decoding:
+            raise ValueError(
+                f"image_index is for {whole} tokens, and the text of a routed layer has {tokens}; in generation, bind "
+                "with decoding=True"
+            )
+        self.begun = self.begun or tokens >= whole
+        if not self.begun:
+            raise ValueError(
+                f"image_index is for {whole} tokens, and the first call has {tokens} of them: give the text in one call "
+                "(generate without prefill_chunk_size)"
+            )
+        if tokens != whole:
+            index, keep = (None if of is None else _with_written(of, tokens) for of in (index, keep))
         if (beams := x.shape[0] // len(index)) > 1:
             index, keep = (None if of is None else of.repeat_interleave(beams, 0) for of in (index, keep))
         return index, None if keep is None else keep.unsqueeze(2)
+
+
+def _with_written(of: torch.Tensor, tokens: int) -> torch.Tensor:
+    """``of`` [rows, T] for a call of another number of tokens: what was written reads what the row's last token does.
+
+    More of them are the text again with what was written behind it (no cache), fewer are of that alone.
+    """
+    whole, last = of.shape[1], of[:, -1:]
+    return torch.cat([of, last.expand(-1, tokens - whole)], 1) if tokens > whole else last.expand(-1, tokens)
 
 
 def _check(index: torch.Tensor, images: int, text_only: str | None) -> bool:

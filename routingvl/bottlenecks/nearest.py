@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from routingvl.bottlenecks.rows import BindingError, packed_tokens, token_ids
+from routingvl.bottlenecks.rows import BindingError, packed_tokens, position_begins, token_ids
 
 
 def nearest_images(
@@ -71,13 +71,11 @@ def _image_of_place(at: torch.Tensor, outputs: Sequence[torch.Tensor]) -> torch.
 def _text_starts(batch: Mapping[str, Any], input_ids: torch.Tensor) -> torch.Tensor:
     """For each token [B, T] the place in the row where its text begins."""
     begins = torch.zeros_like(input_ids, dtype=torch.bool)
-    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-    if isinstance(positions, torch.Tensor) and positions.shape == input_ids.shape:
-        begins |= positions == 0
-        if isinstance(mask, torch.Tensor) and mask.shape == positions.shape:
-            begins &= mask != 0
+    found = position_begins(batch, len(input_ids))
+    if found is not None and found.shape == begins.shape:
+        begins |= found
     if (lengths := batch.get("cu_seq_lens_q")) is not None:
-        begins.view(-1)[lengths[:-1].long()] = True
+        begins.view(-1)[lengths[lengths < begins.numel()].long()] = True  # its end may stand there several times
     if (texts := batch.get("seq_idx")) is not None:
         begins[:, 1:] |= texts[:, 1:] != texts[:, :-1]
     return torch.where(begins, _columns(begins), 0).cummax(1).values

@@ -152,15 +152,34 @@ def packed_tokens(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Tokens:
     return Tokens(features.masked_scatter(mask.unsqueeze(2).to(tokens.device), tokens), mask)
 
 
+def position_begins(batch: Mapping[str, Any], rows: int = 1) -> torch.Tensor | None:
+    """Where texts begin by a call's position_ids, bool [rows, T]; None where it has none that say so.
+
+    As transformers sees it: where a position is not the one before it plus 1. Of the four kinds of positions that
+    Qwen2-VL takes the first are those of the text; its three kinds do not say where a text begins. Padding is no text.
+    """
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if not isinstance(positions, torch.Tensor):
+        return None
+    if positions.dim() == 3 and len(positions) == 4:
+        positions = positions[0]
+    if positions.dim() != 2:
+        return None
+    begins = torch.ones_like(positions, dtype=torch.bool)
+    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    if len(begins) == 1:  # for every row
+        begins = begins.expand(rows, -1)
+    if isinstance(mask, torch.Tensor) and mask.shape == begins.shape:
+        begins = begins & (mask != 0)
+    return begins
+
+
 def refuse_packed_rows(batch: Mapping[str, Any]) -> None:
     """Raise BindingError where one row of the batch is several texts, which may each have an image."""
     packed = any(batch.get(key) is not None for key in PACKED)
-    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-    if isinstance(positions, torch.Tensor) and positions.dim() == 2:
-        starts = positions == 0
-        if isinstance(mask, torch.Tensor) and mask.shape == positions.shape:
-            starts = starts & (mask != 0)
-        packed = packed or bool((starts.sum(1) > 1).any())
+    begins = position_begins(batch)
+    if begins is not None:
+        packed = packed or bool((begins.sum(1) > 1).any())
     if packed:
         raise BindingError(
             "several texts are packed into one row (position_ids begin again, or cu_seq_lens_q is given), and a row is "

@@ -100,7 +100,32 @@ def test_decoding_steps_and_beams_read_what_the_last_token_does(routing, kind):
         for found in got:
             torch.testing.assert_close(found[row], want)
     with torch.no_grad(), context.bind(v, image_index=INDEX, decoding=True, text_only="skip", beams=3):
+        layer(text(6))
         torch.testing.assert_close(layer(step)[:3], base_of(layer, step)[:3])
+
+
+def test_without_a_cache_the_text_comes_again_with_what_was_written():
+    context = VisualContext()
+    layer = make("linear", "mul", context)
+    x, longer, longest, v = text(), text(2, 6), text(4, 8), images()
+    with torch.no_grad(), context.bind(v, image_index=INDEX, decoding=True, text_only="skip", beams=None):
+        layer(x)
+        got, beams = layer(longer), layer(longest)
+    for tokens, found in ((longer, got), (longest, beams)):
+        index = torch.cat([INDEX, INDEX[:, -1:].expand(-1, tokens.shape[1] - 5)], 1)
+        index = index.repeat_interleave(len(tokens) // 2, 0)
+        with torch.no_grad(), context.bind(v, image_index=index, text_only="skip"):
+            torch.testing.assert_close(found, layer(tokens))
+
+
+def test_a_text_that_comes_in_pieces_is_an_error():
+    context = VisualContext()
+    layer = make("linear", "mul", context)
+    with (
+        context.bind(images(), image_index=INDEX, decoding=True, text_only="skip"),
+        pytest.raises(ValueError, match="is for 5 tokens, and the first call has 2 of them.*prefill_chunk_size"),
+    ):
+        layer(text(2, 2))
 
 
 def test_some_rows_of_the_text():

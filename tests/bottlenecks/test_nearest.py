@@ -7,7 +7,7 @@ from vlms import IMAGE, VLMS, batch_for
 
 import routingvl
 from routingvl.bottlenecks.nearest import nearest_images
-from routingvl.bottlenecks.rows import BindingError
+from routingvl.bottlenecks.rows import BindingError, refuse_packed_rows
 
 NAMES = ["llava", "paligemma", "qwen2_vl"]
 
@@ -58,11 +58,11 @@ def test_it_trains(case):
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generate(case, beams):
+@pytest.mark.parametrize(("beams", "cache"), [(1, True), (3, True), (1, False)])
+def test_generate(case, beams, cache):
     name, model, batch, features, index = case
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    options = {"max_new_tokens": 4, "num_beams": beams, "do_sample": False}
+    options = {"max_new_tokens": 4, "num_beams": beams, "do_sample": False, "use_cache": cache}
     with routingvl.bind_image(model, features, image_index=index, text_only="skip", decoding=True):
         want = model.generate(**inputs, **options)
     handle = routingvl.attach(model, VLMS[name].image_from, image_pooling="nearest")
@@ -71,20 +71,37 @@ def test_generate(case, beams):
     assert torch.equal(got, want)
 
 
-def test_texts_packed_into_a_row_are_the_texts_apart():
+@pytest.mark.parametrize("name", NAMES)
+def test_generate_with_and_without_a_cache_is_the_same(name):
+    model, batch = routed(name), batch_for(name, (2, 1))
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    handle = routingvl.attach(model, VLMS[name].image_from, image_pooling="nearest")
+    cached, uncached = (model.generate(**inputs, **options, use_cache=cache) for cache in (True, False))
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        model.generate(**inputs, **options, prefill_chunk_size=4)
+    handle.remove()
+    torch.testing.assert_close(uncached.logits, cached.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", [0, 1, 7])
+def test_texts_packed_into_a_row_are_the_texts_apart(first):
     model = routed("llava")
     batch = batch_for("llava", (1, 2))
     texts = [ids[ids != 0][None] for ids in batch["input_ids"]]
     pixels = batch["pixel_values"].split([1, 2])
     packed = {
         "input_ids": torch.cat(texts, 1),
-        "position_ids": torch.cat([torch.arange(text.shape[1]) for text in texts])[None],
+        "position_ids": torch.cat([first + torch.arange(text.shape[1]) for text in texts])[None],
         "pixel_values": batch["pixel_values"],
         "use_cache": False,  # with a cache transformers does not keep packed texts apart
     }
     handle = routingvl.attach(model, VLMS["llava"].image_from, image_pooling="nearest")
     with torch.no_grad():
-        apart = [model(input_ids=t, pixel_values=p).logits for t, p in zip(texts, pixels, strict=True)]
+        apart = []
+        for ids, images in zip(texts, pixels, strict=True):
+            positions = first + torch.arange(ids.shape[1])[None]
+            apart.append(model(input_ids=ids, pixel_values=images, position_ids=positions).logits)
         got = model(**packed).logits
     handle.remove()
     torch.testing.assert_close(got, torch.cat(apart, 1), rtol=1e-4, atol=1e-4)
@@ -110,6 +127,23 @@ def test_where_texts_begin():
     }
     for key, value in begins.items():
         assert index_of(ids, tokens, **{key: value})[1].tolist() == [[-1, 0, 0, 0, -1, 1, 1]], key
+    positions, padded = begins["position_ids"], torch.tensor([0, 4, 7, 7])
+    for same in (
+        {"position_ids": positions + 1},
+        {"position_ids": torch.stack([positions, *torch.zeros(3, 1, 7).long()])},  # text, then Qwen2-VL's three
+        {"cu_seq_lens_q": padded},
+    ):
+        assert index_of(ids, tokens, **same)[1].tolist() == [[-1, 0, 0, 0, -1, 1, 1]], same
+        with pytest.raises(BindingError, match="packed into one row"):
+            refuse_packed_rows(same)
+    rows = index_of(ids * 2, tokens * 2, position_ids=positions)[1]  # one row of positions for all
+    assert rows.tolist() == [[-1, 0, 0, 0, -1, 1, 1], [-1, 2, 2, 2, -1, 3, 3]]
+
+
+def test_rows_that_are_one_text_are_not_packed():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    for positions in (mask.cumsum(1) - 1, (mask.cumsum(1) - 1).masked_fill(mask == 0, 1), torch.arange(4)[None] + 2):
+        refuse_packed_rows({"position_ids": positions, "attention_mask": mask})
 
 
 def test_what_an_image_is():

@@ -127,3 +127,9 @@ def test_a_routing_without_image_reads_no_index() -> None:
     given = lora_tensors("plain") | {"v": None}
     y = routed_lora_linear(**given, **options("none", False), image_index=INDEX)
     assert torch.equal(y, routed_lora_linear(**given, **options("none", False)))
+
+
+def test_an_empty_batch_keeps_its_shape():
+    x, v, index = torch.randn(0, 3, 6), torch.randn(2, 1, 6), torch.zeros(0, 3, dtype=torch.long)
+    a, b, base = torch.randn(2, 6), torch.randn(4, 2), torch.randn(0, 3, 4)
+    assert routed_lora(x, v, a, b, routing="mul", base=base, image_index=index).shape == (0, 3, 4)
