@@ -74,8 +74,8 @@ class ImageIndex:
         self.begun = self.begun or tokens >= whole
         if not self.begun:
             raise ValueError(
-                f"image_index is for {whole} tokens, and the first call has {tokens} of them: give the text in one call "
-                "(generate without prefill_chunk_size)"
+                f"image_index is for {whole} tokens, and the first call has {tokens} of them: give the text in one "
+                "call (generate without prefill_chunk_size)"
             )
         if tokens != whole:
             index, keep = (None if of is None else _with_written(of, tokens) for of in (index, keep))

@@ -123,7 +123,7 @@ def test_a_text_that_comes_in_pieces_is_an_error():
     layer = make("linear", "mul", context)
     with (
         context.bind(images(), image_index=INDEX, decoding=True, text_only="skip"),
-        pytest.raises(ValueError, match="is for 5 tokens, and the first call has 2 of them.*prefill_chunk_size"),
+        pytest.raises(ValueError, match=r"is for 5 tokens, and the first call has 2 of them.*prefill_chunk_size"),
     ):
         layer(text(2, 2))
 
