@@ -98,8 +98,8 @@ def collect(rows: Iterable[Mapping]) -> Results:
     return found
 
 
-def read_rows(files: Iterable[Path]) -> list[dict]:
-    """Rows of result files, in order.
+def read_rows(files: Iterable[Path], fields: Iterable[str] = ("case", "routing", "gate")) -> list[dict]:
+    """Rows of result files, in order; every one has these ``fields``.
 
     Raises:
         ValueError: a line is not JSON, or not a row of this benchmark; it names the file and the line.
@@ -111,7 +111,7 @@ def read_rows(files: Iterable[Path]) -> list[dict]:
                 row = json.loads(line) if line.strip() else None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}, line {number}: not JSON ({error.msg}); give files of --output") from None
-            if row is not None and not (isinstance(row, dict) and {"case", "routing", "gate"} <= row.keys()):
+            if row is not None and not (isinstance(row, dict) and set(fields) <= row.keys()):
                 raise ValueError(f"{file}, line {number}: not a row of this benchmark; give files of --output")
             rows += [row] if row is not None else []
     return rows
