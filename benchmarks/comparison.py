@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from .ceilings import Limits
+from .layer_providers import COMPILED
 from .passes import Checked, Pass
 from .suites import Plan
-from .timing import Timer
+from .timing import Spent, Timer
 
 TIME_LIMIT = "time limit"  # why something was left out
 
@@ -39,9 +40,9 @@ class Setting:
 
     def left_out(self, provider: str) -> str | None:
         """Why the suite does without a provider, or None when it does not."""
-        if provider == "compile" and not self.plan.compiled:
+        if provider in COMPILED and not self.plan.compiled:
             return "not compiled in this pass of the suite"
-        return TIME_LIMIT if self.is_late(0.5 if provider == "compile" else 1.0) else None
+        return TIME_LIMIT if self.is_late(0.5 if provider in COMPILED else 1.0) else None
 
 
 class Comparison(ABC):
@@ -56,8 +57,8 @@ class Comparison(ABC):
         self.sides: dict[str, Any] = {}
 
     @staticmethod
-    def obstacle(dtype: str) -> str | None:
-        """Why nothing of this level can be measured in a dtype, or None when it can."""
+    def obstacle(plan: Plan) -> str | None:
+        """Why nothing of this level can be measured in a pass, or None when it can."""
         return None
 
     @abstractmethod
@@ -65,8 +66,8 @@ class Comparison(ABC):
         """Make the sides; why others are left out, and what the gate found."""
 
     @abstractmethod
-    def seconds(self, names: Sequence[str], timer: Timer, repeats: int) -> dict[str, dict[str, list[float]]]:
-        """Seconds of every repetition of the sides named, in turns, by provider and mode."""
+    def seconds(self, names: Sequence[str], timer: Timer, repeats: int) -> dict[str, dict[str, list[Spent]]]:
+        """What every repetition of the sides named takes, in turns, by provider and mode."""
 
     @abstractmethod
     def memory(self, provider: str) -> dict[str, float | None]:

@@ -96,6 +96,8 @@ GPU = ("cuda",)
 MANY_TOKENS = tuple(name for name, row in ROUTINGS.items() if row.max_visual_tokens is None)
 BASE = Case("roberta_lora_m1280", "lora", B=64, T=20, L=1, K=768, N=768, R=128, quick=True)
 FEW = replace(BASE, quick=False, B=16)  # M = 320
+DECODE = Case("gpt2_lora_decode_m40", "merged_lora", B=40, T=1, L=1, K=768, N=2304, R=128)
+BOTH_KINDS = ("mul", "vllora")  # of dense products, and rank one
 CASES = (
     BASE,
     Case("linear_lora_m2040", "lora", B=40, T=51, L=1, K=768, N=768, R=128),
@@ -103,13 +105,16 @@ CASES = (
     Case("roberta_large_lora_m1280", "lora", B=64, T=20, L=1, K=1024, N=1024, R=128),
     Case("gpt2_adapter_m2040", "adapter", B=40, T=51, L=1, K=768, N=768, R=128, activation="gelu_new"),
     Case("roberta_adapter_m1280", "adapter", B=64, T=20, L=1, K=768, N=768, R=64, residual=False, quick=True),
-    Case("gpt2_lora_decode_m40", "merged_lora", B=40, T=1, L=1, K=768, N=2304, R=128),
+    DECODE,
+    *(replace(DECODE, name=f"gpt2_lora_decode_m{b}", B=b, routings=BOTH_KINDS) for b in (1, 4, 16, 64)),
     Case("lora_op_m1280", "lora", B=64, T=20, L=1, K=768, N=768, R=128, quick=True, level="op"),
     Case("adapter_op_m1280", "adapter", B=64, T=20, L=1, K=768, N=768, R=64, residual=False, level="op"),
     # The same layer with more and fewer ranks, visual tokens and text tokens, as series through the first case.
-    *(replace(BASE, name=f"{BASE.name}_r{r}", R=r, routings=("add", "mul"), quick=False) for r in (16, 64, 256)),
+    *(replace(BASE, name=f"{BASE.name}_r{r}", R=r, routings=("add", "mul"), quick=False) for r in (8, 16, 32, 64, 256)),
     *(replace(FEW, name=f"roberta_lora_m320_l{tokens}", L=tokens, routings=MANY_TOKENS) for tokens in (16, 64, 197)),
-    replace(FEW, name="roberta_lora_m320", routings=("mul", "vllora")),
+    *(replace(FEW, name=f"roberta_lora_m{16 * b}", B=b, T=16, routings=BOTH_KINDS) for b in (4, 8)),
+    replace(FEW, name="roberta_lora_m320", routings=BOTH_KINDS),
+    replace(FEW, name="roberta_lora_m640", B=32, routings=BOTH_KINDS),
     replace(BASE, name="roberta_lora_m5120", B=256, routings=("mul",), quick=False),
     # The sizes of the targets on a GPU; a training step there has no trouble with 512 questions.
     Case("roberta_lora_m10240", "lora", B=512, T=20, L=1, K=768, N=768, R=128, devices=GPU),

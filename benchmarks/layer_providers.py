@@ -1,4 +1,4 @@
-"""Who computes a case's layer: the published chain, the same compiled, PEFT, and our two backends.
+"""Who computes a case's layer: the published chain, the same compiled, PEFT and other competitors, our backends.
 
 A provider takes the tensors of benchmarks/layer_cases.py by name and gives y [B, T, N]. One that cannot run says why.
 """
@@ -14,11 +14,16 @@ from torch import Tensor, nn
 from routingvl.kernels import routed_adapter, routed_lora, routed_lora_linear
 from routingvl.training.compile import compiler_obstacle
 
+from .competitors import WithGraphs, closed_form, in_place_lora
 from .layer_cases import Case, Layer, frozen_conv1d, frozen_linear
 from .published_layers import published_adapter, published_lora, published_lora_linear, published_merged_linear
 
-PROVIDERS = ("base", "reference", "compile", "peft", "eager", "triton")
-COMPETITORS = ("compile", "peft")  # not ours, and not what ratios are taken to: the exit status is none of theirs
+PROVIDERS = (
+    *("base", "reference", "compile", "closed", "closed_overhead", "peft", "addmm", "split", "eager", "triton"),
+)
+COMPILED = ("compile", "closed", "closed_overhead")  # by torch.compile
+# Not ours, and not what ratios are taken to: the exit status is none of theirs.
+COMPETITORS = (*COMPILED, "peft", "addmm", "split")
 
 
 def providers(
@@ -36,13 +41,17 @@ def providers(
     layers["reference"] = _reference(case, routing, dropout)
     makers: dict[str, Callable[[], Layer]] = {
         "compile": lambda: torch.compile(_compilable(case, layers["reference"]), dynamic=False),
+        "closed": lambda: torch.compile(closed_form(case, routing, dropout), dynamic=False),
+        "closed_overhead": lambda: WithGraphs(closed_form(case, routing, dropout)),
         "peft": lambda: PeftLayer(case, dropout, device),
+        "addmm": lambda: partial(in_place_lora, routing, None),
+        "split": lambda: partial(in_place_lora, routing, _two_products()),
         "eager": partial(ours, case, routing, dropout, "eager"),
         "triton": partial(ours, case, routing, dropout, "triton"),
     }
     for name in PROVIDERS:
         if name in wanted and name in makers:
-            reason = provider_obstacle(name, device, routing, case.op == "lora" and case.level == "layer")
+            reason = provider_obstacle(name, device, routing, case.op == "lora" and case.level == "layer", dropout)
             if reason is None:
                 layers[name] = makers[name]()
             else:
@@ -79,13 +88,24 @@ def ours(case: Case, routing: str, dropout: float, backend: str, relu: bool = Fa
     return partial(routed_lora_linear, **options)
 
 
-def provider_obstacle(name: str, device: str, routing: str, on_linear: bool) -> str | None:
+def provider_obstacle(name: str, device: str, routing: str, on_linear: bool, dropout: float = 0.0) -> str | None:
     """Why a provider cannot compute a case here, or None when it can; ``on_linear``: LoRA on nn.Linear."""
-    if name == "compile":
+    if name in COMPILED:
         return compiler_obstacle(torch.device(device))
     if name == "peft":
         return _peft_obstacle(on_linear, routing)
-    return _triton_obstacle(device) if name == "triton" else None
+    if name in ("addmm", "split"):
+        if not on_linear:
+            return f"{name} is of nn.Linear with LoRA"
+        if dropout:
+            return f"{name} has no dropout"
+    return _triton_obstacle(device) if name in ("split", "triton") else None
+
+
+def _two_products() -> Callable[..., Tensor]:
+    from .split_graph import two_products  # needs triton
+
+    return two_products
 
 
 def _peft_obstacle(on_linear: bool, routing: str) -> str | None:

@@ -16,11 +16,12 @@ from .gate import relative_rms
 from .layer_providers import PROVIDERS, provider_obstacle
 from .memory import saved_mib, tensor_peak
 from .model_cases import ModelCase
-from .model_providers import Side, make_side, use_backend
+from .model_providers import MODEL_PROVIDERS, Side, make_side, use_backend
 from .passes import Checked, Pass, attempt, measure_passes, turns
 from .published_models import published_model
 from .random_models import autocast, errors_of, loss_and_gradients, routed_model, step_inputs, write_captions
-from .timing import Timer
+from .suites import Plan
+from .timing import Spent, Timer
 from .training_steps import (
     PUBLISHED_STEPS,
     STEPS,
@@ -46,12 +47,16 @@ class ModelComparison(Comparison):
         self.device, self.dtype = setting.device, setting.plan.dtype
 
     @staticmethod
-    def obstacle(dtype: str) -> str | None:
-        """float16 would need the scaling of a loss."""
-        return None if dtype in TOLERANCES else f"models are measured in {' and '.join(TOLERANCES)}"
+    def obstacle(plan: Plan) -> str | None:
+        """float16 would need the scaling of a loss; without autocast the published head and loss have mixed types."""
+        if plan.pure:
+            return "a pass without autocast is of layers"
+        return None if plan.dtype in TOLERANCES else f"models are measured in {' and '.join(TOLERANCES)}"
 
     def obstacle_of(self, provider: str) -> str | None:
         """Why a provider cannot be measured here, or None when it can."""
+        if provider not in MODEL_PROVIDERS:
+            return "compared in layers, not in models"
         return provider_obstacle(provider, str(self.device), self.routing, self.case.task == "vqa")
 
     def gated(self) -> tuple[dict[str, str], dict[str, Checked]]:
@@ -112,7 +117,7 @@ class StepComparison(ModelComparison):
         got = loss_and_gradients(side.model, self.inputs, autocast(self.device, self.dtype), side.call)
         return errors_of(got, self.want)
 
-    def seconds(self, names: Sequence[str], timer: Timer, repeats: int) -> dict[str, dict[str, list[float]]]:
+    def seconds(self, names: Sequence[str], timer: Timer, repeats: int) -> dict[str, dict[str, list[Spent]]]:
         """By "fwd", "bwd" and "fwdbwd"; of the ViT, which is the provider "base", by "vit"."""
         passes, dy = {name: self.pass_of(name) for name in names}, torch.ones((), device=self.device)
         found = measure_passes(passes, dy, timer, turns(names, repeats, WARM_UP))
@@ -120,7 +125,7 @@ class StepComparison(ModelComparison):
             size = self.vit.config.image_size
             images = torch.randn(self.case.B, 3, size, size).to(self.device)
             with torch.no_grad(), autocast(self.device, self.dtype):
-                spent = [timer(lambda: self.vit(images).pooler_output)[0] for _ in range(WARM_UP + repeats)]
+                spent = timer.all([lambda: self.vit(images).pooler_output] * (WARM_UP + repeats))
             found["base"] = {"vit": spent[WARM_UP:]}
         return found
 
@@ -180,7 +185,7 @@ class TrainComparison(ModelComparison):
         error, self.sides[name] = our_side(self.data, model, self.reference, self.dtype, self.device)
         return {"loss or gradients": error}
 
-    def seconds(self, names: Sequence[str], timer: Timer, repeats: int) -> dict[str, dict[str, list[float]]]:
+    def seconds(self, names: Sequence[str], timer: Timer, repeats: int) -> dict[str, dict[str, list[Spent]]]:
         """By "step": reading, forward and backward pass, optimiser."""
         for batch in batches_of_each_length(self.data):
             for name in names:
@@ -189,7 +194,7 @@ class TrainComparison(ModelComparison):
         ours = STEPS[self.dtype]
         sides = {name: (self.sides[name], PUBLISHED_STEPS if name == "reference" else ours) for name in names}
         spent = seconds_a_step(self.data, sides, timer, repeats)
-        return {name: {"step": values} for name, values in spent.items()}
+        return {name: {"step": list(map(Spent, values))} for name, values in spent.items()}
 
     def memory(self, provider: str) -> dict[str, float | None]:
         """Of a step with the longest texts."""
@@ -248,13 +253,14 @@ class GenerateComparison(ModelComparison):
         with torch.no_grad(), autocast(self.device, dtype):
             return side.call(vision_features=self.features, input_ids=self.tokens).logits
 
-    def seconds(self, names: Sequence[str], timer: Timer, repeats: int) -> dict[str, dict[str, list[float]]]:
+    def seconds(self, names: Sequence[str], timer: Timer, repeats: int) -> dict[str, dict[str, list[Spent]]]:
         """By "generate"."""
-        found: dict[str, dict[str, list[float]]] = {name: {"generate": []} for name in names}
-        for name, counts in turns(names, repeats, WARM_UP):
-            seconds, _ = timer(lambda name=name: self._write(self.sides[name], self.dtype))
+        order = list(turns(names, repeats, WARM_UP))
+        spent = timer.all(lambda name=name: self._write(self.sides[name], self.dtype) for name, _ in order)
+        found: dict[str, dict[str, list[Spent]]] = {name: {"generate": []} for name in names}
+        for (name, counts), one in zip(order, spent, strict=True):
             if counts:
-                found[name]["generate"].append(seconds)
+                found[name]["generate"].append(one)
         return found
 
     def memory(self, provider: str) -> dict[str, float | None]:

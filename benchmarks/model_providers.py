@@ -17,6 +17,8 @@ from routingvl.models.base import RoutedVLModel
 from .published_models import PublishedLoRALinear, published_model
 from .random_models import autocast
 
+MODEL_PROVIDERS = ("reference", "compile", "peft", "eager", "triton")  # of benchmarks.layer_providers.PROVIDERS
+
 
 @dataclass
 class Side:
@@ -37,7 +39,7 @@ class Side:
 
 
 def make_side(name: str, model: RoutedVLModel) -> Side:
-    """The side ``name`` of benchmarks.layer_providers.PROVIDERS, on a copy of ``model`` (LoRA)."""
+    """The side ``name`` of MODEL_PROVIDERS, on a copy of ``model`` (LoRA)."""
     if name == "compile":
         return _compiled(published_model(model))
     if name == "peft":

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .timing import Timer
+from .timing import Spent, Timer
 
 MODES = ("fwd", "bwd", "fwdbwd")
 WARM_UP = 2
@@ -91,18 +91,32 @@ def turns(names: Iterable[str], repeats: int, warm_up: int = WARM_UP) -> Iterato
 
 def measure_passes(
     passes: Mapping[str, Pass], dy: Tensor, timer: Timer, order: Iterable[tuple[str, bool]]
-) -> dict[str, dict[str, list[float]]]:
-    """Seconds of a forward pass, its backward pass from ``dy``, and their sum, by name and mode.
+) -> dict[str, dict[str, list[Spent]]]:
+    """What a forward pass, its backward pass from ``dy``, and both take, by name and mode.
 
-    ``order`` is what :func:`turns` gives.
+    ``order`` is what :func:`turns` gives. By the clock "gpu" the host's time is that of further turns, without the
+    profiler, which slows it down.
     """
-    seconds = {name: {mode: [] for mode in MODES} for name in passes}
-    for name, counts in order:
-        passes[name].clear()
-        forward, y = timer(passes[name].forward)
-        grad = dy.to(y.dtype)
-        backward, _ = timer(lambda y=y, grad=grad: y.backward(grad))
+    order, grads = list(order), {}
+
+    def calls() -> Iterator[Callable[[], object]]:
+        for name, _ in order:
+            passes[name].clear()
+            made: list[Tensor] = []
+            yield lambda name=name, made=made: made.append(passes[name].forward())
+            y = made.pop()
+            if y.dtype not in grads:
+                grads[y.dtype] = dy.to(y.dtype)  # in a turn that warms up
+            yield lambda y=y: y.backward(grads[y.dtype])
+
+    spent = timer.all(calls())
+    if timer.clock == "gpu":
+        spent = [Spent(one.seconds, other.host) for one, other in zip(spent, timer.walls(calls()), strict=True)]
+    found = {name: {mode: [] for mode in MODES} for name in passes}
+    for (name, counts), forward, backward in zip(order, spent[::2], spent[1::2], strict=True):
         if counts:
-            for mode, value in zip(MODES, (forward, backward, forward + backward), strict=True):
-                seconds[name][mode].append(value)
-    return seconds
+            host = None if forward.host is None else forward.host + backward.host
+            both = Spent(forward.seconds + backward.seconds, host)
+            for mode, value in zip(MODES, (forward, backward, both), strict=True):
+                found[name][mode].append(value)
+    return found

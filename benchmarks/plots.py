@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 # How lines are told apart: the routing function by colour, who computes it by strokes, the layer by marks.
 _PALETTE = ("gray", "blue", "red", "green", "purple", "orange", "brown", "pink", "olive", "cyan")
 COLOURS = {name: f"tab:{colour}" for name, colour in zip(ROUTINGS, itertools.cycle(_PALETTE), strict=False)}
-STROKES = {"eager": "-", "triton": "-.", "compile": "--", "peft": ":"}
+STROKES = {"eager": "-", "triton": "-.", "compile": "--", "peft": ":", "closed": (0, (5, 1))}
+STROKES |= {"closed_overhead": (0, (3, 1, 1, 1)), "addmm": (0, (1, 1)), "split": (0, (3, 1, 1, 1, 1, 1))}
 MARKS = {"lora": "o", "merged_lora": "s", "adapter": "^"}
 
 # What a speed-up is drawn against: the sizes of a row that are not it, how to read it off the row, its name.

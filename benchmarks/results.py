@@ -13,7 +13,7 @@ WHOLE = ("fwdbwd", "step", "generate")  # of the modes of a case, the one that i
 
 
 class Key(NamedTuple):
-    """What is measured; ``graphs``: replayed from a CUDA graph."""
+    """What is measured; ``graphs``: replayed from a CUDA graph; ``pure``: without autocast."""
 
     case: str
     routing: str
@@ -21,11 +21,13 @@ class Key(NamedTuple):
     dropout: float
     clock: str
     graphs: bool = False
+    pure: bool = False
 
     def notes(self) -> list[str]:
         """What distinguishes this from the usual measurement, in words."""
         notes = [f"dropout {self.dropout:g}"] if self.dropout else []
         notes += [f"{self.clock} time"] if self.clock != "cpu" else []
+        notes += ["without autocast"] if self.pure else []
         return notes + (["CUDA graph"] if self.graphs else [])
 
 
@@ -79,7 +81,15 @@ def collect(rows: Iterable[Mapping]) -> Results:
     found = Results()
     for row in rows:
         clock = row.get("clock", "cpu")
-        key = Key(row["case"], row["routing"], row["dtype"], row.get("dropout", 0.0), clock, row.get("graphs", False))
+        key = Key(
+            row["case"],
+            row["routing"],
+            row["dtype"],
+            row.get("dropout", 0.0),
+            clock,
+            row.get("graphs", False),
+            row.get("pure", False),
+        )
         provider = row.get("provider", "reference")
         machine = f"{row['device']}, {row['threads']} thread(s), {clock} time, torch {row['torch']}"
         machine += f", commit {row['commit']}" + (" (changed since)" if row["dirty"] else "")

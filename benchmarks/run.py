@@ -33,7 +33,7 @@ from .timing import CLOCKS, append_rows, cpu_threads
 
 CASES = (*LAYER_CASES, *MODEL_CASES)
 # What has to be the same for a row to be a measurement of the same thing.
-IDENTITY = ("case", "routing", "dtype", "dropout", "clock", "device", "threads", "commit")
+IDENTITY = ("case", "routing", "dtype", "pure", "dropout", "clock", "device", "threads", "commit")
 
 
 def _levels(text: str) -> list[str]:
@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--routing", action="append", choices=list(ROUTINGS), help="only this routing (repeatable)")
     add("--provider", action="append", choices=list(PROVIDERS), help="only this one beside the reference (repeatable)")
     add("--dtype", choices=list(DTYPES), help="instead of the suite's; half types run under autocast")
+    add("--pure", action="store_true", help="half types of layers without autocast: tensors have the dtype itself")
     add("--dropout", type=_share, help="of LoRA layers, instead of the suite's; 0 turns it off")
     add("--clock", choices=CLOCKS, help="instead of the suite's: CPU time, wall time, time on the GPU")
     add("--repeats", type=int, help="repetitions of each measurement (default: the suite's)")
@@ -86,10 +87,12 @@ def suite_of(args: argparse.Namespace) -> Suite:
     given = {name: getattr(args, name) for name in ("dtype", "dropout", "clock") if getattr(args, name) is not None}
     if torch.device(args.device or suite.device).type != "cuda":
         given.setdefault("clock", None)
+    given |= {"pure": True} if args.pure else {}
     plans = {}
     for plan in suite.plans:
         changed = replace(plan, **given)
-        plans.setdefault((changed.dtype, changed.dropout, changed.clock), changed)
+        changed = replace(changed, pure=changed.pure and DTYPES[changed.dtype].itemsize == 2)
+        plans.setdefault((changed.dtype, changed.dropout, changed.clock, changed.pure), changed)
     changes = {name: getattr(args, name) for name in ("repeats", "device", "time_limit") if getattr(args, name)}
     changes |= {"model_repeats": args.repeats} if args.repeats else {}
     changes |= {"providers": tuple(args.provider)} if args.provider else {}
@@ -124,6 +127,8 @@ def work_of(suite: Suite, args: argparse.Namespace) -> Iterator[tuple[Case | Mod
             for case in (case for case in chosen if isinstance(case, kind)):
                 if plan.dropout and not case.takes_dropout and suite.plans[0] is not plan:
                     continue  # measured in the pass without
+                if plan.pure and kind is ModelCase and len(suite.plans) > 1:
+                    continue  # of layers only
                 of_case = plan if case.takes_dropout else replace(plan, dropout=0.0)
                 for routing in routings_of(case, suite, args):
                     yield case, routing, of_case

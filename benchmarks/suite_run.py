@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 import torch
@@ -13,12 +13,14 @@ from .ceilings import Limits, measure_ceilings
 from .comparison import TIME_LIMIT, Comparison, Setting
 from .cuda_graphs import gated_graph, measure_replays
 from .environment import describe_environment
+from .kernel_times import KernelTimesError
 from .layer_cases import DTYPES, Case
 from .layer_comparison import LayerComparison
+from .layer_providers import COMPILED
 from .model_cases import ModelCase
 from .passes import Checked
 from .suites import Plan, Suite
-from .timing import Timer, quantiles
+from .timing import Spent, Timer, quantiles
 
 
 def comparison_of(case: Case | ModelCase) -> type[Comparison]:
@@ -54,12 +56,13 @@ class SuiteRun:
     def fields(self, case: Case | ModelCase, routing: str, plan: Plan) -> dict:
         """What all rows of one case say: what is measured, then where."""
         what = {**case.labels(), "routing": routing, "dtype": plan.dtype, **case.sizes()}
+        what |= {"pure": True} if plan.pure else {}
         return {**what, "dropout": plan.dropout, "clock": self.timers[plan.clock].clock, **self.environment}
 
     def rows(self, case: Case | ModelCase, routing: str, plan: Plan) -> Iterator[dict]:
         """Gate and measure one case: a row for each provider and mode, one for each provider left out."""
         shared, kind = self.fields(case, routing, plan), comparison_of(case)
-        if why := TIME_LIMIT if self.is_late() else kind.obstacle(plan.dtype):
+        if why := TIME_LIMIT if self.is_late() else kind.obstacle(plan):
             yield {**shared, "provider": "all", "gate": "skipped", "skipped": why}
             return
         torch.compiler.reset()  # else the compiler gives up after some cases that share their code
@@ -69,9 +72,10 @@ class SuiteRun:
 
     def _rows_of(self, comparison: Comparison, shared: dict) -> Iterator[dict]:
         skipped, gate = comparison.gated()
-        if "compile" in gate and gate["compile"].raised:  # the compiler's failure is none of the layer
-            skipped["compile"] = gate.pop("compile").missed[0]
-            del comparison.sides["compile"]
+        for name in COMPILED:
+            if name in gate and gate[name].raised:  # the compiler's failure is none of the layer
+                skipped[name] = gate.pop(name).missed[0]
+                comparison.sides.pop(name, None)
         missed = {name: found.missed for name, found in gate.items() if found.missed}
         for name, what in missed.items():
             yield {**shared, "provider": name, "gate": "failed", "gate_missed": what}
@@ -82,11 +86,15 @@ class SuiteRun:
         timer = self.timers[comparison.setting.plan.clock]
         repeats = self.suite.repeats if isinstance(comparison, LayerComparison) else self.suite.model_repeats
         names = [name for name in comparison.sides if name not in missed]
-        seconds = comparison.seconds(names, timer, repeats)
+        try:
+            seconds = comparison.seconds(names, timer, repeats)
+        except KernelTimesError as error:  # no profiler here: the other clocks still tell
+            yield {**shared, "provider": "all", "gate": "skipped", "skipped": f"no kernel times: {error}"}
+            seconds = {}
         for provider, modes in seconds.items():
             kept = comparison.memory(provider)
             for mode, values in modes.items():
-                fields = {**shared, "provider": provider, "mode": mode, **quantiles(values), **kept}
+                fields = {**shared, "provider": provider, "mode": mode, **_quantiles(values), **kept}
                 fields |= comparison.rates(provider, mode, fields["ms_p50"] / 1e3)
                 yield {**fields, "repeats": repeats, **_passed(gate.get(provider))}
         if self.suite.graphs:
@@ -113,6 +121,13 @@ class SuiteRun:
             fields = {**shared, "provider": provider, "mode": "fwdbwd", **quantiles(values)}
             fields |= comparison.rates(provider, "fwdbwd", fields["ms_p50"] / 1e3)
             yield {**fields, "repeats": repeats, **_passed(gate[provider])}
+
+
+def _quantiles(values: Sequence[Spent]) -> dict[str, float]:
+    """Of the seconds, and where it was measured of the host's."""
+    found = quantiles([one.seconds for one in values])
+    hosts = [one.host for one in values]
+    return found if None in hosts else found | quantiles(hosts, "host_ms")
 
 
 def _passed(found: Checked | None) -> dict:

@@ -15,13 +15,15 @@ class Plan:
         dtype: key of benchmarks.layer_cases.DTYPES; half types run under autocast.
         dropout: of the inputs of LoRA layers; cases that have none are left out of a pass with dropout.
         clock: as in benchmarks.timing, None for the device's default.
-        compiled: whether the compiled reference takes part.
+        compiled: whether what torch.compile makes takes part.
+        pure: half types without autocast: tensors and weights have the dtype itself. Of layers only.
     """
 
     dtype: str = "float32"
     dropout: float = 0.0
     clock: str | None = None
     compiled: bool = True
+    pure: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ SUITES = {
         30,
         15,
         (
+            Plan("bfloat16", clock="gpu", pure=True),
             Plan("bfloat16", clock="gpu"),
             Plan("bfloat16", clock="wall", compiled=False),
             Plan("bfloat16", dropout=0.1, clock="gpu", compiled=False),

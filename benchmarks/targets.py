@@ -30,6 +30,7 @@ from routingvl.kernels import ImageCode, project_adapter_image, project_lora_ima
 from .cuda_graphs import free_generators
 from .environment import describe_environment
 from .gate import exact_convolutions, failures, relative_rms
+from .kernel_times import COLD, between, device_events
 from .layer_cases import CASES, DTYPES, Case, Layer, definition, make_tensors
 from .layer_providers import ours, providers
 from .memory import saved_mib
@@ -37,7 +38,6 @@ from .passes import attempt, in_words, turns
 from .timing import COLD_BYTES, append_rows, cpu_threads, quantiles
 
 BEAMS = 5
-COLD = "bitwise_not"  # in the name of the kernel that overwrites the cache, and of no other here
 TOP = 12  # kernels named in a row
 
 
@@ -351,27 +351,6 @@ def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         free_generators()
         raise (error.__context__ or error) from None  # leaving a block that failed fails again and hides why
     return graph
-
-
-def device_events(profile: torch.profiler.profile) -> list[tuple[str, float, float]]:
-    """Name, start and duration in microseconds of what ran on the device, in order."""
-    events = [
-        (event.name, event.time_range.start, event.time_range.end - event.time_range.start)
-        for event in profile.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-    ]
-    return sorted(events, key=lambda event: event[1])
-
-
-def between(events: Sequence[tuple[str, float, float]], mark: str) -> list[list[tuple[str, float, float]]]:
-    """The events after each one whose name has ``mark`` in it, up to the next."""
-    pieces: list[list[tuple[str, float, float]]] = []
-    for event in events:
-        if mark in event[0]:
-            pieces.append([])
-        elif pieces:
-            pieces[-1].append(event)
-    return pieces
 
 
 def rows_of(target: Target, clocks: Clocks) -> list[dict]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .kernel_times import events_of_each, total
 
 CLOCKS = ("cpu", "wall", "gpu")
 COLD_BYTES = 256 * 2**20  # more than any GPU's cache
@@ -21,12 +24,20 @@ def default_clock(device: torch.device, threads: int) -> str:
     return "cpu" if device.type == "cpu" and threads == 1 else "wall"
 
 
+class Spent(NamedTuple):
+    """Seconds of a call; ``host``: until it has returned, where the device goes on by itself and it was measured."""
+
+    seconds: float
+    host: float | None = None
+
+
 class Timer:
     """Seconds of a call.
 
     The clock is "cpu" (CPU time of this thread, which other processes on the machine do not lengthen), "wall" (from an
-    idle device until it is idle again, so that launches count), or "gpu" (between two events on the device, which is
-    kept busy before the first so that launches are hidden where they can be). On a GPU its cache is overwritten first.
+    idle device until it is idle again, so that launches count), or "gpu" (the durations of its kernels, added up by
+    :meth:`all`). On a GPU its cache is overwritten first. One call alone by "gpu" is timed between two events on the
+    device, which is right for what has no host time to hide: one large kernel, or the replay of a CUDA graph.
     """
 
     def __init__(self, device: torch.device, threads: int, clock: str | None = None) -> None:
@@ -42,11 +53,37 @@ class Timer:
             self._cold.zero_()
         if self.clock == "gpu":
             return self._between_events(call)
+        spent, result = self._from_idle_to_idle(call)
+        return spent.seconds, result
+
+    def all(self, calls: Iterable[Callable[[], object]]) -> list[Spent]:
+        """What each call takes, in order; each is made before the next is drawn.
+
+        Raises:
+            KernelTimesError: by the clock "gpu", where the profiler has not seen what ran.
+        """
+        if self.clock == "gpu":
+            return [Spent(total(events)) for events in events_of_each(calls, self._cold)]
+        return self.walls(calls)
+
+    def walls(self, calls: Iterable[Callable[[], object]]) -> list[Spent]:
+        """The same by CPU or wall time whatever the clock, with the host's share on a GPU."""
+        found = []
+        for call in calls:
+            if self._cold is not None:
+                self._cold.zero_()
+            found.append(self._from_idle_to_idle(call)[0])
+        return found
+
+    def _from_idle_to_idle(self, call: Callable[[], Tensor | None]) -> tuple[Spent, Tensor | None]:
         self._synchronise()
         start = self._read()
         result = call()
+        returned = self._read()
+        if self._cold is None:
+            return Spent(returned - start), result
         self._synchronise()
-        return self._read() - start, result
+        return Spent(self._read() - start, returned - start), result
 
     def _between_events(self, call: Callable[[], Tensor | None]) -> tuple[float, Tensor | None]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

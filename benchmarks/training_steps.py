@@ -186,14 +186,18 @@ def seconds_a_step(
 ) -> dict[str, list[float]]:
     """Seconds per step of each side in each round, in which every side takes as many steps as it is given with."""
     order = data.order()
-    spent: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(-1, rounds):  # a round to warm up
-        for name, (step, count) in sides.items():
-            batches = [next(order) for _ in range(count)]
-            seconds, _ = timer(lambda step=step, batches=batches: [step(batch) for batch in batches])
-            if turn >= 0:
-                spent[name].append(seconds / count)
-    return spent
+
+    def calls() -> Iterator[Callable[[], object]]:
+        for _ in range(-1, rounds):  # a round to warm up
+            for step, count in sides.values():
+                batches = [next(order) for _ in range(count)]
+                yield lambda step=step, batches=batches: [step(batch) for batch in batches]
+
+    spent = [one.seconds for one in timer.all(calls())][len(sides) :]
+    return {
+        name: [seconds / count for seconds in spent[number :: len(sides)]]
+        for number, (name, (_, count)) in enumerate(sides.items())
+    }
 
 
 def long_batch(data: Data) -> list[int]:

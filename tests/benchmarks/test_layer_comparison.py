@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,16 @@ from tolerances import assert_as_good_as
 
 from routingvl.benchmarks import ceilings, main, run
 from routingvl.benchmarks import layer_providers as providers_module
+from routingvl.benchmarks.competitors import closed_form, in_place_lora
+from routingvl.benchmarks.gate import relative_rms
 from routingvl.benchmarks.layer_cases import CASES, Case, definition, make_tensors
+from routingvl.benchmarks.layer_comparison import check
 from routingvl.benchmarks.layer_providers import providers
 from routingvl.benchmarks.suites import SUITES
 from routingvl.benchmarks.timing import Timer
+from routingvl.kernels import ROUTINGS
 from routingvl.kernels.lora import eager as eager_lora
+from routingvl.kernels.optional_triton import interpreted
 
 TINY = (
     Case("tiny_lora", "lora", B=2, T=3, L=1, K=8, N=8, R=4, quick=True),
@@ -46,10 +52,86 @@ def test_every_provider_is_the_definition(case: Case, routing: str, provider: st
     assert_as_good_as(providers(case, routing, 0.0, "cpu")[0][provider], definition(case, routing), given)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1e-15])
+@pytest.mark.parametrize(("case", "routing"), EACH, ids=lambda value: getattr(value, "name", value))
+def test_the_closed_forms_are_the_definition(case: Case, routing: str, dropout: float) -> None:
+    given = make_tensors(case, seed=3, dtype=torch.float64, device="cpu")
+    assert_as_good_as(closed_form(case, routing, dropout), definition(case, routing), given)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_orders_of_others_are_the_definition(routing: str) -> None:
+    layers = providers(TINY[0], routing, 0.0, "cpu", ("addmm",))[0]
+    both = partial(in_place_lora, routing, lambda x, w, bias, z, b: x @ w + (0 if bias is None else bias) + z @ b)
+    found = check(TINY[0], routing, {"addmm": layers["addmm"], "split": both}, torch.float64, torch.device("cpu"), True)
+    assert {name: one.missed for name, one in found.items()} == {"addmm": [], "split": []}
+
+
+@pytest.mark.skipif(not interpreted(), reason="on a CPU the kernel runs only when interpreted")
+@pytest.mark.parametrize("bias", [True, False])
+def test_two_products_in_one_kernel(bias: bool) -> None:
+    from routingvl.benchmarks.split_graph import two_products
+
+    random = torch.Generator().manual_seed(0)
+    x, w, z, b = (torch.randn(*shape, generator=random) for shape in ((70, 33), (90, 33), (70, 5), (90, 5)))
+    added = torch.randn(90, generator=random) if bias else None
+    want = x.double() @ w.t().double() + z.double() @ b.t().double() + (added if bias else 0)
+    assert relative_rms(two_products(x, w.t(), added, z, b.t()), want) < 1e-6
+
+
+def test_competitors_that_cannot_say_why() -> None:
+    wanted = ("addmm", "split", "peft")
+    for case, dropout, words in ((TINY[1], 0.0, "is of nn.Linear"), (TINY[0], 0.1, "has no dropout")):
+        skipped = providers(case, "mul", dropout, "cpu", wanted)[1]
+        assert words in skipped["addmm"]
+        assert words in skipped["split"]
+    assert "need a GPU" in providers(TINY[0], "mul", 0.0, "cpu", wanted)[1]["split"]
+
+
+@pytest.mark.slow
+def test_compiled_competitors_are_gated_and_timed(tiny: None, tmp_path: Path) -> None:
+    output = tmp_path / "rows.jsonl"
+    names = ("closed", "closed_overhead", "addmm")
+    flags = [word for name in names for word in ("--provider", name)]
+    command = ["--case", "tiny_lora", "--routing", "vllora", "--dtype", "bfloat16", "--dropout", "0", "--repeats", "1"]
+    assert main([*command, *flags, "--output", str(output)]) == 0
+    rows, skipped = read(output)
+    assert not skipped
+    assert {row["provider"] for row in rows if row["gate"] == "passed"} == {"base", "reference", *names}
+
+
+def test_without_autocast_the_tensors_have_the_dtype(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen, good = set(), providers_module.routed_lora_linear
+
+    def looked_at(x, *args, **options):
+        seen.add((x.dtype, torch.is_autocast_enabled("cpu")))
+        return good(x, *args, **options)
+
+    monkeypatch.setattr(providers_module, "routed_lora_linear", looked_at)
+    output = tmp_path / "rows.jsonl"
+    command = ["--case", "tiny_lora", "--routing", "mul", "--provider", "eager", "--provider", "addmm"]
+    command += ["--repeats", "1", "--dropout", "0", "--output", str(output), "--dtype", "bfloat16"]
+    assert main([*command, "--pure"]) == 0
+    assert seen == {(torch.bfloat16, False)}
+    assert main([*command]) == 0
+    assert seen == {(torch.bfloat16, False), (torch.float32, True)}
+    rows, _ = read(output)
+    assert [row["gate"] for row in rows] == ["passed"] * 24
+    assert [row.get("pure", False) for row in rows] == [True] * 12 + [False] * 12
+    assert "| tiny_lora | mul (without autocast) | bfloat16 |" in capsys.readouterr().out.replace("addmm, ", "")
+    assert main(["--case", "tiny_lora", "--routing", "mul", "--pure", "--dtype", "float32", "--repeats", "1"]) == 0
+
+
 def test_case_names_are_unique_and_the_published_sizes_are_there() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
     assert any((case.B * case.T, case.K, case.R, case.op) == (1280, 768, 128, "lora") for case in CASES)
     assert any(case.quick for case in CASES)
+    tokens, ranks = {case.B * case.T for case in CASES if case.T > 1}, {case.R for case in CASES}
+    assert min(tokens) == 64
+    assert min(ranks) == 8
+    assert {case.B for case in CASES if case.T == 1} >= {1, 64}
 
 
 def test_work_counted_by_hand() -> None:
@@ -173,13 +255,14 @@ def test_the_reference_compiles_whole(case: Case) -> None:
 
 
 def test_the_gpu_suite_by_its_passes(tiny: None, tmp_path: Path) -> None:
-    """On a CPU its two clocks are one, so that three of its passes are left."""
+    """On a CPU its two clocks are one, so that four of its passes are left."""
     output = tmp_path / "rows.jsonl"
     command = ["--suite", "gpu", "--device", "cpu", "--provider", "eager", "--repeats", "1", "--routing", "mul"]
     assert main([*command, "--output", str(output)]) == 0
     rows, _ = read(output)
     passes = dict.fromkeys((row["dtype"], row["dropout"]) for row in rows if row["case"] == "tiny_lora")
     assert list(passes) == [("bfloat16", 0.0), ("bfloat16", 0.1), ("float32", 0.0)]
+    assert {row["case"] for row in rows if row.get("pure")} == {row["case"] for row in rows}
 
 
 def test_a_spent_time_limit_is_said(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
