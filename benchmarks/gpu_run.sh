@@ -7,7 +7,8 @@
 #   benchmarks/gpu_run.sh --dry-run           what each would run, and whether its program starts; needs no GPU
 #
 # Results go to $OUT (default benchmarks/results/gpu), with one log per phase. A phase that has passed leaves a file
-# PHASE.done there and is not run again; remove it to repeat the phase. Each has LIMIT seconds (default 530).
+# PHASE.done there and is not run again; remove it to repeat the phase. Each has LIMIT seconds (default 530). Tests run in
+# JOBS processes (default: one less than there are cores).
 # Exit status: 0 all passed or skipped with a reason, 1 a phase failed, 2 bad use.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,7 +16,8 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZER
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results/gpu}
 LIMIT=${LIMIT:-530}
-PHASES=(ceilings tests golden targets sanitizer suite models graphs training tune ncu demo)
+JOBS=${JOBS:-$(($(nproc) > 3 ? $(nproc) - 1 : 1))}
+PHASES=(ceilings tests golden targets sanitizer suite models graphs training tune ncu demo parity)
 DRY=
 
 SKIPPED=77 # a phase's status when something it needs is not there: no failure, and not done either
@@ -44,26 +46,35 @@ phase_ceilings() { # measured limits: copy, matrix products, addmm with beta = 1
     program benchmarks.ceilings --device cuda --output "$OUT/ceilings.jsonl"
 }
 
-# Most of the tests' time goes into compiling, one kernel after another: pytest-xdist's option, where it is installed.
-workers() {
-    local cpus
-    cpus=$(nproc)
-    ! "$PYTHON" -c 'import xdist' 2>/dev/null || printf -- '-n %d --dist worksteal' $((cpus > 3 ? cpus - 2 : 1))
+# pytest in JOBS processes, each with its share of the tests (tests/conftest.py): most of their time goes into compiling,
+# one kernel after another. Needs no pytest-xdist. Status 5 of a process: its share was empty.
+shared_out() {
+    local number code status=0 processes=()
+    [[ -z $DRY ]] || { program pytest "$@"; return; }
+    for ((number = 0; number < JOBS; number++)); do
+        ROUTINGVL_TEST_SHARD=$number/$JOBS program pytest "$@" >"$OUT/share$number.txt" 2>&1 &
+        processes+=($!)
+    done
+    for number in "${!processes[@]}"; do
+        code=0
+        wait "${processes[number]}" || code=$?
+        cat "$OUT/share$number.txt" && rm "$OUT/share$number.txt"
+        ((code == 0 || code == 5)) || status=$code
+    done
+    return "$status"
 }
 
 phase_tests() { # the tests marked gpu; alone those that take much of the GPU's memory
     local status=0
     export TORCHINDUCTOR_COMPILE_THREADS=1
-    # shellcheck disable=SC2046 # several words
-    program pytest -m gpu -q -p no:cacheprovider $(workers) tests/kernels tests/bottlenecks/test_triton_suite.py \
+    shared_out -m gpu -q -p no:cacheprovider tests/kernels tests/bottlenecks/test_triton_suite.py \
         tests/benchmarks/test_cuda_graphs.py -k "not golden and not addresses" || status=$?
     program pytest -m gpu -q -p no:cacheprovider tests/kernels/test_gpu.py -k addresses || status=$?
     return "$status"
 }
 
 phase_golden() { # the published code's numbers in fp32, tf32, bf16 and fp16
-    # shellcheck disable=SC2046
-    program pytest -m gpu -q -p no:cacheprovider $(workers) tests/kernels/test_gpu.py tests/kernels/test_triton_golden.py -k golden
+    shared_out -m gpu -q -p no:cacheprovider tests/kernels/test_gpu.py tests/kernels/test_triton_golden.py -k golden
 }
 
 phase_targets() { # the targets of benchmarks/NOTES.md: summed kernels, graphs, wall and host time of every side
@@ -88,11 +99,15 @@ phase_models() { # steps, generation and training of whole models
         --resume --output "$OUT/models.jsonl"
 }
 
-phase_graphs() { # layers and steps replayed from CUDA graphs, beside the same by wall time
-    program benchmarks.run --suite gpu --case roberta_lora_m10240 --case gpt2_lora_m2040 --case gpt2_lora_decode_m40 \
-        --case gpt2_step_b8 --routing mul --routing vllora --dtype bfloat16 --dropout 0 --clock wall \
-        --provider eager --provider triton --cuda-graphs --time-limit $((LIMIT - 80)) \
-        --resume --output "$OUT/graphs.jsonl"
+phase_graphs() { # layers and steps replayed from CUDA graphs, beside the same by wall time; then with dropout
+    local dropout status=0
+    for dropout in 0 0.1; do
+        program benchmarks.run --suite gpu --case roberta_lora_m10240 --case linear_lora_m2040 --case gpt2_lora_m2040 \
+            --case gpt2_lora_decode_m40 --case gpt2_step_b8 --routing mul --routing vllora --dtype bfloat16 \
+            --dropout "$dropout" --clock wall --provider compile --provider closed --provider eager --provider triton \
+            --cuda-graphs --time-limit $(((LIMIT - 80) / 2)) --resume --output "$OUT/graphs.jsonl" || status=$?
+    done
+    return "$status"
 }
 
 phase_training() { # steps and training throughput of both recipes
@@ -126,6 +141,16 @@ phase_demo() { # the demonstration on the CPU, then its runs on the GPU: compare
         program routingvl train --config "$config" --device auto --output_dir "$OUT/demo/gpu/$name" --overwrite &&
             program routingvl evaluate "$OUT/demo/gpu/$name" --split test || return 1
     done
+}
+
+phase_parity() { # 200 steps of the demo's two tasks with our layers and with the published chain, curves overlaid
+    local runs=$OUT/demo/runs rows=$OUT/convergence.jsonl status=0
+    [[ -n $DRY || -d $runs ]] || { skip "the phase demo makes its data; run that first"; return; }
+    program benchmarks.convergence "$runs/vqa-lora-mul-seed0" --device cuda --output "$rows" || status=$?
+    program benchmarks.convergence "$runs/caption-adapter-mul-seed0" --lr 0.02 --device cuda --output "$rows" || status=$?
+    ! "$PYTHON" -c 'import matplotlib' 2>/dev/null ||
+        program benchmarks.convergence --read "$rows" --plot "$OUT/convergence.png" || status=$?
+    return "$status"
 }
 
 run_phase() {

@@ -4,7 +4,9 @@
     python -m benchmarks.tune --dry-run --arch sm_90       # what would be tried; needs no GPU
     ROUTINGVL_TILES=tiles.json routingvl train ...
 
-A tile is timed only after the results of its kernel passed benchmarks/gate.py.
+A tile is timed only after the results of its kernel passed benchmarks/gate.py. The time is that of the kernel alone, by
+torch's profiler, with the cache overwritten before each call. The fastest tile of the grid is then tried with fewer
+registers a thread and, in forward kernels, with other numbers of programs that share the columns of a block of rows.
 """
 
 from __future__ import annotations
@@ -14,11 +16,10 @@ import itertools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,13 @@ from routingvl.kernels.triton_common.tiles import (
 )
 
 from .each_kernel import CALLS, SIZES, Call, case_of, launches_through, layer_of, missed_by
+from .kernel_times import KernelTimesError, events_of_each, total
 from .layer_cases import make_tensors
+from .timing import COLD_BYTES, Timer
 
+REGISTERS = (0, 168, 128, 96, 64)  # 0: as many as the kernel needs
+SPLITS = (0, 1, 2, 3, 4, 6, 8)  # 0: the rule of column_splits
+COLD_CALLS = 3  # to warm up
 DTYPES = {"half": torch.bfloat16, "ieee": torch.float32}
 CHECKED = {"B": 16, "T": 20, "K": 768, "N": 768}  # sizes of the check of the results
 
@@ -54,6 +60,13 @@ def candidates(kind: str, rank: int, precision: str, decode: bool, arch: str) ->
     grid = itertools.product(heights, widths, (4, 8), (2, 3, 4))
     tiles = [Tile(rows, columns, columns, warps, stages) for rows, columns, warps, stages in grid]
     return [tile for tile in tiles if shared_memory(kind, tile, rank, size, arch) <= limit]
+
+
+def refinements(kind: str, tile: Tile, arch: str) -> list[Tile]:
+    """The tile with every limit of registers (NVIDIA's) and, where programs share columns, every number of them."""
+    limits = REGISTERS if arch.startswith("sm_") else (0,)
+    splits = SPLITS if kind.endswith("_forward") and not kind.startswith("rank_one") else (0,)
+    return [replace(tile, maxnreg=most, splits=count) for most in limits for count in splits]
 
 
 def cells(ranks: Sequence[int], precisions: Sequence[str]) -> Iterator[tuple[str, int, str, bool]]:
@@ -90,23 +103,32 @@ def forced(kind: str, tile: Tile) -> Iterator[None]:
         yield
 
 
-def milliseconds(run: Callable[[], Any], device: str, repeats: int = 20) -> float:
-    """Median wall time of ``run``, the device's work included."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    times = []
-    for _ in range(repeats + 3):
-        wait()
-        begin = time.perf_counter()
-        run()
-        wait()
-        times.append(1000 * (time.perf_counter() - begin))
-    return statistics.median(times[3:])
+@cache
+def cold_memory() -> torch.Tensor:
+    """What is overwritten so that the GPU's cache holds nothing of before."""
+    return torch.zeros(COLD_BYTES, dtype=torch.int8, device="cuda")
+
+
+def milliseconds(run: Callable[[], Any], device: str, kind: str, repeats: int = 20) -> float:
+    """Median time of the kernel of this kind in ``run``; on a CPU, where the interpreter runs it, of the whole call.
+
+    Raises:
+        KernelTimesError: the profiler has not seen the kernel.
+    """
+    calls = [run] * (COLD_CALLS + repeats)
+    if device != "cuda":
+        times = [one.seconds for one in Timer(torch.device(device), 1, "wall").walls(calls)]
+    else:
+        times = [total(events, f"{kind}_kernel") for events in events_of_each(calls, cold_memory())]
+    if not all(times):
+        raise KernelTimesError(f"the profiler has not seen {kind}_kernel")
+    return 1000 * statistics.median(times[COLD_CALLS:])
 
 
 def measure(
     kind: str, tile: Tile, precision: str, decode: bool, sizes: tuple[dict, dict], device: str, repeats: int = 20
 ) -> float | str:
-    """Milliseconds of the kernel's layer (of its backward pass for a backward kernel) with ``tile``, or what is wrong.
+    """Milliseconds of the kernel with ``tile``, by :func:`milliseconds`, or what is wrong.
 
     Args:
         sizes: B, T, K, N and R of the check, and of the timing.
@@ -121,10 +143,10 @@ def measure(
             layer = layer_of(call, case)
             if kind.endswith("_forward"):
                 with torch.no_grad():
-                    return milliseconds(lambda: layer(**tensors), device, repeats)
+                    return milliseconds(lambda: layer(**tensors), device, kind, repeats)
             y = layer(**tensors)
             leaves, dy = [t for t in tensors.values() if t.requires_grad], torch.ones_like(y)
-            return milliseconds(lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True), device, repeats)
+            return milliseconds(lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True), device, kind, repeats)
     except RuntimeError as error:  # too few resources, or the compiler refuses the tile
         return str(error).partition("\n")[0] or type(error).__name__
 
@@ -160,7 +182,7 @@ def tune_cell(path: Path, key: str, tiles: Sequence[Tile], measure_tile: Callabl
         times = {entry: value for entry, value in known.items() if not isinstance(value, str)}
         if times:
             best = Tile(*map(int, min(times, key=times.get).split("x")))
-            data["tiles"][key] = asdict(best)
+            data["tiles"][key] = {name: number for name, number in asdict(best).items() if number}
         write_json(path, data)
     found = read(path)["tiles"].get(key)
     return None if found is None else Tile(**found)
@@ -190,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes = (CHECKED | {"R": width}, SIZES["paper"] | {"R": width})
         run = partial(measure, kind, precision=precision, decode=decode, sizes=sizes, device="cuda")
         best = tune_cell(args.output, key, tiles, run)
+        if best is not None:
+            tune_cell(args.output, key, refinements(kind, replace(best, maxnreg=0, splits=0), arch), run)
         failed |= best is None
     return int(failed)
 

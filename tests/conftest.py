@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -91,10 +92,11 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True, hookwrapper=True)  # the first part is before pytest selects by -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Mark the tests of ``reliability/``, and the kernels' as ``gpu`` where they will run on one; skip those marked so
-    where there is no CUDA device.
+    where there is no CUDA device. Of what was selected keep the share that ROUTINGVL_TEST_SHARD names, such as 3/16:
+    the fourth of sixteen processes.
 
     torch is imported only if there are such tests.
     """
@@ -112,3 +114,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in needy:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    yield
+    number, _, count = os.environ.get("ROUTINGVL_TEST_SHARD", "0/1").partition("/")
+    items[:] = items[int(number) :: int(count)]

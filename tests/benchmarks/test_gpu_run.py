@@ -5,7 +5,9 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 
@@ -58,6 +60,42 @@ def test_a_program_that_does_not_start_fails_the_dry_run(tmp_path: Path) -> None
     broken.write_text("#!/bin/sh\nexit 3\n")
     broken.chmod(0o755)
     assert gpu_run("--dry-run", "golden", PYTHON=str(broken)).returncode == 1
+
+
+FAKE = """#!/bin/sh
+[ "$1" != -c ] || exit 0
+echo "share $ROUTINGVL_TEST_SHARD of $*"
+[ "$ROUTINGVL_TEST_SHARD" != "$BAD" ] || exit 1
+[ "$ROUTINGVL_TEST_SHARD" != 2/3 ] || exit 5
+"""
+
+
+@pytest.mark.parametrize(("bad", "status"), [("", 0), ("1/3", 1)])
+def test_tests_are_shared_out_to_processes(tmp_path: Path, bad: str, status: int) -> None:
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(FAKE)
+    python.chmod(0o755)
+    done = gpu_run("golden", PYTHON=str(python), OUT=str(out), JOBS="3", BAD=bad)
+    assert done.returncode == status, done.stdout + done.stderr
+    lines = [line for line in (out / "golden.log").read_text().splitlines() if line.startswith("share")]
+    assert [line.split()[1] for line in lines] == ["0/3", "1/3", "2/3"]
+    assert all("-m pytest -m gpu -q" in line and line.endswith("-k golden") for line in lines)
+    assert (out / "golden.done").exists() is (status == 0)
+    assert not list(out.glob("share*"))
+
+
+def test_shares_are_all_tests_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [SimpleNamespace(path=Path(f"test_{n}.py"), get_closest_marker=lambda name: None) for n in range(10)]
+
+    def share(number: int) -> list[SimpleNamespace]:
+        monkeypatch.setenv("ROUTINGVL_TEST_SHARD", f"{number}/3")
+        items = list(whole)
+        list(conftest.pytest_collection_modifyitems(items))
+        return items
+
+    shares = [share(number) for number in range(3)]
+    assert [len(items) for items in shares] == [4, 3, 3]
+    assert {item.path for items in shares for item in items} == {item.path for item in whole}
 
 
 def test_bad_use(tmp_path: Path) -> None:
