@@ -6,7 +6,7 @@
 
 A tile is timed only after the results of its kernel passed benchmarks/gate.py. The time is that of the kernel alone, by
 torch's profiler, with the cache overwritten before each call. The fastest tile of the grid is then tried with fewer
-registers a thread and, in forward kernels, with other numbers of programs that share the columns of a block of rows.
+registers a thread and, but for rank-one kernels, with other numbers of programs that share a block's columns.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def candidates(kind: str, rank: int, precision: str, decode: bool, arch: str) ->
 def refinements(kind: str, tile: Tile, arch: str) -> list[Tile]:
     """The tile with every limit of registers (NVIDIA's) and, where programs share columns, every number of them."""
     limits = REGISTERS if arch.startswith("sm_") else (0,)
-    splits = SPLITS if kind.endswith("_forward") and not kind.startswith("rank_one") else (0,)
+    splits = (0,) if kind.startswith("rank_one") else SPLITS
     return [replace(tile, maxnreg=most, splits=count) for most in limits for count in splits]
 
 

@@ -7,8 +7,8 @@
 The techniques come one after the other, each on top of those before: the image's features kept instead of computed by
 the ViT in every step; texts padded to the longest of their batch; our layers; (captions) the loss where there are
 targets only, without the other logits; bfloat16 with frozen weights in it; activation checkpointing, which pays time
-for memory. Memory is what a step takes at most beside the model and its optimiser, on the longest of ten batches (torch's
-profiler on a CPU, its allocator on a GPU); the time is that of the same steps with all sides in turns.
+for memory. Memory is what a step takes at most beside the model and its optimiser, on the longest of ten batches (by
+torch's profiler on a CPU, its allocator on a GPU); the time is that of the same steps with all sides in turns.
 
 First the gate: loss and gradients of our steps against the published step in float32. The exit status is 1 when one
 misses it.

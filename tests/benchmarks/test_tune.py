@@ -113,12 +113,12 @@ def test_a_sweep_keeps_the_fastest_right_tile_and_resumes(tmp_path):
         tune.tune_cell(path, KEY, tiles, measure)
     assert tune.tune_cell(path, KEY, tiles, measure) == tiles[2]
     assert seen == [*tiles, tiles[2]]
-    assert json.loads(path.read_text())["measured"][KEY]["32x32x32x4x2x0x0"] == "y is wrong"
+    assert json.loads(path.read_text())["measured"][KEY]["32x32x32x4x2"] == "y is wrong"
     assert json.loads(path.read_text())["tiles"][KEY] == {**TILE, "block_m": 64, "block_k": 32, "num_warps": 4}
     finer = tune.refinements("lora_forward", tiles[2], "sm_90")
     wanted = replace(tiles[2], maxnreg=128, splits=4)
     assert tune.tune_cell(path, KEY, finer, lambda tile: 0.5 if tile == wanted else 2.0) == wanted
-    assert {tile.splits for tile in tune.refinements("lora_backward", tiles[2], "sm_90")} == {0}
+    assert {tile.splits for tile in tune.refinements("rank_one_backward", tiles[2], "sm_90")} == {0}
     assert {tile.maxnreg for tile in tune.refinements("lora_forward", tiles[2], "gfx942")} == {0}
 
 
