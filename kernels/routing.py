@@ -249,6 +249,16 @@ EXPAND, VLLORA = (constexpr(ROUTINGS[name].code) for name in ("expand", "vllora"
 
 
 @jit
+def sum_of_products(a, b, axis: tl.constexpr):
+    """sum of a b along an axis, the same bits in every thread that holds it.
+
+    As a plain product it would become one rounding with the first addition between threads, a b + c there and c + a b
+    here; and where the layout changes next, such threads write one place of shared memory.
+    """
+    return tl.sum(tl.fma(a, b, 0.0), axis)
+
+
+@jit
 def route_fwd(t, u, ROUTING: tl.constexpr, RELU: tl.constexpr):
     """z [rows, padded R]."""
     if ROUTING == NONE:
@@ -261,9 +271,9 @@ def route_fwd(t, u, ROUTING: tl.constexpr, RELU: tl.constexpr):
         z = tl.sum(t, 1)[:, None] * u
     elif ROUTING == VLLORA:
         if RELU:
-            z = tl.sum(rectified(t) * rectified(u), 1)[:, None] * u
+            z = sum_of_products(rectified(t), rectified(u), 1)[:, None] * u
         else:
-            z = tl.sum(t * u, 1)[:, None] * u
+            z = sum_of_products(t, u, 1)[:, None] * u
     else:
         z = t
         tl.static_assert(False, "route_fwd has no branch for this code of a routing function")
@@ -282,19 +292,19 @@ def route_bwd(dz, t, u, ROUTING: tl.constexpr, RELU: tl.constexpr):
         dt = dz * u
         du = dz * t
     elif ROUTING == EXPAND:
-        dt = tl.broadcast_to(tl.sum(dz * u, 1)[:, None], dz.shape)
+        dt = tl.broadcast_to(sum_of_products(dz, u, 1)[:, None], dz.shape)
         du = tl.sum(t, 1)[:, None] * dz
     elif ROUTING == VLLORA:
-        dc = tl.sum(dz * u, 1)[:, None]
+        dc = sum_of_products(dz, u, 1)[:, None]
         if RELU:
             left = rectified(t)
             right = rectified(u)
-            c = tl.sum(left * right, 1)[:, None]
+            c = sum_of_products(left, right, 1)[:, None]
             dt = tl.where(t > 0, dc * right, 0.0)
             du = c * dz + tl.where(u > 0, dc * left, 0.0)
         else:
             dt = dc * u
-            du = tl.sum(t * u, 1)[:, None] * dz + dc * t
+            du = sum_of_products(t, u, 1)[:, None] * dz + dc * t
     else:
         dt = dz
         du = dz

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..activations import act_bwd, act_fwd
-from ..routing import route_bwd, route_fwd
+from ..routing import route_bwd, route_fwd, sum_of_products
 from ..triton_common.products import dot, low_rank_rows
 from ..triton_common.visual_tokens import NO_IMAGE, ONE_TOKEN, route_tokens
 
@@ -187,7 +187,7 @@ def adapter_backward_kernel(
         tl.store(p_dz + o_mr, dz.to(p_dz.dtype.element_ty), mask=m_mr)
 
     if RANK_ONE:
-        dc = tl.sum(dz * u, 1)
+        dc = sum_of_products(dz, u, 1)
         du = c[:, None] * dz
         tl.store(p_dt + i_m, dc, mask=m_m)
     else:

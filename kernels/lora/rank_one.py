@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..routing import sum_of_products
 from ..triton_common.dropout import keep_mask
 
 _VARYING = ["tokens", "threshold"]
@@ -136,7 +137,7 @@ def rank_one_backward_kernel(
             o = tl.load(p_o_g + i_n, mask=m_n, other=0.0).to(tl.float32)
             products += dy * o[None, :]
             if WRITE_DO:
-                tl.store(p_do_g + i_n, tl.sum(dy * c[:, None], 0), mask=m_n)
+                tl.store(p_do_g + i_n, sum_of_products(dy, tl.broadcast_to(c[:, None], dy.shape), 0), mask=m_n)
 
     if WRITE_DX or WRITE_DP:
         dc = tl.sum(products, 1)
@@ -151,7 +152,7 @@ def rank_one_backward_kernel(
                 weight = tl.where(keep_mask(p_seed, i_m, k, threshold, BLOCK_M, BLOCK_K), weight, 0.0)
             if WRITE_DP:
                 x = tl.load(p_x + o_m * stride_xm + i_k[None, :], mask=m_mk, other=0.0).to(tl.float32)
-                tl.store(p_dp + block * width_in + i_k, tl.sum(weight * x, 0), mask=m_k)
+                tl.store(p_dp + block * width_in + i_k, sum_of_products(weight, x, 0), mask=m_k)
             if WRITE_DX:
                 p = tl.load(p_p + image * width_in + i_k, mask=m_k, other=0.0).to(tl.float32)
                 dx = weight * p[None, :]

@@ -93,7 +93,8 @@ def route_tokens(
         routed = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         narrow = rows.to(p_image.dtype.element_ty)
         p_u = p_image + image * visual_tokens * width
-        for o_l in range(0, visual_tokens, BLOCK_L):
+        # With ReLU Triton (3.9, sm_90) would load the visual tokens of a later step to where a product still reads.
+        for o_l in tl.range(0, visual_tokens, BLOCK_L, num_stages=1 if RELU else None):
             i_l = o_l + tl.arange(0, BLOCK_L)
             m_l = (i_l < visual_tokens)[:, None] & m_c[None, :]
             u = tl.load(p_u + i_l[:, None] * width + i_c[None, :], mask=m_l, other=0.0)
