@@ -355,7 +355,7 @@ def convert(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Act
     modifiers.take("ftz")
     if is_floating(source_kind) and not is_floating(kind) and rounding is None:
         raise Fault(f"no rounding in {instruction}")
-    read, write = _reader_of_part(source, source_kind, lanes), _writer_of_part(target, kind, lanes)
+    read, write = _reader_of_part(source, source_kind, lanes), lanes.extending_writer(target, kind)
 
     def action(mask: Mask) -> None:
         values = read()
@@ -372,16 +372,6 @@ def _reader_of_part(source: str, kind: str, lanes: Lanes) -> Callable[[], np.nda
         return lanes.reader(source, kind)
     bits = lanes.register(source)
     return lambda: bits.astype(UNSIGNED[bits_of(kind)]).view(DTYPES[kind])
-
-
-def _writer_of_part(target: str, kind: str, lanes: Lanes) -> Callable[[np.ndarray, Mask], None]:
-    """Writes a register that may be wider than the type, extended with the type's sign."""
-    width = lanes.register(target).dtype.itemsize * 8
-    if is_floating(kind) or width == bits_of(kind):
-        return lanes.writer(target, kind)
-    wider = f"{kind[0]}{width}"
-    write = lanes.writer(target, wider)
-    return lambda values, mask: write(values.astype(DTYPES[wider]), mask)
 
 
 def _as_type(values: np.ndarray, kind: str) -> np.ndarray:

@@ -102,6 +102,57 @@ def ops(case: Case) -> tuple[Any, Any]:
     return partial(routed_lora_linear, backend="triton", **same), partial(defined_linear, **same)
 
 
+SEED = 5  # of what a layer with dropout draws
+
+
+def _with_masks(case: Case, ours: Any, plain: Any, x: Any, v: Any) -> tuple[Any, Any]:
+    """The same layers, both with the masks of one seed: torch's for the image, and Philox's for the text."""
+    import torch
+    import torch.nn.functional as F
+    from routed_cases import options
+
+    from routingvl.kernels.reference import reference_lora
+
+    batch, text, width, n, _ = case.sizes
+    torch.manual_seed(SEED)
+    image_mask = F.dropout(torch.ones_like(v), case.dropout).double() if case.routing != "none" else 1.0
+    kept = philox_mask(torch.randint(2**62, (1,)).item(), batch * text, width, case.dropout)
+    text_mask = torch.from_numpy(kept).view_as(x) / (1 - case.dropout)
+
+    def dropped(**operands: Any) -> Any:
+        torch.manual_seed(SEED)
+        return ours(**operands, dropout=case.dropout)
+
+    def masked(x: Any, v: Any, weight: Any, bias: Any, a: Any, b: Any) -> Any:
+        text, image = x * text_mask.to(x.dtype), v * image_mask
+        base = F.linear(x, weight, bias)
+        same = options(case.routing, case.relu, case.layout, n=n)
+        return reference_lora(text, image.to(x.dtype), a, b, base=base, **same)
+
+    return dropped, masked
+
+
+def philox_mask(seed: int, rows: int, width: int, dropout: float) -> Any:
+    """What the kernels keep [rows, width], by seven rounds of Philox 4x32 (Salmon et al., SC 2011).
+
+    The counter is the group of four columns and the row; the four words are the columns' numbers.
+    """
+    import numpy as np
+
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    shape = rows, -(-width // 4)
+    zeros = np.zeros(shape, np.uint64)
+    c0, c1 = zeros + np.arange(shape[1], dtype=np.uint64), zeros + np.arange(rows, dtype=np.uint64)[:, None]
+    c2, c3 = zeros, zeros
+    for turn in range(7):
+        k0 = np.uint64((seed + turn * 0x9E3779B9) & 0xFFFFFFFF)
+        k1 = np.uint64(((seed >> 32) + turn * 0xBB67AE85) & 0xFFFFFFFF)
+        one, two = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = two >> half ^ c1 ^ k0, two & low, one >> half ^ c3 ^ k1, one & low
+    words = np.stack([c0, c1, c2, c3], 2).reshape(rows, -1)[:, :width]
+    return words >> np.uint64(1) >= round(dropout * 2**31)
+
+
 def run_case(arch: int, case: Case, schedule: Any = None) -> Found:
     """Run a case's kernels in the emulator of sm_``arch`` and compare with the definition in float64."""
     import torch
@@ -115,10 +166,26 @@ def run_case(arch: int, case: Case, schedule: Any = None) -> Found:
     rounded = {name: tensor.to(dtype) for name, tensor in drawn(case).items()}
     exact = {name: tensor.double() for name, tensor in rounded.items()}
     ours, plain = ops(case)
+    if case.dropout:
+        ours, plain = _with_masks(case, ours, plain, rounded["x"], rounded["v"])
     with emulated(arch) as launches:
         if schedule is not None:
             launches.schedule = schedule
         return compared(case, ours, plain, rounded, exact, launches)
+
+
+def run_in_every_order(arch: int, case: Case) -> dict[str, Found]:
+    """:func:`run_case` with the warps and the asynchronous work in several orders that the hardware may take."""
+    from .block import Schedule
+
+    schedules = [
+        Schedule(),
+        Schedule("together", True),
+        Schedule("warps"),
+        Schedule("reversed"),
+        Schedule("reversed", True),
+    ]
+    return {str(schedule): run_case(arch, case, schedule) for schedule in schedules}
 
 
 def compared(case: Case, ours: Any, plain: Any, rounded: dict, exact: dict, launches: Any) -> Found:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .parser import Fault, Instruction, Program, members
-from .values import DTYPES, UNSIGNED, WIDENED, bits_of, constant, from_bfloat16, narrowed, widened
+from .values import DTYPES, UNSIGNED, WIDENED, bits_of, constant, from_bfloat16, is_floating, narrowed, widened
 
 if TYPE_CHECKING:
     from .block import Block
@@ -108,6 +108,10 @@ class Lanes:
         """Whether an operand names a register and is no constant."""
         return operand in self._bits
 
+    def width_of(self, operand: str, otherwise: int) -> int:
+        """Bits of a register; ``otherwise`` for a constant."""
+        return self.program.widths.get(operand, otherwise)
+
     def bits(self, operand: str, width: int) -> np.ndarray:
         """A register's own array, or a constant repeated, as unsigned integers of ``width`` bits."""
         if operand in self.program.symbols:
@@ -148,6 +152,15 @@ class Lanes:
             return lambda values, mask: _copy(target, narrowed(values if pairs else values[:, None], base), mask)
         typed = target.view(DTYPES[kind])
         return lambda values, mask: _copy(typed, values, mask)
+
+    def extending_writer(self, operand: str, kind: str) -> Writer:
+        """The same into a register that may be wider than an integer type, which its sign or zeros fill."""
+        width = self.register(operand).dtype.itemsize * 8
+        if is_floating(kind) or kind.startswith("b") or width == bits_of(kind):
+            return self.writer(operand, kind)
+        wider = f"{kind[0]}{width}"
+        write, dtype = self.writer(operand, wider), DTYPES[wider]
+        return lambda values, mask: write(values.astype(dtype), mask)
 
     def address(self, operand: str) -> Reader:
         """Reads [register], [register + offset] or [symbol + offset] as int64."""

@@ -23,5 +23,7 @@ def decode(instruction: Instruction, lanes: Lanes) -> Action:
         action = TABLE[instruction.opcode](instruction, modifiers, lanes)
     except (ValueError, IndexError, KeyError, AttributeError) as error:
         raise Fault(f"cannot read {instruction}: {error!r}") from error
+    except Fault as fault:
+        raise fault if instruction.text in str(fault) else Fault(f"{fault}: {instruction}") from None
     modifiers.done()
     return action

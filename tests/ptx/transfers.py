@@ -22,12 +22,13 @@ def load(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action
     space = modifiers.need("global", *SHARED)
     count = VECTORS[modifiers.take(*filter(None, VECTORS))]
     target, place = operands(instruction, 2)
-    dtype, address = UNSIGNED[8 * DTYPES[kind]().itemsize], lanes.address(place)
+    dtype, address = np.dtype(DTYPES[kind]), lanes.address(place)
     targets = [lanes.register(name) for name in members(target)]
     _check_vector(instruction, targets, count, dtype)
+    targets = [bits.view(f"{dtype.kind}{bits.itemsize}") for bits in targets]  # a wider one is filled by sign or zeros
+    size = count * dtype.itemsize
 
     def action(mask: Mask) -> None:
-        size = count * dtype().itemsize
         memory = lanes.block.memory(space)
         data = memory.load(selected(address(), mask), size, selected(lanes.warps, mask), instruction)
         for column, register in zip(np.ascontiguousarray(data).view(dtype).T, targets, strict=True):
@@ -36,17 +37,16 @@ def load(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action
     return action
 
 
-def _check_vector(instruction: Instruction, registers: list[np.ndarray], count: int, dtype: type) -> None:
-    """A byte may be held by a register of 16 bits, everything else has its own width."""
-    narrow = [register for register in registers if register.dtype.itemsize < dtype().itemsize]
-    wide = [register for register in registers if register.dtype != dtype and dtype != np.uint8]
-    if len(registers) != count or narrow or wide:
+def _check_vector(instruction: Instruction, registers: list[np.ndarray], count: int, dtype: np.dtype) -> None:
+    """A register may be wider than what it holds, if that is an integer."""
+    widest = dtype.itemsize if dtype.kind == "f" else 8
+    if len(registers) != count or not all(dtype.itemsize <= bits.itemsize <= widest for bits in registers):
         raise Fault(f"the registers do not fit: {instruction}")
 
 
 def _load_parameter(instruction: Instruction, kind: str, lanes: Lanes) -> Action:
     target, place = operands(instruction, 2)
-    name, write = place.strip("[] "), lanes.writer(target, kind)
+    name, write = place.strip("[] "), lanes.extending_writer(target, kind)
 
     def action(mask: Mask) -> None:
         value = lanes.block.parameters[name].view(DTYPES[kind])
@@ -61,12 +61,13 @@ def store(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Actio
     space = modifiers.need("global", *SHARED)
     count = VECTORS[modifiers.take(*filter(None, VECTORS))]
     place, source = operands(instruction, 2)
-    dtype, address = UNSIGNED[8 * DTYPES[kind]().itemsize], lanes.address(place)
-    sources = [lanes.bits(one, 16 if dtype == np.uint8 else 8 * dtype().itemsize) for one in members(source)]
+    dtype, address = np.dtype(DTYPES[kind]), lanes.address(place)
+    sources = [lanes.bits(one, lanes.width_of(one, 8 * dtype.itemsize)) for one in members(source)]
     _check_vector(instruction, sources, count, dtype)
+    stored = UNSIGNED[8 * dtype.itemsize]
 
     def action(mask: Mask) -> None:
-        data = np.stack([selected(bits, mask).astype(dtype, copy=False) for bits in sources], 1).view(np.uint8)
+        data = np.stack([selected(bits, mask).astype(stored, copy=False) for bits in sources], 1).view(np.uint8)
         lanes.block.memory(space).store(selected(address(), mask), data, selected(lanes.warps, mask), instruction)
 
     return action
@@ -131,7 +132,7 @@ def load_matrix(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) ->
     count, transposed = _matrices(modifiers)
     target, place = operands(instruction, 2)
     registers, address = lanes.vector(target, 32), lanes.address(place)
-    _check_vector(instruction, registers, count, np.uint32)
+    _check_vector(instruction, registers, count, np.dtype(np.uint32))
     warps = lanes.warps.reshape(-1, WARP)[:, :8].reshape(-1)
 
     def action(mask: Mask) -> None:
@@ -150,7 +151,7 @@ def store_matrix(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -
     count, transposed = _matrices(modifiers)
     place, source = operands(instruction, 2)
     registers, address = lanes.vector(source, 32), lanes.address(place)
-    _check_vector(instruction, registers, count, np.uint32)
+    _check_vector(instruction, registers, count, np.dtype(np.uint32))
     warps = lanes.warps.reshape(-1, WARP)[:, :8].reshape(-1)
 
     def action(mask: Mask) -> None:
