@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from routingvl.bottlenecks.frozen_weights import lower_frozen_weights
 from routingvl.config.schema import TrainConfig
 from routingvl.data.collate import IGNORED
 from routingvl.models.base import RoutedVLModel
 from routingvl.training.compile import compiled, compiled_inputs
-from routingvl.training.precision import lower_frozen_weights
 from routingvl.training.schedule import BatchOrder
 
 from .published_models import published_optimizer

@@ -21,7 +21,7 @@ _PUBLIC = {
     "bind_image": "routingvl.bottlenecks.attach",
     "disable": "routingvl.bottlenecks.inject",
     "inject": "routingvl.bottlenecks.inject",
-    "keep_frozen_casts": "routingvl.bottlenecks.frozen_casts",
+    "lower_frozen_weights": "routingvl.bottlenecks.frozen_weights",
     "load_adapter": "routingvl.bottlenecks.saving",
     "remove": "routingvl.bottlenecks.inject",
     "save_adapter": "routingvl.bottlenecks.saving",

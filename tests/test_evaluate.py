@@ -199,6 +199,22 @@ def test_image_controls(tiny, runs):
     assert not torch.equal(noise[0]["vision_features"], noise[1]["vision_features"])
 
 
+@pytest.mark.parametrize("control", CONTROLS)
+def test_image_controls_score_the_examples_that_are_scored_without_them(control, tiny, runs, tmp_path):
+    data = shutil.copytree(tiny / "data", tmp_path / "data")
+    folder = RunFolder(runs / "vqa")
+    settings = {"data.annotations": str(data), "data.images": str(data), "data.on_bad_image": "skip", "log": "quiet"}
+    task, _ = load_run(folder, "best", evaluation_config(folder, **{k: v for k, v in settings.items() if "." in k}))
+    bad = task.load_split("test").images[0].path
+    bad.write_bytes(b"no image")
+    found = []
+    for options in ({}, {"image_control": control}):
+        metrics = evaluate(runs / "vqa", output=tmp_path / str(len(found)), **options, **settings)
+        found.append((metrics["n"], metrics["skipped"], read_vqa_results(metrics["predictions"]).keys()))
+    assert found[0] == found[1]
+    assert found[0][1] > 0
+
+
 def test_image_controls_refuse(runs):
     with pytest.raises(ConfigError, match="image_control"):
         evaluate(runs / "vqa", image_control="swapped", log="quiet")

@@ -12,7 +12,6 @@ from torch import nn
 
 from routingvl.bottlenecks.beside import LoRAUpdate
 from routingvl.bottlenecks.context import VisualContext
-from routingvl.bottlenecks.frozen_casts import KeepsCasts
 from routingvl.bottlenecks.layers import is_conv1d, is_projection
 from routingvl.bottlenecks.sharding import is_sharded
 from routingvl.kernels.routing import Routing
@@ -181,17 +180,6 @@ class RoutedLinear(Linear):
             if not (is_projection(base) and base.weight.is_floating_point()):
                 raise PeftMethodError(f"adapter {name!r} cannot be merged into a {type(base).__name__}")
         super().merge(safe_merge, adapter_names)
-        self._weight_changed()
-
-    def unmerge(self) -> None:
-        """Undo :meth:`merge`, as PEFT does."""
-        super().unmerge()
-        self._weight_changed()
-
-    def _weight_changed(self) -> None:
-        """PEFT writes through ``weight.data``, which leaves no trace in the weight."""
-        if isinstance(base := self.get_base_layer(), KeepsCasts):
-            base.drop_casts()
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What an adapter of routing "none" adds to the weight, in the weight's layout."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ class ImageControl(Dataset):
 
     "shuffled" gives all examples of an image those of one other image of the split, a fixed one. The others put
     features [L, d] in the place of the frozen tower's: all 0, all 1, or standard normal noise, which is the same
-    whenever that image comes again.
+    whenever a file of that name comes again. Examples whose own image is skipped as unreadable are skipped here too.
 
     Raises:
         ConfigError: there is no such control, or nothing to shuffle with.
@@ -41,26 +43,40 @@ class ImageControl(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         example = self.dataset.example(index)
         image = self.dataset.image(index, example)
-        picture = self.dataset.picture(self._other[image]) if self.control == "shuffled" else self._features(image)
-        return None if picture is None else example | picture
+        if self.dataset.on_bad_image == "skip" and self.dataset.picture(image) is None:
+            return None
+        return example | (self._stranger(image) if self.control == "shuffled" else self._features(image))
+
+    def _stranger(self, image: ImageRecord) -> dict[str, Any]:
+        """Another image, the next that can be read."""
+        other = self._other[image]
+        while (picture := self.dataset.picture(other)) is None:
+            other = self._other[other]
+        if _key(other) == _key(image):
+            raise ConfigError("image_control='shuffled' needs two images that can be read")
+        return picture
 
     def _features(self, image: ImageRecord) -> dict[str, torch.Tensor]:
         if self.control == "noise":
-            seed = hashlib.sha256(str(image.image_id).encode()).digest()[:7]
+            seed = hashlib.sha256(os.path.normpath(image.file_name).encode()).digest()[:7]
             generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
             return {"vision_features": torch.randn(self._shape, generator=generator)}
         return {"vision_features": torch.full(self._shape, float(self.control == "ones"))}
 
 
+def _key(image: ImageRecord) -> Path | int | str:
+    return image.path or image.image_id
+
+
 def another_image(images: list[ImageRecord], split: str) -> dict[ImageRecord, ImageRecord]:
     """Another one of ``images`` for each: the next in an order drawn once and for all."""
-    distinct = {(image.path or image.image_id): image for image in images}
+    distinct = {_key(image): image for image in images}
     if len(distinct) < 2:
         raise ConfigError(f"image_control='shuffled' needs two images, and split {split!r} has {len(distinct)}")
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0)).tolist()
     keys = list(distinct)
     following = {keys[i]: distinct[keys[j]] for i, j in zip(order, order[1:] + order[:1], strict=True)}
-    return {image: following[image.path or image.image_id] for image in images}
+    return {image: following[_key(image)] for image in images}
 
 
 @torch.inference_mode()

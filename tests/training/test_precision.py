@@ -11,11 +11,12 @@ from tiny import answerer, batch, captioner, randomise, tiny_config, write_tiny
 from torch import nn
 
 from routingvl import train as train_module
+from routingvl.bottlenecks.frozen_weights import lower_frozen_weights
 from routingvl.config import RoutingConfig
 from routingvl.config.schema import override
 from routingvl.models import load_pretrained
 from routingvl.train import train
-from routingvl.training.precision import frozen_weights_lowered, lower_frozen_weights
+from routingvl.training.precision import frozen_weights_lowered
 
 
 def loss_and_gradients(model, inputs):
