@@ -6,40 +6,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .decoding import Action, Modifiers, Table, operands
+from .bits import BITS, LOGIC
+from .decoding import Action, Modifiers, Table, elementwise, operands
 from .lanes import Lanes, Mask
 from .parser import Fault, Instruction, members
-from .values import DTYPES, UNSIGNED, WIDENED, bits_of, is_floating, is_signed, narrowed, to_tf32
+from .values import DTYPES, INTEGERS, UNSIGNED, WIDENED, bits_of, is_floating, narrowed, to_tf32
 
-INTEGERS = ("u16", "s16", "u32", "s32", "u64", "s64")
-BITS = ("pred", "b16", "b32", "b64")
 WHOLE = ("f32", "f64")
 HALVES = tuple(WIDENED)
-TINY = np.finfo(np.float32).tiny
 # Rounding of a value to an integer.
 ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-
-
-def _flushed(values: np.ndarray) -> np.ndarray:
-    """float32 without denormals."""
-    return np.where(np.abs(values) < TINY, np.copysign(np.float32(0), values), values)
-
-
-def _elementwise(
-    compute: Callable[..., np.ndarray], kind: str, instruction: Instruction, lanes: Lanes, flush: bool = False
-) -> Action:
-    """target = compute(sources), all of one type."""
-    target, *sources = instruction.operands
-    readers, write = [lanes.reader(source, kind) for source in sources], lanes.writer(target, kind)
-
-    def action(mask: Mask) -> None:
-        values = [read() for read in readers]
-        if flush:
-            values = [_flushed(value) for value in values]
-        result = compute(*values)
-        write(_flushed(result) if flush else result, mask)
-
-    return action
 
 
 def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -81,7 +57,6 @@ SPECIAL: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rsqrt": lambda x: np.float32(1) / np.sqrt(x),
     "tanh": np.tanh,
 }
-LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
 COMPARISONS: dict[str, Callable] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
 }  # fmt: skip
@@ -101,7 +76,7 @@ def arithmetic(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> 
             compute = np.minimum if instruction.opcode == "min" else np.maximum
     if kind == "f64" and instruction.opcode == "fma":
         raise Fault(f"unknown type in {instruction}")
-    return _elementwise(compute, kind, instruction, lanes, flush)
+    return elementwise(compute, kind, instruction, lanes, flush)
 
 
 def multiply(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
@@ -113,10 +88,10 @@ def multiply(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Ac
         flush = modifiers.take("ftz") is not None
         if kind == "f64" and add:
             raise Fault(f"unknown type in {instruction}")
-        return _elementwise(_fused if add else np.multiply, kind, instruction, lanes, flush)
+        return elementwise(_fused if add else np.multiply, kind, instruction, lanes, flush)
     part, width = modifiers.need("lo", "hi", "wide"), bits_of(kind)
     if part == "lo":
-        return _elementwise((lambda a, b, c: a * b + c) if add else np.multiply, kind, instruction, lanes)
+        return elementwise((lambda a, b, c: a * b + c) if add else np.multiply, kind, instruction, lanes)
     if width > 32:
         raise Fault(f"unknown type in {instruction}")
     double = kind[0] + str(2 * width)
@@ -139,121 +114,13 @@ def special(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Act
     modifiers.take("approx", "rn")
     flush = modifiers.take("ftz") is not None
     kind = modifiers.type("f32")
-    return _elementwise(SPECIAL[instruction.opcode], kind, instruction, lanes, flush)
+    return elementwise(SPECIAL[instruction.opcode], kind, instruction, lanes, flush)
 
 
 def copysign(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
     """The second operand with the sign of the first."""
     kind = modifiers.type(*WHOLE)
-    return _elementwise(lambda sign, size: np.copysign(size, sign), kind, instruction, lanes)
-
-
-def logic(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
-    """and, or, xor, not."""
-    kind = modifiers.type(*BITS)
-    return _elementwise(LOGIC[instruction.opcode], kind, instruction, lanes)
-
-
-def three_input_logic(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
-    """lop3: any function of three bits, by its table."""
-    modifiers.type("b32")
-    target, *sources, table = operands(instruction, 5)
-    readers, write = [lanes.reader(source, "b32") for source in sources], lanes.writer(target, "b32")
-    ones = [row for row in range(8) if int(table, 0) >> row & 1]
-
-    def action(mask: Mask) -> None:
-        a, b, c = (read() for read in readers)
-        result = np.zeros_like(a)
-        for row in ones:
-            result |= (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
-        write(result, mask)
-
-    return action
-
-
-def shift(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
-    """shl and shr; by more than the width everything is shifted out."""
-    kind = modifiers.type("b16", "b32", "b64", *INTEGERS)
-    target, value, by = operands(instruction, 3)
-    read, amount, write = lanes.reader(value, kind), lanes.reader(by, "u32"), lanes.writer(target, kind)
-    move = np.left_shift if instruction.opcode == "shl" else np.right_shift
-    width = bits_of(kind)
-
-    def action(mask: Mask) -> None:
-        values, count = read(), amount()
-        moved = move(values, np.minimum(count, width - 1).astype(values.dtype))
-        rest = move(moved, values.dtype.type(1))  # the last bit, where the count is the width or more
-        write(np.where(count >= width, rest, moved), mask)
-
-    return action
-
-
-def funnel_shift(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
-    """shf: two registers shifted as one of 64 bits."""
-    left = modifiers.need("l", "r") == "l"
-    clamp = modifiers.need("clamp", "wrap") == "clamp"
-    modifiers.type("b32")
-    target, *sources = operands(instruction, 4)
-    readers, write = [lanes.reader(source, "b32") for source in sources], lanes.writer(target, "b32")
-
-    def action(mask: Mask) -> None:
-        low, high, count = (read().astype(np.uint64) for read in readers)
-        count = np.minimum(count, np.uint64(32)) if clamp else count & np.uint64(31)
-        both = low | high << np.uint64(32)
-        write((both << count >> np.uint64(32) if left else both >> count).astype(np.uint32), mask)
-
-    return action
-
-
-def extract_bits(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
-    """bfe: bits from a position on, as a number with or without a sign."""
-    kind = modifiers.type("u32", "s32")
-    target, *sources = operands(instruction, 4)
-    readers, write = [lanes.reader(source, "u32") for source in sources], lanes.writer(target, "u32")
-
-    def action(mask: Mask) -> None:
-        value, position, length = (read().astype(np.int64) for read in readers)
-        if ((length < 1) | (position + length > 32)).any():
-            raise Fault(f"bits beyond the register: {instruction}")
-        found = value >> position & (np.int64(1) << length) - 1
-        if is_signed(kind):
-            found -= (found >> length - 1) << length
-        write(found.astype(np.uint32), mask)
-
-    return action
-
-
-def insert_bits(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
-    """bfi: the first operand put into the second."""
-    modifiers.type("b32")
-    target, *sources = operands(instruction, 5)
-    readers, write = [lanes.reader(source, "b32") for source in sources], lanes.writer(target, "b32")
-
-    def action(mask: Mask) -> None:
-        value, into, position, length = (read().astype(np.int64) for read in readers)
-        place = (np.int64(1) << length) - 1 << position
-        write((into & ~place | value << position & place).astype(np.uint32), mask)
-
-    return action
-
-
-def permute_bytes(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
-    """prmt: four of the eight bytes of two registers, each chosen by four bits."""
-    modifiers.type("b32")
-    target, *sources = operands(instruction, 4)
-    readers, write = [lanes.reader(source, "b32") for source in sources], lanes.writer(target, "b32")
-
-    def action(mask: Mask) -> None:
-        a, b, choice = (read().astype(np.uint64) for read in readers)
-        if (choice & np.uint64(0x8888)).any():
-            raise Fault(f"a byte's sign is asked for: {instruction}")
-        both, result = a | b << np.uint64(32), np.zeros_like(a)
-        for byte in range(4):
-            chosen = choice >> np.uint64(4 * byte) & np.uint64(7)
-            result |= (both >> chosen * np.uint64(8) & np.uint64(255)) << np.uint64(8 * byte)
-        write(result.astype(np.uint32), mask)
-
-    return action
+    return elementwise(lambda sign, size: np.copysign(size, sign), kind, instruction, lanes)
 
 
 def compare(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
@@ -302,7 +169,7 @@ def select(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Acti
 
 def move(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
     """mov: of one register, or of a register from or into several narrower ones."""
-    kind = modifiers.type(*BITS, *INTEGERS, *WHOLE, "b128")
+    kind = modifiers.type(*BITS, *INTEGERS, *WHOLE)
     target, source = operands(instruction, 2)
     if not target.startswith("{") and not source.startswith("{"):
         write, read = lanes.writer(target, kind), lanes.reader(source, kind)
@@ -399,14 +266,7 @@ def _convert_pair(kind: str, source_kind: str, instruction: Instruction, modifie
 TABLE: Table = {
     **dict.fromkeys(ARITHMETIC, arithmetic),
     **dict.fromkeys(SPECIAL, special),
-    **dict.fromkeys(LOGIC, logic),
     **dict.fromkeys(("mul", "mad"), multiply),
-    **dict.fromkeys(("shl", "shr"), shift),
-    "lop3": three_input_logic,
-    "shf": funnel_shift,
-    "bfe": extract_bits,
-    "bfi": insert_bits,
-    "prmt": permute_bytes,
     "setp": compare,
     "selp": select,
     "mov": move,

@@ -86,22 +86,24 @@ class Block:
         """Memory by its name in an instruction."""
         return self.everything if space == "global" else self.shared
 
-    def run(self, index: tuple[int, int, int], grid: tuple[int, int, int]) -> int:
-        """Run the block at this place in the grid to its end; returns how many instructions that took."""
+    @property
+    def steps(self) -> int:
+        """How many instructions were run so far."""
+        return sum(run.steps for run in self._runs)
+
+    def run(self, index: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
+        """Run the block at this place in the grid to its end."""
         self.shared = SharedMemory(self._shared_bytes)
         for run in self._runs:
             run.start(index, grid)
-        going, steps = list(self._runs), 0
-        while going:
-            met = [run.to_barrier() for run in going]
+        met = [True]
+        while any(met):
+            met = [run.to_barrier() for run in self._runs]
             if any(met) and not all(met):
                 raise Fault(f"{self.program.name}: some warps wait at a barrier, others have ended")
             self.shared.barrier()
             self.everything.barrier()
-            if not any(met):
-                break
         self.same += self.shared.same
-        return sum(run.steps for run in self._runs) - steps
 
 
 class _Run:
@@ -217,8 +219,9 @@ def launch(
     given = [*arguments, *[0] * (len(program.parameters) - len(arguments))]
     for (name, kind), value in zip(program.parameters, given, strict=True):
         block.parameters[name] = np.array(value, _FORMATS[kind])
-    block.everything, steps = memory, 0
-    for z, y, x in np.ndindex(*reversed(grid)):
-        memory.next_block()
-        steps = block.run((x, y, z), grid)
-    return steps, block.same + memory.same
+    block.everything = memory
+    with np.errstate(all="ignore"):
+        for z, y, x in np.ndindex(*reversed(grid)):
+            memory.next_block()
+            block.run((x, y, z), grid)
+    return block.steps, block.same + memory.same

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import numpy as np
+
 from .lanes import Lanes, Mask
 from .parser import Fault, Instruction
 
 Action = Callable[[Mask], None]
 Decode = Callable[[Instruction, "Modifiers", Lanes], Action]
 Table = dict[str, Decode]
+TINY = np.finfo(np.float32).tiny
 
 
 class Modifiers:
@@ -72,3 +75,25 @@ def for_all_lanes(action: Action, instruction: Instruction) -> Action:
         action(mask)
 
     return checked
+
+
+def _flushed(values: np.ndarray) -> np.ndarray:
+    """float32 without denormals."""
+    return np.where(np.abs(values) < TINY, np.copysign(np.float32(0), values), values)
+
+
+def elementwise(
+    compute: Callable[..., np.ndarray], kind: str, instruction: Instruction, lanes: Lanes, flush: bool = False
+) -> Action:
+    """target = compute(sources), all of one type."""
+    target, *sources = instruction.operands
+    readers, write = [lanes.reader(source, kind) for source in sources], lanes.writer(target, kind)
+
+    def action(mask: Mask) -> None:
+        values = [read() for read in readers]
+        if flush:
+            values = [_flushed(value) for value in values]
+        result = compute(*values)
+        write(_flushed(result) if flush else result, mask)
+
+    return action

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from . import arithmetic, exchange, products, transfers
+from . import arithmetic, bits, exchange, products, transfers
 from .decoding import Action, Modifiers, Table
 from .lanes import Lanes
 from .parser import Fault, Instruction
 
-TABLE: Table = {**arithmetic.TABLE, **transfers.TABLE, **products.TABLE, **exchange.TABLE}
+TABLE: Table = {**arithmetic.TABLE, **bits.TABLE, **transfers.TABLE, **products.TABLE, **exchange.TABLE}
 
 
 def decode(instruction: Instruction, lanes: Lanes) -> Action:

@@ -15,6 +15,7 @@ DTYPES = {
     **{f"s{width}": dtype for width, dtype in SIGNED.items()},
     **{f"f{width}": dtype for width, dtype in FLOATING.items()},
 }
+INTEGERS = ("u16", "s16", "u32", "s32", "u64", "s64")
 # Types whose values are computed with as float32, rows of one or two: name -> values per register.
 WIDENED = {"bf16": 1, "f16": 1, "bf16x2": 2, "f16x2": 2}
 TF32_MASK = np.uint32(0xFFFFE000)
