@@ -24,12 +24,13 @@ from typing import Any
 
 from routingvl.kernels.activations import ACTIVATIONS
 from routingvl.kernels.routing import ROUTINGS, Routing
-from routingvl.kernels.triton_common.launch import NO_CODE
+from routingvl.kernels.triton_common.launch import NO_CODE, image_tile
 from routingvl.kernels.triton_common.tiles import SHARED_MEMORY, Tile, padded_rank, tiles_for
-from routingvl.kernels.triton_common.visual_tokens import MAX_GRAM_WIDTH, Visual
+from routingvl.kernels.triton_common.visual_tokens import MAX_GRAM_WIDTH, Visual, rows_of_one_image
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 RANKS = (16, 32, 64, 128, 256)
+TEXT = 20  # rows of text of an image, as in VQA
 FEW_SPILLS = 16  # that a limit of registers may cost, outside of all loops or nearly so: another program pays for them
 
 
@@ -60,8 +61,10 @@ class Configuration:
 
     @property
     def tile(self) -> Tile:
-        """The tile that a launch would try first."""
-        return tiles_for(self.tile_kind, self.rank, self.precision, self.decode, self.arch)[0]
+        """The tile that a launch would try first, for images with TEXT rows where programs have rows of one alone."""
+        tile = tiles_for(self.tile_kind, self.rank, self.precision, self.decode, self.arch)[0]
+        visual = VARIANTS[self.kernel][self.variant].get("VISUAL", int(Visual.ONE_TOKEN))
+        return image_tile(tile, TEXT, rows_of_one_image(visual))
 
     def __str__(self) -> str:
         return " ".join((self.kernel, self.variant, f"r{self.rank}", self.precision, *["decode"] * self.decode))
@@ -97,6 +100,8 @@ _DEFAULTS: Mapping[str, Any] = MappingProxyType(
         **dict.fromkeys(("ACCUMULATE", "RESIDUAL", "DOWN_BIAS", "UP_BIAS", "SAVE_T"), True),
         **dict.fromkeys(("WRITE_DX", "WRITE_DU", "WRITE_DP", "WRITE_DO", "WRITE_H"), True),
         "WRITE_DZ": False,
+        "WRITE_Z": True,
+        "ONE_ROW": False,
     }
 )
 
@@ -111,17 +116,17 @@ def _routing_variants(extra: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
     for row in sorted(ROUTINGS.values(), key=lambda row: not _is_representative(row)):
         for relu in (False, True)[: 1 + row.supports_relu]:
             launched = row.code is not None and (relu or not row.is_rank_one(1))
-            constants: dict[str, Any] = {"ROUTING": row.code, "RELU": relu}
+            constants: dict[str, Any] = {"ROUTING": row.code, "RELU": relu, "WRITE_Z": not relu}
             if not row.uses_image:
-                constants |= {"VISUAL": int(Visual.NO_IMAGE), "WRITE_DU": False}
+                constants |= {"VISUAL": int(Visual.NO_IMAGE), "WRITE_DU": False, "WRITE_Z": False}
             if launched:
                 variants[row.name + " relu" * relu] = constants
         if _is_representative(row):
             variants |= {f"{row.name} {name}": {"ROUTING": row.code, **given} for name, given in extra.items()}
         if row.inner_product:
-            several = {"ROUTING": row.code, "WRITE_DU": False, "WRITE_DZ": True}
-            variants[f"{row.name} tokens"] = {**several, "VISUAL": int(Visual.TOKENS)}
-            variants[f"{row.name} gram"] = {**several, "VISUAL": int(Visual.GRAM)}
+            by_gram = {"VISUAL": int(Visual.GRAM), "WRITE_DU": False, "WRITE_DZ": True}
+            variants[f"{row.name} tokens"] = {"ROUTING": row.code, "VISUAL": int(Visual.TOKENS)}
+            variants[f"{row.name} gram"] = {"ROUTING": row.code, **by_gram}
     return variants
 
 
@@ -154,7 +159,7 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "adapter_backward": _ADAPTER,
     }
 )
-_FLOAT32_POINTERS = {"p_du", "p_da", "p_c", "p_dp", "p_do"}
+_FLOAT32_POINTERS = {"p_da", "p_c", "p_dp", "p_do"}
 _FLOATS = {"scaling", "keep_scale"}
 _DIVISIBLE = ("p_", "width", "stride", "column", "rank")  # beginnings of names; by 16, as at every usual size
 

@@ -188,7 +188,8 @@ def inner_product_image_gradient(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -
         dgram = _at_least_float32(left).mT @ _at_least_float32(dz)  # [B, R, R]
         dright, du = (wide_u @ dgram.mT).to(u.dtype), (wide_right @ dgram).to(u.dtype)
     else:
-        dright, du = (dz @ u.mT).mT @ left, (left @ right.mT).mT @ dz
+        dright, forward = (dz @ u.mT).mT @ left, (left @ right.mT).mT
+        return torch.baddbmm(dright * (u > 0) if relu else dright, forward, dz)
     return du + (dright * (u > 0) if relu else dright)
 
 

@@ -12,7 +12,7 @@ from ..image_code import ImageCode
 from ..linear import column_sums
 from ..routing import inner_product_image_gradient
 from ..triton_common.launch import contiguous_rows
-from ..triton_common.visual_tokens import image_operand
+from ..triton_common.visual_tokens import Visual, image_operand
 from . import ops
 from .options import AdapterOptions, Weights
 
@@ -68,16 +68,9 @@ class FusedAdapter(torch.autograd.Function):
             rows, t, down.contiguous(), image, up.contiguous(), tokens, visual, ctx.rank_one, need_x, need_u, need_up,
             ctx.options,
         )  # fmt: skip
-        if not need_u:
-            du = None
-        elif not len(rows):
-            du = torch.zeros_like(u)
-        elif u.shape[1] > 1:
-            du = inner_product_image_gradient(
-                dz.view(batch, tokens, -1), t.view(batch, tokens, -1), u, ctx.options.relu
-            )
-        else:
-            du = du.view_as(u)
+        if need_u and visual == Visual.GRAM:
+            shape = batch, tokens, u.shape[2]
+            du = inner_product_image_gradient(dz.view(shape), t.view(shape), u, ctx.options.relu)
         ddown = ddown_bias = None
         if ctx.rank_one:
             dc = dt.view(batch, tokens, 1)
@@ -90,7 +83,7 @@ class FusedAdapter(torch.autograd.Function):
             ddown_bias = column_sums(dt) if need_down_bias else None
         dup = torch.mm(rows.t(), h) if need_up else None
         dup_bias = column_sums(rows) if need_up_bias else None
-        return dx.view(x.shape) if need_x else None, ddown, ddown_bias, du, dup, dup_bias
+        return dx.view(x.shape) if need_x else None, ddown, ddown_bias, du if need_u else None, dup, dup_bias
 
 
 def fused_adapter(x: Tensor, image: ImageCode | None, weights: Weights, options: AdapterOptions) -> Tensor:

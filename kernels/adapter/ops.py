@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..triton_common.cached_launcher import CachedKernel
-from ..triton_common.launch import define_op, launch_backward, launch_forward, product_precision
+from ..triton_common.launch import define_op, image_gradient, launch_backward, launch_forward, product_precision
 from ..triton_common.tiles import padded_rank
-from ..triton_common.visual_tokens import Visual, image_arguments, rows_of_one_image
+from ..triton_common.visual_tokens import image_arguments, new_image_gradients
 from .options import AdapterOptions
 from .triton import adapter_backward_kernel, adapter_forward_kernel
 
@@ -76,8 +76,7 @@ def _new_gradients(dy, t, down, image, up, tokens, visual, rank_one, need_x, nee
     return (
         dy.new_empty(rows if need_x else 0, width),
         _new_t(dy, rows, rank, rank_one),
-        dy.new_empty(rows if need_u and rows_of_one_image(visual) else 0, rank),
-        dy.new_empty(rows // tokens if need_u and visual == Visual.ONE_TOKEN else 0, rank),
+        *new_image_gradients(dy, image, visual, rank, need_u),
         dy.new_empty(rows if need_h else 0, rank),
     )
 
@@ -97,16 +96,15 @@ def adapter_backward(
     need_h: bool,
     options: AdapterOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx [M, K], the gradient of t, dz [M, R] of several visual tokens, du [B, R] of one, and h [M, R]; empty where not
-    needed.
-    """
+    """dx [M, K], the gradient of t, for GRAM dz [M, R] and else du [B, L, R], and h [M, R]; empty where not needed."""
     needs = (need_x, need_u, need_h)
-    dx, dt, dz, du, h = _new_gradients(dy, t, down, image, up, max(tokens, 1), visual, rank_one, *needs, options)
-    if len(dy):
-        arguments = dict(
-            **_call_arguments(down, image, up, tokens, visual, rank_one, options), p_dx=dx, p_dt=dt, p_dz=dz, p_h=h,
-            p_t=t, write_dx=need_x, write_h=need_h,
-        )  # fmt: skip
-        kind, kernel, rank = "adapter_backward", launch_adapter_backward, up.shape[1]
-        du = launch_backward(kind, kernel, dy, rank, need_u, arguments, relu=options.relu)
-    return dx, dt, dz, du, h
+    dx, dt, dz, du, h = _new_gradients(dy, t, down, image, up, tokens, visual, rank_one, *needs, options)
+    if len(dy) == 0:
+        return dx, dt, dz, du.zero_(), h
+    arguments = dict(
+        **_call_arguments(down, image, up, tokens, visual, rank_one, options), p_dx=dx, p_dt=dt, p_dz=dz, p_du=du,
+        p_h=h, p_t=t, write_dx=need_x, write_h=need_h, need_u=need_u,
+    )  # fmt: skip
+    (width, rank), kernel = up.shape, launch_adapter_backward
+    parts = launch_backward("adapter_backward", kernel, dy, rank, width, arguments, relu=options.relu)
+    return dx, dt, dz, image_gradient(parts, du, t, image, options.relu), h

@@ -15,7 +15,7 @@ import triton.language as tl
 from ..activations import act_bwd, act_fwd
 from ..routing import route_bwd, route_fwd, sum_of_products
 from ..triton_common.products import dot, low_rank_rows
-from ..triton_common.visual_tokens import NO_IMAGE, ONE_TOKEN, route_tokens
+from ..triton_common.visual_tokens import NO_IMAGE, ONE_TOKEN, route_tokens, store_image_gradient
 
 # Sizes that change from batch to batch: compiling anew when one becomes divisible by 16 would not pay.
 _VARYING = ["rows", "span", "tokens", "visual_tokens", "images"]
@@ -92,12 +92,16 @@ def adapter_forward_kernel(
             z = tl.where(m_r[None, :], route_fwd(t, u.to(tl.float32), ROUTING, RELU), 0.0)
         else:
             z = route_tokens(
-                t, t, p_image, block, span, visual_tokens, rank, False, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M
-            )
+                t, t, p_image, p_image, block, span, visual_tokens, rank, False, RELU, VISUAL, False, BLOCK_R,
+                PRECISION, BLOCK_M,
+            )  # fmt: skip
     h = act_fwd(z, ACT).to(p_up.dtype.element_ty)
 
     split = tl.cdiv(tl.cdiv(width, BLOCK_N), tl.num_programs(1)) * BLOCK_N
     first = tl.program_id(1) * split
+    if UP_BIAS:  # each step loads that of the next: it is too narrow for an asynchronous copy, which runs ahead alone
+        i_n = first + tl.arange(0, BLOCK_N)
+        up_bias = tl.load(p_up_bias + i_n, mask=i_n < width, other=0.0)
     # Stages are asked for because only then the tile of x is loaded ahead like the operands of the product.
     for n in tl.range(first, tl.minimum(first + split, width), BLOCK_N, num_stages=3):
         i_n = n + tl.arange(0, BLOCK_N)
@@ -106,7 +110,8 @@ def adapter_forward_kernel(
         up = tl.load(p_up + i_n[None, :] * rank + i_r[:, None], mask=m_r[:, None] & m_n[None, :], other=0.0)
         y = dot(h, up, None, PRECISION)
         if UP_BIAS:
-            y += tl.load(p_up_bias + i_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+            y += up_bias.to(tl.float32)[None, :]
+            up_bias = tl.load(p_up_bias + i_n + BLOCK_N, mask=i_n + BLOCK_N < width, other=0.0)
         if RESIDUAL:  # the second reading of x meets the L2 cache
             y += tl.load(p_x + o_m * stride_xm + i_n[None, :], mask=m_mn, other=0.0).to(tl.float32)
         tl.store(p_y + o_m * width + i_n[None, :], y.to(p_y.dtype.element_ty), mask=m_mn)
@@ -117,7 +122,7 @@ def adapter_backward_kernel(
     p_dx,  # [M, K] result
     p_dt,  # dt [M, R] result; RANK_ONE: dc [M] float32
     p_dz,  # [M, R] result
-    p_du,  # [B, blocks per image, R] float32 result
+    p_du,  # [B, blocks per image, R] result; of several visual tokens [B, L, R]
     p_h,  # [M, R] result
     p_dy,  # [M, K]
     p_t,  # what the forward pass saved
@@ -142,6 +147,7 @@ def adapter_backward_kernel(
     WRITE_DU: tl.constexpr,
     WRITE_DZ: tl.constexpr,
     WRITE_H: tl.constexpr,
+    ONE_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -151,7 +157,8 @@ def adapter_backward_kernel(
     """dh = dy B, then back through activation and routing to dt; dx = [dy +] dt A; h once more for the gradient of B.
 
     du is summed over this program's rows of each of its images: nobody else adds to those sums, so there are no atomics
-    and equal calls give equal bits. Grid: blocks of rows; span is a whole number of images.
+    and equal calls give equal bits. Grid: blocks of rows, splits of the columns of dx, the first of which writes
+    everything else; span is a whole number of images.
     """
     block, i_m, m_m, o_m, i_r, m_r, m_mr = low_rank_rows(rows, span, rank, BLOCK_M, BLOCK_R)
     i_b = i_m // tokens
@@ -178,18 +185,21 @@ def adapter_backward_kernel(
             z = tl.where(m_r[None, :], route_fwd(t, u, ROUTING, RELU), 0.0)
         else:
             z = route_tokens(
-                t, t, p_image, block, span, visual_tokens, rank, False, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M
-            )
-    if WRITE_H:
+                t, t, p_image, p_image, block, span, visual_tokens, rank, False, RELU, VISUAL, False, BLOCK_R,
+                PRECISION, BLOCK_M,
+            )  # fmt: skip
+    leads = tl.program_id(1) == 0
+    if WRITE_H and leads:
         tl.store(p_h + o_mr, act_fwd(z, ACT).to(p_h.dtype.element_ty), mask=m_mr)
     dz = act_bwd(dh, z, ACT)
-    if WRITE_DZ:
+    if WRITE_DZ and leads:
         tl.store(p_dz + o_mr, dz.to(p_dz.dtype.element_ty), mask=m_mr)
 
     if RANK_ONE:
         dc = sum_of_products(dz, u, 1)
         du = c[:, None] * dz
-        tl.store(p_dt + i_m, dc, mask=m_m)
+        if leads:
+            tl.store(p_dt + i_m, dc, mask=m_m)
     else:
         if VISUAL == NO_IMAGE:
             dt, du = route_bwd(dz, t, t, ROUTING, RELU)
@@ -200,21 +210,20 @@ def adapter_backward_kernel(
             dt, du = route_bwd(dz, t, u, ROUTING, RELU)
         else:
             dt = route_tokens(
-                t, dz, p_image, block, span, visual_tokens, rank, True, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M
-            )
+                t, dz, p_image, p_du, block, span, visual_tokens, rank, True, RELU, VISUAL, WRITE_DU, BLOCK_R,
+                PRECISION, BLOCK_M,
+            )  # fmt: skip
         dt = tl.where(m_r[None, :], dt, 0.0).to(p_down.dtype.element_ty)
-        tl.store(p_dt + o_mr, dt, mask=m_mr)
-    if WRITE_DU:
-        blocks = tl.cdiv(span, BLOCK_M)
-        first = (block // blocks) * (span // tokens)
-        p_total = p_du + (first.to(tl.int64) * blocks + block % blocks) * rank
-        for image in range(first, tl.minimum(first + span // tokens, images)):
-            total = tl.sum(tl.where(m_m[:, None] & (i_b == image)[:, None], du, 0.0), 0)
-            tl.store(p_total + i_r, total, mask=m_r)
-            p_total += blocks * rank
+        if leads:
+            tl.store(p_dt + o_mr, dt, mask=m_mr)
+    if VISUAL == ONE_TOKEN:  # noqa: SIM102 (elsewhere there is no du)
+        if WRITE_DU and leads:
+            store_image_gradient(p_du, du, block, i_m, m_m, i_r, m_r, span, tokens, images, rank, ONE_ROW, BLOCK_M)
 
     if WRITE_DX:
-        for k in tl.range(0, width, BLOCK_K, num_stages=3):
+        split = tl.cdiv(tl.cdiv(width, BLOCK_K), tl.num_programs(1)) * BLOCK_K
+        first = tl.program_id(1) * split
+        for k in tl.range(first, tl.minimum(first + split, width), BLOCK_K, num_stages=3):
             i_k = k + tl.arange(0, BLOCK_K)
             m_k = i_k < width
             m_mk = m_m[:, None] & m_k[None, :]

@@ -17,7 +17,7 @@ from ..image_code import ImageCode, can_project_jointly, lora_factor_gradients, 
 from ..linear import accumulates, frozen_projection, frozen_projection_gradients
 from ..routing import inner_product_image_gradient
 from ..triton_common.launch import contiguous_rows
-from ..triton_common.visual_tokens import image_operand
+from ..triton_common.visual_tokens import Visual, image_operand
 from . import ops
 from .options import LoRAOptions, Weights
 
@@ -65,24 +65,23 @@ class FusedDenseLoRA(torch.autograd.Function):
         need_x, need_u, need_a, need_b, *needs = ctx.needs_input_grad[:7]
         rows, shape = dy.flatten(0, 1), (*x.shape[:2], a.shape[0])
         dx, dweight, dbias, dbase = frozen_projection_gradients(dy, x, weight, options.weight_layout, (need_x, *needs))
-        db = None
-        if need_b:
-            db = _up_gradient(rows, options.routing.route(t.view(shape), u, options.relu), b, options)
-        if not (need_x or need_u or need_a):
+        # With one visual token and ReLU the kernel would spill registers.
+        need_z = need_b and u is not None and not (options.relu and u.shape[1] == 1)
+        z = None if need_z or not need_b else options.routing.route(t.view(shape), u, options.relu).flatten(0, 1)
+        if not (need_x or need_u or need_a or need_z):
+            db = _up_gradient(rows, z, b, options) if need_b else None
             return None, None, None, db, dweight, dbias, dbase
         accumulate = dx is not None
         if need_x and dx is None:
             dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         visual, image = image_operand(u, x.shape[1], options.relu)
-        dt, dz, du = ops.lora_backward_(
+        dt, dz, du, made = ops.lora_backward_(
             None if dx is None else dx.view(-1, dx.shape[2]), rows, t, a.contiguous(), image, b.contiguous(), seed,
-            x.shape[1], visual, accumulate, need_u, options,
+            x.shape[1], visual, accumulate, need_u, need_z, options,
         )  # fmt: skip
-        if need_u:
-            if u.shape[1] == 1:
-                du = du.view_as(u)
-            else:
-                du = inner_product_image_gradient(dz.view(shape), t.view(shape), u, options.relu)
+        if need_u and visual == Visual.GRAM:
+            du = inner_product_image_gradient(dz.view(shape), t.view(shape), u, options.relu)
+        db = _up_gradient(rows, made if need_z else z, b, options) if need_b else None
         da = None
         if need_a:
             text = contiguous_rows(x)
@@ -91,9 +90,9 @@ class FusedDenseLoRA(torch.autograd.Function):
 
 
 def _up_gradient(dy: Tensor, z: Tensor, b: Tensor, options: LoRAOptions) -> Tensor:
-    """dB [G*n, R] from dy [M, N] and z [B, T, G*R]."""
+    """dB [G*n, R] from dy [M, N] and z [M, G*R]."""
     db = torch.empty_like(b, memory_format=torch.contiguous_format)
-    groups = zip(db.chunk(options.groups), z.flatten(0, 1).chunk(options.groups, 1), options.columns, strict=True)
+    groups = zip(db.chunk(options.groups), z.chunk(options.groups, 1), options.columns, strict=True)
     for db_group, z_group, column in groups:
         dy_group = dy[:, column : column + db_group.shape[0]]
         db_group.addmm_(dy_group.t(), z_group, beta=0, alpha=options.scaling)

@@ -17,6 +17,7 @@ from ..triton_common.cached_launcher import CachedKernel
 from ..triton_common.dropout import dropout_arguments
 from ..triton_common.launch import (
     define_op,
+    image_gradient,
     launch_backward,
     launch_fitting,
     launch_forward,
@@ -25,7 +26,7 @@ from ..triton_common.launch import (
     sum_of_blocks,
 )
 from ..triton_common.tiles import Tile, column_splits, padded_rank
-from ..triton_common.visual_tokens import Visual, image_arguments, rows_of_one_image
+from ..triton_common.visual_tokens import image_arguments, new_image_gradients
 from .options import LoRAOptions
 from .rank_one import rank_one_backward_kernel, rank_one_forward_kernel
 from .triton import dropped_gradient_kernel, lora_backward_kernel, lora_forward_kernel
@@ -89,11 +90,9 @@ def lora_forward_(
     return t
 
 
-def _new_gradients(dx, dy, t, a, image, b, seed, tokens, visual, accumulate, need_u, options):
-    one_image = rows_of_one_image(visual)
-    dz = torch.empty_like(t) if need_u and one_image else t.new_empty(0, t.shape[1])
-    images = image.shape[0] if need_u and visual == Visual.ONE_TOKEN else 0
-    return torch.empty_like(t), dz, t.new_empty(images, t.shape[1])
+def _new_gradients(dx, dy, t, a, image, b, seed, tokens, visual, accumulate, need_u, need_z, options):
+    z = torch.empty_like(t) if need_z else t.new_empty(0, t.shape[1])
+    return torch.empty_like(t), *new_image_gradients(t, image, visual, t.shape[1], need_u), z
 
 
 @define_op(_new_gradients, mutates=["dx"])
@@ -109,23 +108,25 @@ def lora_backward_(
     visual: int,
     accumulate: bool,
     need_u: bool,
+    need_z: bool,
     options: LoRAOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (+)= dt A where given; returns dt [M, G*R], and where ``need_u``: dz [M, G*R] of several visual tokens, or
-    du [B, G*R] of one; empty otherwise.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx (+)= dt A where given; returns dt [M, G*R]; where ``need_u``, du [B, L, G*R], or for GRAM dz [M, G*R] in its
+    place; and where ``need_z``, z [M, G*R]. What is not needed is empty.
     """
     call = dict(dropout=seed is not None, relu=options.relu)
-    dt, dz, du = _new_gradients(dx, dy, t, a, image, b, seed, tokens, visual, accumulate, need_u, options)
+    dt, dz, du, z = _new_gradients(dx, dy, t, a, image, b, seed, tokens, visual, accumulate, need_u, need_z, options)
     if len(t) == 0:
-        return dt, dz, du.zero_()
+        return dt, dz, du.zero_(), z
     target = t if dx is None else dx
     arguments = dict(
         **_call_arguments(seed, tokens, accumulate, options), **_dense_arguments(a, image, visual, b, options.groups),
-        p_dx=target, p_dt=dt, p_dz=dz, p_t=t, p_seed=t if seed is None else seed, stride_dxm=target.stride(0),
-        write_dx=dx is not None,
+        p_dx=target, p_dt=dt, p_dz=dz, p_du=du, p_z=z, p_t=t, p_seed=t if seed is None else seed,
+        stride_dxm=target.stride(0), write_dx=dx is not None, write_z=need_z, need_u=need_u,
     )  # fmt: skip
-    du = launch_backward("lora_backward", launch_lora_backward, dy, t.shape[1], need_u, arguments, **call)
-    return dt, dz, du
+    kernel, width = launch_lora_backward, t.shape[1]
+    parts = launch_backward("lora_backward", kernel, dy, width, a.shape[1], arguments, **call)
+    return dt, dz, image_gradient(parts, du, t, image, options.relu), z
 
 
 @define_op(lambda dt, x, seed, options: dt.new_empty(dt.shape[1], x.shape[1]))

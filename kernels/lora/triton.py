@@ -14,7 +14,7 @@ import triton.language as tl
 from ..routing import route_bwd, route_fwd
 from ..triton_common.dropout import keep_mask
 from ..triton_common.products import dot, low_rank_rows
-from ..triton_common.visual_tokens import NO_IMAGE, ONE_TOKEN, route_tokens
+from ..triton_common.visual_tokens import NO_IMAGE, ONE_TOKEN, route_tokens, store_image_gradient
 
 # Sizes that change from batch to batch: compiling anew when one becomes divisible by 16 would not pay.
 _VARYING = ["rows", "span", "tokens", "visual_tokens", "images", "split_rows", "threshold"]
@@ -81,8 +81,9 @@ def lora_forward_kernel(
         z = tl.where(m_c[None, :], route_fwd(t, u.to(tl.float32), ROUTING, RELU), 0.0)
     else:
         z = route_tokens(
-            t, t, p_image, block, span, visual_tokens, width, False, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M
-        )
+            t, t, p_image, p_image, block, span, visual_tokens, width, False, RELU, VISUAL, False, BLOCK_R, PRECISION,
+            BLOCK_M,
+        )  # fmt: skip
     z = (z * scaling).to(p_b.dtype.element_ty)
 
     split = tl.cdiv(tl.cdiv(width_out, BLOCK_N), tl.num_programs(1)) * BLOCK_N
@@ -109,7 +110,8 @@ def lora_backward_kernel(
     p_dx,  # [M, K], modified in place
     p_dt,  # [M, C] result
     p_dz,  # [M, C] result
-    p_du,  # [B, blocks per image, C] float32 result
+    p_z,  # [M, C] result, where there is an image
+    p_du,  # [B, blocks per image, C] result; of several visual tokens [B, L, C]
     p_dy,  # [M, N]
     p_t,  # [M, C]
     p_a,  # [C, K]
@@ -140,19 +142,36 @@ def lora_backward_kernel(
     WRITE_DX: tl.constexpr,
     WRITE_DU: tl.constexpr,
     WRITE_DZ: tl.constexpr,
+    WRITE_Z: tl.constexpr,
+    ONE_ROW: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dz = scaling dy B, dt, dx (+)= dt A, and du summed over this program's rows of each of its images.
+    """dz = scaling dy B, dt, z, dx (+)= dt A, and du summed over this program's rows of each of its images.
 
-    Nobody else adds to those sums, so there are no atomics and equal calls give equal bits. Grid: blocks of rows; span
-    is a whole number of images.
+    Nobody else adds to those sums, so there are no atomics and equal calls give equal bits. Grid: blocks of rows,
+    splits of the columns of dx, the first of which writes everything else; span is a whole number of images.
     """
     width = GROUPS * rank
     block, i_m, m_m, o_m, i_c, m_c, m_mc = low_rank_rows(rows, span, width, BLOCK_M, BLOCK_R)
+
+    o_mc = o_m * width + i_c[None, :]
+    leads = tl.program_id(1) == 0
+    if WRITE_Z and leads:
+        # Here, because kept until then t and u would cost registers; they are loaded again, from the cache.
+        t = tl.load(p_t + o_mc, mask=m_mc, other=0.0).to(tl.float32)
+        if VISUAL == ONE_TOKEN:
+            u = tl.load(p_image + (i_m // tokens)[:, None] * width + i_c[None, :], mask=m_mc, other=0.0)
+            z = route_fwd(t, u.to(tl.float32), ROUTING, RELU)
+        else:
+            z = route_tokens(
+                t, t, p_image, p_image, block, span, visual_tokens, width, False, RELU, VISUAL, False, BLOCK_R,
+                PRECISION, BLOCK_M,
+            )  # fmt: skip
+        tl.store(p_z + o_mc, z.to(p_z.dtype.element_ty), mask=m_mc)
 
     dz = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for group in tl.static_range(GROUPS):
@@ -167,33 +186,30 @@ def lora_backward_kernel(
             b = tl.load(p_b_g + i_n[:, None] * rank + i_r[None, :], mask=m_n[:, None] & m_r[None, :], other=0.0)
             dz = dot(dy, b, dz, PRECISION)
     dz *= scaling
-    if WRITE_DZ:
-        tl.store(p_dz + o_m * width + i_c[None, :], dz.to(p_dz.dtype.element_ty), mask=m_mc)
+    if WRITE_DZ and leads:
+        tl.store(p_dz + o_mc, dz.to(p_dz.dtype.element_ty), mask=m_mc)
 
-    t = tl.load(p_t + o_m * width + i_c[None, :], mask=m_mc, other=0.0).to(tl.float32)
+    t = tl.load(p_t + o_mc, mask=m_mc, other=0.0).to(tl.float32)
     if VISUAL == NO_IMAGE:
         dt, du = route_bwd(dz, t, t, ROUTING, RELU)
     elif VISUAL == ONE_TOKEN:
-        i_b = i_m // tokens
-        u = tl.load(p_image + i_b[:, None] * width + i_c[None, :], mask=m_mc, other=0.0).to(tl.float32)
+        u = tl.load(p_image + (i_m // tokens)[:, None] * width + i_c[None, :], mask=m_mc, other=0.0).to(tl.float32)
         dt, du = route_bwd(dz, t, u, ROUTING, RELU)
-        if WRITE_DU:
-            blocks = tl.cdiv(span, BLOCK_M)
-            first = (block // blocks) * (span // tokens)
-            p_total = p_du + (first.to(tl.int64) * blocks + block % blocks) * width
-            for image in range(first, tl.minimum(first + span // tokens, images)):
-                total = tl.sum(tl.where((i_b == image)[:, None], du, 0.0), 0)
-                tl.store(p_total + i_c, total, mask=m_c)
-                p_total += blocks * width
+        if WRITE_DU and leads:
+            store_image_gradient(p_du, du, block, i_m, m_m, i_c, m_c, span, tokens, images, width, ONE_ROW, BLOCK_M)
     else:
         dt = route_tokens(
-            t, dz, p_image, block, span, visual_tokens, width, True, RELU, VISUAL, BLOCK_R, PRECISION, BLOCK_M
-        )
+            t, dz, p_image, p_du, block, span, visual_tokens, width, True, RELU, VISUAL, WRITE_DU, BLOCK_R, PRECISION,
+            BLOCK_M,
+        )  # fmt: skip
     dt = tl.where(m_c[None, :], dt, 0.0).to(p_a.dtype.element_ty)
-    tl.store(p_dt + o_m * width + i_c[None, :], dt, mask=m_mc)
+    if leads:
+        tl.store(p_dt + o_mc, dt, mask=m_mc)
 
     if WRITE_DX:
-        for k in tl.range(0, width_in, BLOCK_K, num_stages=3):
+        split = tl.cdiv(tl.cdiv(width_in, BLOCK_K), tl.num_programs(1)) * BLOCK_K
+        first = tl.program_id(1) * split
+        for k in tl.range(first, tl.minimum(first + split, width_in), BLOCK_K, num_stages=3):
             i_k = k + tl.arange(0, BLOCK_K)
             m_k = i_k < width_in
             a = tl.load(p_a + i_c[:, None] * width_in + i_k[None, :], mask=m_c[:, None] & m_k[None, :], other=0.0)

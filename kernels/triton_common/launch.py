@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..activations import Activation
 from ..optional_triton import interpreted, triton
-from ..routing import Routing
+from ..routing import Routing, inner_product_image_gradient
 from .cached_launcher import CachedKernel
 from .tiles import DECODE_ROWS, Tile, arch_of, column_splits, has_tf32, precision_of, tiles_for_call
 from .visual_tokens import Visual, rows_of_one_image
@@ -220,26 +220,48 @@ def launch_forward(
 
 
 def launch_backward(
-    kind: str, kernel: CachedKernel, dy: Tensor, width: int, need_u: bool, arguments: Mapping[str, Any], **call: bool
-) -> Tensor:
-    """Launch its backward kernel on rows dy [M, N], M > 0; returns du [B, width] of one visual token where ``need_u``,
-    empty otherwise.
+    kind: str, kernel: CachedKernel, dy: Tensor, width: int, columns: int, arguments: Mapping[str, Any], **call: bool
+) -> Mapping[str, Tensor]:
+    """Launch its backward kernel on rows dy [M, N], M > 0; ``columns`` of dx are split among programs.
+
+    ``need_u`` among the arguments says whether the kernel writes ``p_du``, or ``p_dz`` in its place. Where several
+    programs have rows of one image, they write to tensors of their own instead, which are returned by those names for
+    :func:`image_gradient`.
     """
-    rows, tokens, one_image = dy.shape[0], arguments["tokens"], rows_of_one_image(arguments["visual"])
-    images, write_du = rows // tokens, need_u and arguments["visual"] == Visual.ONE_TOKEN
+    rows, tokens, visual = dy.shape[0], arguments["tokens"], arguments["visual"]
+    one_image, need_u = rows_of_one_image(visual), arguments["need_u"]
     arguments = {
-        **arguments, "p_dy": dy, "rows": rows, "images": images, "stride_dym": dy.stride(0), "write_du": write_du,
-        "write_dz": need_u and one_image,
+        **arguments, "p_dy": dy, "rows": rows, "images": rows // tokens, "stride_dym": dy.stride(0),
+        "one_row": tokens == 1,
     }  # fmt: skip
 
-    def attempt(tile: Tile) -> Tensor:
+    def attempt(tile: Tile) -> Mapping[str, Tensor]:
         tile = image_tile(tile, tokens, one_image)
         span = tokens if one_image else max(1, tile.block_m // tokens) * tokens
-        du = dy.new_empty(images if write_du else 0, -(-span // tile.block_m), width, dtype=torch.float32)
-        kernel((blocks_of(rows, span, tile.block_m),), {**arguments, "span": span, "p_du": du, **vars(tile)})
-        return du
+        blocks, several = blocks_of(rows, span, tile.block_m), need_u and span > tile.block_m
+        parts = {}
+        if several and visual == Visual.ONE_TOKEN:
+            parts["p_du"] = dy.new_empty(rows // span, -(-span // tile.block_m), width, dtype=torch.float32)
+        elif several and visual == Visual.TOKENS:
+            parts["p_dz"] = dy.new_empty(rows, width)
+        write_dz = need_u and (visual == Visual.GRAM or "p_dz" in parts)
+        writes = {"write_dz": write_dz, "write_du": need_u and not write_dz and visual != Visual.NO_IMAGE}
+        splits = column_splits(tile, blocks * tile.block_m, columns, processors(dy.device))
+        grid = blocks, 1 if one_image or not arguments["write_dx"] else splits
+        kernel(grid, {**arguments, **writes, "span": span, **parts, **vars(tile)})
+        return parts
 
-    return sum_of_blocks(launch_fitting(kind, width, dy, attempt, **call), dy.dtype)
+    return launch_fitting(kind, width, dy, attempt, **call)
+
+
+def image_gradient(parts: Mapping[str, Tensor], du: Tensor, t: Tensor, image: Tensor | None, relu: bool) -> Tensor:
+    """du [B, L, R], which the backward kernel wrote, or made of the ``parts`` that it wrote instead."""
+    if "p_du" in parts:
+        return parts["p_du"].sum(1, keepdim=True).to(du.dtype)
+    if "p_dz" in parts:
+        shape = (image.shape[0], -1, image.shape[2])
+        return inner_product_image_gradient(parts["p_dz"].view(shape), t.view(shape), image, relu)
+    return du
 
 
 def blocks_of(rows: int, span: int, block_m: int) -> int:

@@ -141,15 +141,37 @@ def test_fresh_bottleneck_leaves_the_bits(name: str, relu: bool, tokens: int, te
     assert torch.equal(y, F.linear(drawn["x"], drawn["weight"], drawn["bias"]))
 
 
-@pytest.mark.parametrize("name", ["mul", "expand"])
-def test_programs_that_share_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a large GPU few rows are spread over more programs, and the result is the same."""
-    drawn = rounded(tensors(1, "c_attn", (2, 3, 50, 300, 5)))
-    kwargs = options(name, False, "c_attn", n=300)
-    y = fused_linear(**drawn, **kwargs)
+@pytest.mark.parametrize(("name", "relu"), [("mul", False), ("none", False), ("expand", False), ("vllora", True)])
+@pytest.mark.parametrize("text", [3, 40])  # rows of an image in one program, and in several
+def test_programs_that_share_columns(name: str, relu: bool, text: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a large GPU few rows are spread over more programs, and every result is the same."""
+    drawn = rounded(tensors(1, "c_attn", (2, text, 130, 100, 5)))
+    op, dy = partial(fused_linear, **options(name, relu, "c_attn", n=100)), torch.randn(2, text, 300, device=DEVICE)
+    alone = run(op, drawn, dy)
     for module in (ops, launch):
-        monkeypatch.setattr(module, "processors", lambda device: 7)
-    assert torch.equal(fused_linear(**drawn, **kwargs), y)
+        monkeypatch.setattr(module, "processors", lambda device: 24)
+    shared = run(op, drawn, dy)
+    assert all(torch.equal(shared[key], alone[key]) for key in alone)
+
+
+@pytest.mark.parametrize(("name", "relu", "tokens"), [("mul", False, 1), ("add", False, 1), ("vllora", True, 1)])
+def test_rows_with_an_image_each(name: str, relu: bool, tokens: int) -> None:
+    drawn = tensors(tokens, "c_attn", (50, 1, 20, 24, 5))
+    kwargs = options(name, relu, "c_attn", n=24)
+    assert_as_good_as(partial(fused_linear, **kwargs), partial(defined_linear, **kwargs), drawn, torch.float32)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(("dtype", "text", "several"), [(torch.float32, 90, True), (torch.float16, 20, False)], ids=str)
+def test_gradient_of_many_visual_tokens(relu: bool, dtype: torch.dtype, text: int, several: bool, monkeypatch) -> None:
+    """In the kernel where one program has all the rows of an image, by torch's products where several have."""
+    drawn, by_torch = tensors(37, "c_attn", (2, text, 20, 24, 70)), []
+    drawn["v"] *= 370**-0.5
+    whole = launch.inner_product_image_gradient
+    monkeypatch.setattr(launch, "inner_product_image_gradient", lambda *args: by_torch.append(1) or whole(*args))
+    kwargs = options("vllora", relu, "c_attn", n=24)
+    assert_as_good_as(partial(fused_linear, **kwargs), partial(defined_linear, **kwargs), drawn, dtype)
+    assert bool(by_torch) == several
 
 
 @pytest.mark.parametrize("name", ["mul", "vllora"])
@@ -295,8 +317,13 @@ def test_ops_are_what_they_declare() -> None:
 
     shared = (seed, 5, int(Visual.ONE_TOKEN), True)
     check(ops.lora_forward_, y, x, a, u, b, *shared, True)
-    check(ops.lora_backward_, dx, dy, F.linear(x, a), a, u, b, *shared, True)
-    check(ops.lora_backward_, None, dy, F.linear(x, a), a, u, b, *shared, False)
+    check(ops.lora_backward_, dx, dy, F.linear(x, a), a, u, b, *shared, True, True)
+    check(ops.lora_backward_, None, dy, F.linear(x, a), a, u, b, *shared, False, False)
+    several, whole = torch.randn(3, 4, 6, device=DEVICE), torch.randn(3, 6, 6, device=DEVICE)
+    vllora = plain._replace(routing=ROUTINGS["vllora"])
+    for way, image in ((Visual.TOKENS, several), (Visual.GRAM, whole)):
+        operands = (dx, dy, F.linear(x, a), a, image, b, None, 5, int(way), True, True, True)
+        check(ops.lora_backward_, *operands, options=vllora)
     check(ops.dropped_gradient, F.linear(x, a), x, seed)
     p, o, c = torch.randn(3, 20, device=DEVICE), torch.randn(3, 32, device=DEVICE), torch.randn(15, device=DEVICE)
     check(ops.rank_one_forward_, y, x, p, o, None, 5, True, options=plain)
