@@ -28,7 +28,7 @@ from routingvl.kernels.triton_common.launch import NO_CODE, image_tile
 from routingvl.kernels.triton_common.tiles import SHARED_MEMORY, Tile, padded_rank, tiles_for
 from routingvl.kernels.triton_common.visual_tokens import MAX_GRAM_WIDTH, Visual, rows_of_one_image
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 RANKS = (16, 32, 64, 128, 256)
 TEXT = 20  # rows of text of an image, as in VQA
 FEW_SPILLS = 16  # that a limit of registers may cost, outside of all loops or nearly so: another program pays for them

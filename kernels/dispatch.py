@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from .choice import torch_wins
 from .float32_precision import tf32_allowed
 from .optional_triton import interpreted, triton
 from .routing import Routing, find_routing
@@ -63,6 +64,9 @@ def select_backend(
     relu: bool = False,
     placement: str = "bottleneck",
     products: bool = False,
+    rows: int | None = None,
+    grouped: bool = False,
+    dropout: bool = False,
 ) -> tuple[str, str]:
     """Choose the backend for tensors on ``device_type`` ("cpu", "cuda", ...).
 
@@ -81,6 +85,9 @@ def select_backend(
         products: whether the call multiplies matrices inside the bottleneck (it does not where it is rank one in each
             image). Such products of float32 are torch's unless the kernels are asked for by name, because without
             tensor cores cuBLAS is faster.
+        rows, grouped, dropout: of a LoRA with such products, how many rows of text there are, and whether several
+            projections share it and its inputs are dropped: the table of :mod:`.choice` knows which of these are
+            faster in torch. None: not known, and not looked up.
 
     Returns:
         The backend's name and the reason in words.
@@ -96,6 +103,9 @@ def select_backend(
     obstacle = call_obstacle(dtype, width)
     if obstacle is None and products and dtype == torch.float32 and _left_to_torch(device_type, backend):
         obstacle = "exact products of float32 are faster in torch on a GPU; backend='triton' overrides this"
+    if obstacle is None and products and rows is not None and device_type == "cuda" and not _asked(backend):
+        plain = row is not None and not row.uses_image
+        obstacle = torch_wins(_current_arch(), dtype, rows, plain=plain, grouped=grouped, dropout=dropout)
     if obstacle is None and row is not None:
         obstacle = row.kernel_obstacle(visual_tokens, relu, placement)
     if obstacle:
@@ -132,11 +142,20 @@ def _device_backend(device_type: str, backend: str | None) -> tuple[str, str]:
 @torch.compiler.assume_constant_result
 def _left_to_torch(device_type: str, backend: str | None) -> bool:
     """Whether exact products of float32 are torch's: on a GPU, where nobody asked for a backend or allowed tf32."""
-    asked = backend or os.environ.get(BACKEND_VARIABLE)
-    return not asked and device_type in GPU_TYPES and not tf32_allowed()
+    return not _asked(backend) and device_type in GPU_TYPES and not tf32_allowed()
 
 
+@torch.compiler.assume_constant_result
+def _asked(backend: str | None) -> bool:
+    """Whether somebody asked for a backend by name."""
+    return bool(backend or os.environ.get(BACKEND_VARIABLE))
+
+
+@torch.compiler.assume_constant_result
 def _current_arch() -> str:
+    """Architecture of the current GPU; "default" where there is none."""
+    if not torch.cuda.is_available():
+        return "default"
     return arch_of(torch.device("cuda", torch.cuda.current_device()))
 
 

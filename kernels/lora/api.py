@@ -179,6 +179,7 @@ def _run(
         x.device.type, backend, dtype=x.dtype, width=a.shape[0], routing=routing, visual_tokens=visual_tokens,
         relu=relu, placement=placement,
         products=relu or image_index is not None or not routing.is_rank_one(visual_tokens),
+        rows=x.shape[0] * x.shape[1], grouped=options.groups > 1, dropout=dropout > 0,
     )  # fmt: skip
     fused = name == "triton" and options.equally_spaced
     shape, before_up = x.shape, placement == "bottleneck" or routing.moves_before_up(visual_tokens, relu)

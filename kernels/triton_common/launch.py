@@ -30,6 +30,7 @@ from .visual_tokens import Visual, rows_of_one_image
 
 DEVICE_KEYS = ("CPU", "CUDA", "XPU")
 NO_CODE = -1  # of a function without a branch in the kernels, which compile none then
+MIN_ROWS = 16  # of the smallest block
 FEW_ROWS = 64  # per processor: with fewer some have nothing to do, whatever the tile
 
 _logger = logging.getLogger(__name__)
@@ -174,7 +175,8 @@ def fitting_tiles(kind: str, width: int, x: Tensor, **call: bool) -> tuple[Tile,
     ``call`` holds what else :func:`~.tiles.tiles_for_call` wants to know of the call.
     """
     arch = arch_of(x.device)
-    options = {"few": x.shape[0] < FEW_ROWS * processors(x.device), **call}
+    rows, many = x.shape[0], processors(x.device)
+    options = {"few": rows < FEW_ROWS * many, "one_wave": rows <= MIN_ROWS * many, **call}
     return tiles_for_call(kind, width, precision_of(x.dtype, arch), x.shape[0] <= DECODE_ROWS, arch, **options)
 
 

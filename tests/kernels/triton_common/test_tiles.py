@@ -134,6 +134,12 @@ def test_tiles_of_a_call_on_hopper() -> None:
     for kind in ("lora_backward", "adapter_backward"):
         assert first(kind).num_warps == 4
         assert {first(kind, **{why: True}).num_warps for why in ("few", "dropout", "relu")} == {8}
+    assert first("lora_backward", dropout=True).maxnreg == 128
+    assert (
+        first("lora_backward", dropout=True, few=True).maxnreg == first("adapter_backward", dropout=True).maxnreg == 0
+    )
+    assert first("adapter_forward", few=True) == first("adapter_forward")
+    assert first("adapter_forward", few=True, one_wave=True) == Tile(16, 128, 128, 4, 3)
     forward = first("lora_forward")
     assert first("lora_forward", few=True) == forward
     assert first("lora_forward", few=True, dropout=True) == replace(forward, block_m=16)
@@ -141,10 +147,20 @@ def test_tiles_of_a_call_on_hopper() -> None:
     assert first("rank_one_backward") == Tile(16, 128, 128, 1, 2)
     assert first("rank_one_backward", two_parts=True) == Tile(32, 128, 128, 2, 2)
     assert first("rank_one_backward", few=True) == Tile(16, 512, 512, 4, 2)
-    call = {"few": True, "dropout": True, "two_parts": True}
+    call = {"few": True, "one_wave": True, "dropout": True}
     for kind in KINDS:
         assert first(kind, "sm_80", **call) == tiles_for(kind, 128, "half", False, "sm_80")[0]
         assert first(kind, precision="ieee", **call) == tiles_for(kind, 128, "ieee", False, "sm_90")[0]
+
+
+def test_an_image_of_two_parts_is_one_program_of_a_rank_one_kernel() -> None:
+    for arch, precision in (("sm_80", "half"), ("sm_120", "ieee"), ("sm_90", "half")):
+        single = tiles_for("rank_one_backward", 1, precision, False, arch)[0]
+        both = tiles_for_call("rank_one_backward", 1, precision, False, arch, two_parts=True)[0]
+        assert both == replace(single, block_m=32, num_warps=2 * single.num_warps)
+    for arch in ("gfx942", "default"):
+        both = tiles_for_call("rank_one_backward", 1, "half", False, arch, two_parts=True)
+        assert both == tiles_for("rank_one_backward", 1, "half", False, arch)
 
 
 def test_column_splits_fill_the_device_when_rows_are_few() -> None:
