@@ -103,7 +103,8 @@ def select_backend(
     obstacle = call_obstacle(dtype, width)
     if obstacle is None and products and dtype == torch.float32 and _left_to_torch(device_type, backend):
         obstacle = "exact products of float32 are faster in torch on a GPU; backend='triton' overrides this"
-    if obstacle is None and products and rows is not None and device_type == "cuda" and not _asked(backend):
+    measured = products and rows is not None and (visual_tokens or 0) <= 1
+    if obstacle is None and measured and device_type == "cuda" and not _asked(backend):
         plain = row is not None and not row.uses_image
         obstacle = torch_wins(_current_arch(), dtype, rows, plain=plain, grouped=grouped, dropout=dropout)
     if obstacle is None and row is not None:

@@ -46,7 +46,7 @@ def test_a_default_goes_by_the_table_and_a_name_does_not(monkeypatch: pytest.Mon
     assert name == "eager"
     assert "118 us, kernels 162" in reason
     assert chosen(rows=40)[0] == chosen(dropout=False)[0] == chosen(rows=None)[0] == "triton"
-    assert chosen(routing="vllora", products=False)[0] == "triton"
+    assert chosen(routing="vllora", products=False)[0] == chosen(routing="vllora", visual_tokens=9)[0] == "triton"
     assert chosen("triton")[0] == "triton"
     monkeypatch.setenv("ROUTINGVL_BACKEND", "triton")
     assert chosen()[0] == "triton"
