@@ -110,8 +110,8 @@ def route_tokens(
     else:
         routed = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         narrow = rows.to(p_image.dtype.element_ty)
-        # With ReLU Triton (3.9, sm_90) would load the visual tokens of a later step to where a product still reads, and
-        # with WRITE_DU there are more such products.
+        # With ReLU Triton (3.4 to 3.9, sm_90) would load visual tokens of a later step to where a product still
+        # reads, and with WRITE_DU there are more such products.
         for o_l in tl.range(0, visual_tokens, BLOCK_L, num_stages=1 if RELU or WRITE_DU else None):
             i_l = o_l + tl.arange(0, BLOCK_L)
             m_l = (i_l < visual_tokens)[:, None] & m_c[None, :]

@@ -33,7 +33,7 @@ FAST = [
     (90, Case("mul", "c_attn")),
     (90, Case("none", dtype="float16", sizes=ODD)),
     (90, Case("vllora")),
-    (90, Case("vllora", "c_attn", tokens=40, sizes=(2, 37, 72, 40, 24))),
+    (90, Case("vllora", "c_attn", tokens=40, sizes=(2, 37, 72, 40, 24), relu=True)),
     (90, Case("add", dropout=0.5)),
     (90, Case("mul", "adapter")),
     (90, Case("vllora", "adapter", "float32", activation="gelu_new", residual=False)),
