@@ -177,7 +177,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         for axis in (upper, lower):
             axis.legend(fontsize=7)
             axis.tick_params(labelsize=7)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -196,6 +196,45 @@ def gpu_layers() -> str:
     return markdown(["published divided by ours, H100, forward + backward", *columns], lines)
 
 
+def waterfall() -> str:
+    """MiB of a training step by technique, with the change in percent."""
+    rows = [json.loads(line) for line in (RESULTS / "cpu_waterfall.jsonl").read_text(encoding="utf-8").splitlines()]
+    tasks = {"waterfall_vqa": "VQA, batch 32", "waterfall_caption": "captions, batch 8"}
+    found = {(row["case"], row["technique"]): row["step_mib"] for row in rows}
+    tasks = {task: words for task, words in tasks.items() if (task, "published") in found}
+    before: dict[str, float] = {}
+    lines = []
+    for technique in dict.fromkeys(row["technique"] for row in sorted(rows, key=lambda row: row["rung"])):
+        cells = []
+        for task in tasks:
+            mib = found.get((task, technique))
+            change = f" ({100 * (mib / before[task] - 1):+.0f} %)" if mib is not None and task in before else ""
+            cells.append("" if mib is None else f"{mib:.0f}{change}")
+            before |= {} if mib is None else {task: mib}
+        lines.append([technique, *cells])
+    return markdown(["MiB in a step", *tasks.values()], lines)
+
+
+def convergence() -> str:
+    """How far ours strays from the published chain in training, and how far rounding alone does."""
+    from .convergence import judged  # needs transformers
+
+    rows = [json.loads(line) for line in (RESULTS / "cpu_convergence.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        [f"{one['case'].removeprefix('convergence_')}, {one['dtype']}", f"{one['ours']:.1e}", f"{one['nudged']:.1e}",
+         f"{one['widest']:.1e}", f"{one['last']:.4f}"]
+        for one in judged(rows)
+    ]  # fmt: skip
+    head = [
+        "200 steps on a CPU",
+        "gap of ours",
+        "of rounding alone",
+        "widest allowed",
+        "ours / published, last 20 losses",
+    ]
+    return markdown(head, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-layers-intel": intel_layers,
     "cpu-layers-amd": amd_layers,
@@ -204,6 +243,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-training": training,
     "cpu-training-memory": training_memory,
     "gpu-layers": gpu_layers,
+    "cpu-waterfall": waterfall,
+    "cpu-convergence": convergence,
 }
 
 
