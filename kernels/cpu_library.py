@@ -66,15 +66,17 @@ def _probed(threads: int) -> bool:
 def probe(threads: int) -> float:
     """How many times as fast oneDNN is as torch in the products of a small LoRA layer; takes some tens of ms."""
     draws = torch.Generator().manual_seed(0)  # torch's own stays as it is
-    (x, w), (a, other) = torch.randn(2, 384, 384, generator=draws), torch.randn(2, 96, 384, generator=draws)
+    kind = {"generator": draws, "dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
+    (x, w), (a, other) = torch.randn(2, 384, 384, **kind), torch.randn(2, 96, 384, **kind)
     t = other.t().contiguous()
     # dx, t, what t adds to y or dx, and the gradient of a weight: twice each but the first, as a step has them.
     pairs = [(x, w), *[(x, a.t()), (t, a), (t.t(), x)] * 2]
     clock = time.thread_time if threads == 1 else time.perf_counter
     ways = (torch.mm, onednn_product)
-    best = [_seconds(way, pairs, clock) * float("inf") for way in ways]  # the first round makes code, and is not timed
-    for _ in range(PROBE_ROUNDS):
-        best = [min(least, _seconds(way, pairs, clock)) for least, way in zip(best, ways, strict=True)]
+    with torch.autocast("cpu", enabled=False):
+        best = [_seconds(way, pairs, clock) * float("inf") for way in ways]  # this round makes code, and is not timed
+        for _ in range(PROBE_ROUNDS):
+            best = [min(least, _seconds(way, pairs, clock)) for least, way in zip(best, ways, strict=True)]
     return best[0] / best[1]
 
 

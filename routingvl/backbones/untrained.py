@@ -13,7 +13,10 @@ from routingvl.backbones.vision import TOWERS
 
 VIT = {"model_type": "vit"}
 VIT_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-ROBERTA = {"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+ROBERTA = {
+    "model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1,
+    "architectures": ["RobertaForMaskedLM"],
+}  # fmt: skip
 # What differs from transformers' defaults in the configs of the backbones that recipes name (from their config.json):
 # an estimate of a recipe needs no network then.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -74,4 +77,21 @@ def untrained_text(use: str, name: str) -> nn.Module:
         model = getattr(transformers, "AutoModel" if use == READ else writer).from_config(config)
     except ValueError as error:
         raise BackboneError(f"{name} is of model type {config.model_type!r}, which is no language model") from error
+    model.drawn_weights = _weights_that_lack(config, model) if use == READ else []
     return model.to(torch.float32).eval()
+
+
+def _weights_that_lack(config: Any, model: nn.Module) -> list[str]:
+    """The pooler's weights where the checkpoint was saved by a class without one, which its config names.
+
+    :func:`~routingvl.backbones.text.load_text` draws them, and they train.
+    """
+    import transformers
+
+    pooler = [name for name, _ in model.named_parameters() if name.startswith("pooler.")]
+    saved_by = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    if not pooler or saved_by is None:
+        return []
+    with torch.device("meta"):
+        saved = {name for name, _ in saved_by(config).named_parameters()}
+    return [] if any(f".{name}".endswith(".pooler.dense.weight") for name in saved) else pooler

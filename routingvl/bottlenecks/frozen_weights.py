@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -9,6 +10,9 @@ import torch
 from torch import nn
 
 from routingvl.bottlenecks.layers import RoutedLoRALinear, is_conv1d
+
+# What belongs to bottlenecks, ours and PEFT's, and to what trains beside them: frozen or not, its type is its own.
+OWNED = re.compile(r"\.(?:lora_\w+|modules_to_save|trainable_tokens_\w+|image_projections?|down_sampler|up_sampler)\.")
 
 
 def lower_frozen_weights(model: nn.Module, dtype: torch.dtype, keep: bool = True) -> Callable[[], None]:
@@ -32,14 +36,24 @@ def lower_frozen_weights(model: nn.Module, dtype: torch.dtype, keep: bool = True
 
     Returns:
         A function that puts the float32 weights back; with ``keep=False`` it does so for shared weights only. A weight
-        that was changed meanwhile (an adapter merged into it) keeps the change, in float32.
+        that was changed meanwhile keeps the change, rounded; so merge adapters when it is back.
+
+    Raises:
+        ValueError: ``dtype`` is another.
     """
-    modules = list(model.modules())
-    elsewhere = {id(p) for module in modules if not _is_product(module) for p in module.parameters(recurse=False)}
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype={dtype!r} must be torch.bfloat16 or torch.float16, the type that autocast runs in")
+    modules = [module for name, module in model.named_modules() if not OWNED.search(f".{name}.")]
+    elsewhere = {id(p) for of in model.modules() if not _is_product(of) for p in of.parameters(recurse=False)}
     undo, lowered = ExitStack(), set()
     for module in filter(_is_product, modules):
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.requires_grad or parameter.dtype != torch.float32 or id(parameter) in lowered:
+            if (
+                name not in ("weight", "bias")
+                or parameter.requires_grad
+                or parameter.dtype != torch.float32
+                or id(parameter) in lowered
+            ):
                 continue
             if id(parameter) in elsewhere:
                 delattr(module, name)  # a plain tensor in its place, which is no parameter of the model
@@ -56,7 +70,8 @@ def lower_frozen_weights(model: nn.Module, dtype: torch.dtype, keep: bool = True
 
 def _put_back(parameter: nn.Parameter, exact: torch.Tensor) -> None:
     exact = exact.to(parameter.device)
-    same = torch.equal(parameter.data, exact.to(parameter.dtype))
+    bits = (parameter.data.view(torch.int16), exact.to(parameter.dtype).view(torch.int16))  # NaN is equal to NaN so
+    same = bits[0].shape == bits[1].shape and torch.equal(*bits)
     parameter.data = exact if same else parameter.data.to(exact.dtype)
 
 

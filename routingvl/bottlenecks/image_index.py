@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from routingvl.bottlenecks.rows import Tokens, check_mask
 
 
-@dataclass
+@dataclass(frozen=True)
 class ImageIndex:
     """The argument ``image_index`` of :meth:`VisualContext.bind`, ready for the layers.
 
@@ -19,7 +19,7 @@ class ImageIndex:
         keep: bool [rows, T], False where the bottleneck adds nothing; None: True everywhere.
         real: bool [I, 1], False for the zeros in ``pooled``; None: there are none.
         several: L, if the features have more than one visual token per image, else 1.
-        begun: whether a call had the whole text; before it none is a later step.
+        begun: not empty once a call had the whole text; before it none is a later step. Copies share it.
     """
 
     pooled: torch.Tensor
@@ -27,7 +27,7 @@ class ImageIndex:
     keep: torch.Tensor | None
     real: torch.Tensor | None
     several: int
-    begun: bool = False
+    begun: set[bool] = field(default_factory=set)
 
     @classmethod
     def of(
@@ -71,7 +71,8 @@ class ImageIndex:
                 f"image_index is for {whole} tokens, and the text of a routed layer has {tokens}; in generation, bind "
                 "with decoding=True"
             )
-        self.begun = self.begun or tokens >= whole
+        if tokens >= whole:
+            self.begun.add(True)
         if not self.begun:
             raise ValueError(
                 f"image_index is for {whole} tokens, and the first call has {tokens} of them: give the text in one "

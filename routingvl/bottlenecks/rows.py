@@ -165,12 +165,16 @@ def position_begins(batch: Mapping[str, Any], rows: int = 1) -> torch.Tensor | N
         positions = positions[0]
     if positions.dim() != 2:
         return None
-    begins = torch.ones_like(positions, dtype=torch.bool)
-    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-    if len(begins) == 1:  # for every row
-        begins = begins.expand(rows, -1)
-    if isinstance(mask, torch.Tensor) and mask.shape == begins.shape:
-        begins = begins & (mask != 0)
+    if len(positions) == 1:  # for every row
+        positions = positions.expand(rows, -1)
+    real = torch.ones_like(positions, dtype=torch.bool)
+    if isinstance(mask, torch.Tensor) and mask.shape == positions.shape:
+        real = mask != 0
+    columns = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    before = torch.where(real, columns, -1).cummax(1).values.roll(1, 1)  # the last token that is no padding
+    before[:, :1] = -1
+    goes_on = (before >= 0) & (positions == positions.gather(1, before.clamp(min=0)) + 1)
+    begins = real & ~goes_on
     return begins
 
 

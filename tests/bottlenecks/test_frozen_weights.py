@@ -100,6 +100,34 @@ def test_what_is_saved_is_the_same(tmp_path):
     assert_same(step(other), step(model))
 
 
+def test_adapters_that_are_not_active_keep_their_type():
+    pytest.importorskip("peft.tuners")
+    from routingvl.peft import RoutedLoraConfig
+
+    model = of_peft(None)
+    other = RoutedLoraConfig(r=4, lora_alpha=4, routing="none", target_modules=["c_attn"], modules_to_save=["mlp.c_fc"])
+    model.add_adapter("other", other)
+    lower_frozen_weights(model, torch.bfloat16)
+    kinds = {name: weight.dtype for name, weight in model.named_parameters() if "lora_" in name or ".other." in name}
+    assert sum(".other." in name for name in kinds) > 4
+    assert set(kinds.values()) == {torch.float32}
+    assert model.base_model.model.transformer.h[0].attn.c_attn.base_layer.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, "bf16"])
+def test_other_types_are_refused(dtype):
+    with pytest.raises(ValueError, match=r"must be torch\.bfloat16 or torch\.float16"):
+        lower_frozen_weights(nn.Linear(2, 2), dtype)
+
+
+def test_not_a_number_comes_back_with_its_neighbours():
+    layer = nn.Linear(4, 4).requires_grad_(False)
+    layer.weight[0, 0] = torch.nan
+    before = layer.weight.clone()
+    lower_frozen_weights(layer, torch.bfloat16)()
+    torch.testing.assert_close(layer.weight, before, rtol=0, atol=0, equal_nan=True)
+
+
 def test_what_was_changed_meanwhile_stays_changed():
     layer = nn.Linear(4, 4).requires_grad_(False)
     kept, changed = layer.bias.clone(), (2 * layer.weight).bfloat16().float()

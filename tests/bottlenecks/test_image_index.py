@@ -118,6 +118,16 @@ def test_without_a_cache_the_text_comes_again_with_what_was_written():
             torch.testing.assert_close(found, layer(tokens))
 
 
+def test_some_rows_know_that_the_text_has_begun():
+    context = VisualContext()
+    layer = make("linear", "mul", context)
+    rows = torch.tensor([1])
+    with torch.no_grad(), context.bind(images(), image_index=INDEX, decoding=True, text_only="skip", beams=None):
+        for tokens in (5, 1):  # PEFT's rows of one adapter, in a prompt and in a step
+            with context.rows(rows, of=2):
+                layer(text(1, tokens))
+
+
 def test_a_text_that_comes_in_pieces_is_an_error():
     context = VisualContext()
     layer = make("linear", "mul", context)

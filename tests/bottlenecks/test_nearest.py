@@ -141,9 +141,21 @@ def test_where_texts_begin():
 
 
 def test_rows_that_are_one_text_are_not_packed():
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
-    for positions in (mask.cumsum(1) - 1, (mask.cumsum(1) - 1).masked_fill(mask == 0, 1), torch.arange(4)[None] + 2):
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 1]])
+    counted = mask.cumsum(1) - 1
+    for positions in (counted, counted.masked_fill(mask == 0, 0), counted.masked_fill(mask == 0, 1)):
         refuse_packed_rows({"position_ids": positions, "attention_mask": mask})
+        ids, tokens = (
+            torch.where(mask == 0, 0, torch.tensor([[5, 5, 9, 5, 5], [9, 5, 5, 5, 5], [5, 9, 5, 5, 5]])),
+            [torch.ones(3, 1)],
+        )
+        index = nearest_images(tokens, ids, {"position_ids": positions, "attention_mask": mask}, Config, "it")[1]
+        assert [index[0, 2:].tolist(), index[1, :3].tolist(), index[2, [0, 1, 4]].tolist()] == [
+            [0] * 3,
+            [1] * 3,
+            [-1, 2, 2],
+        ]
+    refuse_packed_rows({"position_ids": torch.arange(4)[None] + 2, "attention_mask": torch.ones(2, 4)})
 
 
 def test_what_an_image_is():

@@ -127,3 +127,19 @@ def test_the_probe_times_both_and_leaves_the_generator_alone(monkeypatch) -> Non
 @needs_onednn
 def test_the_probe_is_a_plausible_ratio() -> None:
     assert 0.05 < cpu_library.probe(torch.get_num_threads()) < 20
+
+
+def test_the_probe_is_of_float32_on_the_cpu_whatever_the_defaults(monkeypatch):
+    seen = []
+
+    def way(left, right):
+        seen.append((left.dtype, right.dtype, left.device.type, torch.is_autocast_enabled("cpu")))
+
+    monkeypatch.setattr(cpu_library, "onednn_product", way)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+            cpu_library.probe(1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert set(seen) == {(torch.float32, torch.float32, "cpu", False)}
