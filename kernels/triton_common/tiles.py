@@ -98,8 +98,8 @@ _KINDS: Mapping[str, Mapping[str, _Rows]] = {
     "rank_one_backward": _RANK_ONE,
 }
 KINDS = tuple(_KINDS)
-# What a family of architectures needs otherwise: (family, kind, precision) -> rows. On CDNA a thread has twice as many
-# registers with at most four waves as with eight, and half of the shared memory is there for them.
+# What an architecture or its family needs otherwise: (either, kind, precision) -> rows. On CDNA a thread has twice as
+# many registers with at most four waves as with eight, and half of the shared memory is there for them.
 _CDNA_HALF: _Rows = {64: Tile(64, 64, 64, 4, 2), 128: Tile(32, 64, 64, 4, 2), 256: Tile(32, 32, 32, 4, 2)}
 _CDNA_IEEE: _Rows = {128: Tile(32, 32, 32, 4, 2), 256: Tile(16, 16, 16, 4, 2)}
 _OVERRIDES: Mapping[tuple[str, str, str], _Rows] = {
@@ -108,6 +108,11 @@ _OVERRIDES: Mapping[tuple[str, str, str], _Rows] = {
     ("sm_90", "lora_backward", "half"): {**_LORA_BACKWARD["half"], 256: Tile(32, 64, 64, 8, 3)},
     # One warp, because then no sum over the rows of a program crosses warps: a quarter of the time on an H100.
     ("sm_90", "rank_one_backward", "half"): {256: Tile(16, 128, 128, 1, 2)},
+    # There ptxas gives a program of eight warps 128 registers, whatever else it spills.
+    **{
+        (arch, "adapter_backward", "ieee"): {128: Tile(16, 32, 32, 8, 2), 256: Tile(16, 16, 16, 16, 2)}
+        for arch in ("sm_120", "sm_121")
+    },
     **{("gfx942", kind, "half"): _CDNA_HALF for kind in KINDS if not kind.startswith("rank_one")},
     **{("gfx942", kind, "ieee"): _CDNA_IEEE for kind in ("lora_backward", "adapter_backward")},
 }
@@ -218,7 +223,8 @@ def tiles_for(kind: str, rank: int, precision: str, decode: bool, arch: str) -> 
     """
     served = "decode" if decode and has_decode_tile(kind) else kind
     kinds = {**_KINDS, "decode": _DECODE}
-    table = _OVERRIDES.get((family_of(arch), served, precision)) or kinds[served][precision]
+    overrides = (_OVERRIDES.get((name, served, precision)) for name in (arch, family_of(arch)))
+    table = next(filter(None, overrides), kinds[served][precision])
     width = padded_rank(rank)
     measured = _measured(kind, rank, precision, decode, arch)
     first = next(tile for limit, tile in sorted(table.items()) if width <= limit) if not measured else Tile(**measured)

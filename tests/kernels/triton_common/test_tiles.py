@@ -98,6 +98,11 @@ def test_family(arch: str, family: str) -> None:
     assert family_of(arch) == family
 
 
+def test_an_architecture_may_differ_from_its_family() -> None:
+    tiles = {arch: tiles_for("adapter_backward", 128, "ieee", False, arch)[0] for arch in ("sm_80", "sm_86", "sm_120")}
+    assert tiles["sm_120"].block_m < tiles["sm_86"].block_m == tiles["sm_80"].block_m
+
+
 def test_a_cpu_is_no_known_architecture() -> None:
     assert arch_of(torch.device("cpu")) == "default"
 
