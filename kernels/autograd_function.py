@@ -6,13 +6,30 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 
-from .inputs import without_autocast
+from .inputs import transformed, without_autocast
 
 F = TypeVar("F", bound=Callable)
 Gradients = Callable[[Any, Tensor], Sequence[Tensor | None]]
+
+
+def applied(function: type[Function], *inputs: Any) -> tuple[Any, ...]:
+    """``function.apply(*inputs)`` on the shortest way there is.
+
+    What torch's own ``apply`` does first, binding defaults and unwrapping what torch.func left, costs as much as the
+    rest of it. Where nothing is to be differentiated the forward alone is called.
+    """
+    if transformed() or forward_ad._current_level >= 0:
+        return function.apply(*inputs)
+    if torch.is_grad_enabled():
+        for given in inputs:
+            if isinstance(given, Tensor) and given.requires_grad:
+                return super(Function, function).apply(*inputs)
+    return function.forward(*inputs)
 
 
 def saving(ctx: Any, *tensors: Tensor | None, extra: Sequence[Tensor | None] = ()) -> None:

@@ -6,8 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .routing import Routing
+
+PLAIN = (Tensor, Parameter)  # these types themselves: subclasses stand for something else
 
 
 def check_shape(name: str, tensor: Tensor | None, shape: tuple[int | str, ...]) -> None:
@@ -42,9 +45,17 @@ def fold_beams(x: Tensor | None, v: Tensor | None) -> Tensor | None:
     return x.reshape(v.shape[0], x.shape[0] // v.shape[0] * x.shape[1], x.shape[2])
 
 
+def dtype_of_call(tensor: Tensor) -> torch.dtype:
+    """The dtype that :func:`cast_for_autocast` gives a tensor."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def check_dtypes(**tensors: Tensor | None) -> None:
-    """Raise ``ValueError`` when the given tensors differ in dtype, naming the first two that do."""
-    present = [(name, tensor.dtype) for name, tensor in tensors.items() if tensor is not None]
+    """Raise ``ValueError`` when the given tensors differ in dtype in the call, naming the first two that do."""
+    present = [(name, dtype_of_call(tensor)) for name, tensor in tensors.items() if tensor is not None]
     first, expected = present[0]
     for name, dtype in present[1:]:
         if dtype != expected:
@@ -75,3 +86,8 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     if not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def transformed() -> bool:
+    """Whether something else than plain execution goes on: a compiler traces, or torch.func transforms."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

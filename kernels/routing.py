@@ -38,7 +38,7 @@ Probe = Callable[[Tensor], Tensor]
 ProbeBackward = Callable[[Tensor, Tensor], Tensor | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a row is equal to itself only, which makes it a quick key of a dictionary
 class Routing:
     """One routing function.
 

@@ -44,7 +44,13 @@ class _Driver:
     get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
 
 
-def install() -> list[list[Any]]:
-    """Make it the driver of this process; returns the list to which every launch is appended."""
+def _forget(*_: Any) -> None:
+    """A launch that leaves nothing behind."""
+
+
+def install(keep: bool = True) -> list[list[Any]]:
+    """Make it the driver of this process; returns the list to which launches are appended if ``keep``."""
+    if not keep:
+        _Driver.launcher_cls = staticmethod(lambda src, metadata: _forget)
     driver.set_active(_Driver())
     return launches

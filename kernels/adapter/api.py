@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 from torch import Tensor
 
 from ..activations import find_activation
 from ..by_index import check_index, code_of_each_token, each_token
+from ..call_plans import Plans, call_key
 from ..dispatch import select_backend
 from ..image_code import ImageCode, adapter_image
 from ..inputs import (
@@ -14,11 +18,12 @@ from ..inputs import (
     check_dtypes,
     check_shape,
     check_text_and_image,
+    dtype_of_call,
     fold_beams,
     without_autocast,
 )
 from ..routing import Routing, find_routing
-from ..triton_common.launch import NoTileFitsError, eager_instead
+from ..triton_common.launch import NoTileFitsError, eager_instead, remembering
 from .eager import eager_adapter
 from .options import AdapterOptions
 
@@ -68,37 +73,20 @@ def routed_adapter(
         ValueError: unknown name, unfit shapes or dtypes, more visual tokens than the routing takes, v missing.
         RuntimeError: the backend asked for cannot run.
     """
-    row, act = find_routing(routing), find_activation(activation)
-    if image_index is None or not row.uses_image:
-        image_index = None
-        check_text_and_image(x, v, row, relu)
-    else:
-        check_index(image_index, x, v, row, relu)
-    check_shape("down_weight", down_weight, ("R", x.shape[2]))
-    check_shape("up_weight", up_weight, (x.shape[2], down_weight.shape[0]))
-    check_shape("down_bias", down_bias, (down_weight.shape[0],))
-    check_shape("up_bias", up_bias, (x.shape[2],))
+    settings = (routing, activation, residual, relu, backend)
+    tensors = (x, v, down_weight, down_bias, up_weight, up_bias)
+    key = call_key((*tensors, None if image is None else image.u, image_index), settings)
+    plan = _plans.find(key)
+    if plan is None:
+        plan = _plans.keep(key, _plan(tensors, image, image_index, *settings))
+    options, run = plan
+    if not options.routing.uses_image:
+        v = image_index = None
     device = x.device.type
-    tensors = cast_for_autocast(device, x, v if row.uses_image else None, down_weight, down_bias, up_weight, up_bias)
-    names = ("x", "v", "down_weight", "down_bias", "up_weight", "up_bias")
-    check_dtypes(**dict(zip(names, tensors, strict=True)))
-    narrow, v, *weights = tensors
-    name, _ = select_backend(
-        device, backend, dtype=narrow.dtype, width=down_weight.shape[0], routing=row,
-        visual_tokens=0 if v is None else v.shape[1], relu=relu, products=True,
-    )  # fmt: skip
-    if name == "triton":
-        from .fused import fused_adapter as run
-
-        check_devices(**dict(zip(names, tensors, strict=True)), image=None if image is None else image.u)
-    else:
-        run = eager_adapter
-    # A float32 residual stream keeps its precision under autocast, as it would in the plain sum.
-    inside = residual and narrow.dtype == x.dtype
-    options = AdapterOptions(row, relu, act, inside)
+    narrow, v, *weights = cast_for_autocast(device, x, v, *tensors[2:])
     with without_autocast(device):
         if v is not None:
-            image = adapter_image(v, *weights[:2], row, relu) if image is None else image
+            image = adapter_image(v, *weights[:2], options.routing, relu) if image is None else image
             image = image.to(narrow.dtype)
         if image_index is not None:
             text, image = each_token(narrow), code_of_each_token(image, image_index)
@@ -111,4 +99,58 @@ def routed_adapter(
             eager_instead(error)
             y = eager_adapter(*arguments)
         y = y if y.shape == x.shape else y.reshape(x.shape)
-        return y if inside or not residual else x + y
+        return y if options.residual or not residual else x + y
+
+
+class _Plan(NamedTuple):
+    """What is decided of a call: its options, and the function that computes it."""
+
+    options: AdapterOptions
+    run: Callable[..., Tensor]
+
+
+def _kept(plan: _Plan) -> _Plan:
+    """The plan for every call like this one, which may then keep its launches."""
+    return plan if plan.run is eager_adapter else plan._replace(options=remembering(plan.options))
+
+
+_plans = Plans(_kept)
+
+
+def _plan(
+    tensors: Sequence[Tensor | None],
+    image: ImageCode | None,
+    image_index: Tensor | None,
+    routing: str | Routing,
+    activation: str,
+    residual: bool,
+    relu: bool,
+    backend: str | None,
+) -> _Plan:
+    """Check the arguments of :func:`routed_adapter` and choose the backend."""
+    row, act = find_routing(routing), find_activation(activation)
+    x, v, down_weight, down_bias, up_weight, up_bias = tensors
+    if image_index is None or not row.uses_image:
+        check_text_and_image(x, v, row, relu)
+    else:
+        check_index(image_index, x, v, row, relu)
+    check_shape("down_weight", down_weight, ("R", x.shape[2]))
+    check_shape("up_weight", up_weight, (x.shape[2], down_weight.shape[0]))
+    check_shape("down_bias", down_bias, (down_weight.shape[0],))
+    check_shape("up_bias", up_bias, (x.shape[2],))
+    v = v if row.uses_image else None
+    names = ("x", "v", "down_weight", "down_bias", "up_weight", "up_bias")
+    named = dict(zip(names, (x, v, *tensors[2:]), strict=True))
+    check_dtypes(**named)
+    dtype = dtype_of_call(x)
+    name, _ = select_backend(
+        x.device.type, backend, dtype=dtype, width=down_weight.shape[0], routing=row,
+        visual_tokens=0 if v is None else v.shape[1], relu=relu, products=True,
+    )  # fmt: skip
+    run = eager_adapter
+    if name == "triton":
+        from .fused import fused_adapter as run
+
+        check_devices(**named, image=None if image is None else image.u)
+    # A float32 residual stream keeps its precision under autocast, as it would in the plain sum.
+    return _Plan(AdapterOptions(row, relu, act, residual and dtype == x.dtype), run)

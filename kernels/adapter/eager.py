@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd_function import backward_of, saving, with_signature
+from ..autograd_function import applied, backward_of, saving, with_signature
 from ..image_code import ImageCode
 from ..linear import add_product_, column_sums, fresh_linear, inner_products, linear, plus_product, product
 from ..routing import route_by_gram
@@ -137,6 +137,6 @@ def eager_adapter(x: Tensor, image: ImageCode | None, weights: Weights, options:
     ``image`` is None where the routing takes none.
     """
     if image is not None and image.factors is not None and not options.relu:
-        return RankOneAdapter.apply(x, *image.factors, image.u.squeeze(1), *weights[2:], options)[0]
+        return applied(RankOneAdapter, x, *image.factors, image.u.squeeze(1), *weights[2:], options)[0]
     u, gram = (None, None) if image is None else (image.u, image.gram)
-    return DenseAdapter.apply(x, u, *weights, gram, options)[0]
+    return applied(DenseAdapter, x, u, *weights, gram, options)[0]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd_function import backward_of, saving, with_signature
+from ..autograd_function import applied, backward_of, saving, with_signature
 from ..image_code import ImageCode
 from ..linear import column_sums
 from ..routing import inner_product_image_gradient
@@ -96,4 +96,4 @@ def fused_adapter(x: Tensor, image: ImageCode | None, weights: Weights, options:
     rank_one = factors is not None and not options.relu
     inputs = (x, *(factors if rank_one else weights[:2]), u, *weights[2:])
     save_t = torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in inputs)
-    return FusedAdapter.apply(*inputs, gram, options, rank_one, save_t)[0]
+    return applied(FusedAdapter, *inputs, gram, options, rank_one, save_t)[0]

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor
 
 from ..triton_common.cached_launcher import CachedKernel
-from ..triton_common.launch import define_op, image_gradient, launch_backward, launch_forward, product_precision
-from ..triton_common.tiles import padded_rank
-from ..triton_common.visual_tokens import image_arguments, new_image_gradients
+from ..triton_common.launch import (
+    Prepared,
+    define_op,
+    image_gradient,
+    launch_kernel,
+    prepare_backward,
+    prepare_forward,
+    product_precision,
+)
+from ..triton_common.tiles import Tile, padded_rank
+from ..triton_common.visual_tokens import new_image_gradients, visual_tokens
 from .options import AdapterOptions
 from .triton import adapter_backward_kernel, adapter_forward_kernel
 
@@ -30,13 +38,13 @@ def _new_t(rows: Tensor, count: int, rank: int, rank_one: bool) -> Tensor:
 
 
 def _call_arguments(
-    down: Tensor, image: Tensor | None, up: Tensor, tokens: int, visual: int, rank_one: bool, options: AdapterOptions
+    image: Tensor | None, up: Tensor, tokens: int, visual: int, rank_one: bool, options: AdapterOptions
 ) -> dict[str, Any]:
     """What both kernels take, by the names of their parameters in lower case."""
     width, rank = up.shape
     return dict(
-        **options._asdict(), **image_arguments(image, visual, unused=up), p_down=down, p_up=up, tokens=tokens,
-        width=width, rank=rank, rank_one=rank_one, block_r=padded_rank(rank), precision=product_precision(up),
+        **options._asdict(), visual=visual, visual_tokens=visual_tokens(image), tokens=tokens, width=width, rank=rank,
+        rank_one=rank_one, block_r=padded_rank(rank), precision=product_precision(up),
     )  # fmt: skip
 
 
@@ -60,14 +68,23 @@ def adapter_forward_(
     options: AdapterOptions,
 ) -> Tensor:
     """Writes y [M, K]; returns t [M, R], or c [M] where ``rank_one``, empty unless ``save_t``."""
-    t = _new_activation(y, x, down, down_bias, image, up, up_bias, tokens, visual, rank_one, save_t, options)
-    if len(x):
+    call = (y, x, down, down_bias, image, up, up_bias, tokens, visual, rank_one, save_t, options)
+    t = _new_activation(*call)
+    if len(x) == 0:
+        return t
+    pointers = dict(
+        p_y=y, p_x=x, p_down=down, p_down_bias=x if down_bias is None else down_bias,
+        p_image=up if image is None else image, p_up=up, p_up_bias=x if up_bias is None else up_bias, p_t=t,
+    )  # fmt: skip
+
+    def prepare(tile: Tile) -> Prepared:
         arguments = dict(
-            **_call_arguments(down, image, up, tokens, visual, rank_one, options), p_y=y, p_t=t,
-            p_down_bias=x if down_bias is None else down_bias, p_up_bias=x if up_bias is None else up_bias,
-            down_bias=down_bias is not None, up_bias=up_bias is not None, save_t=save_t,
+            **_call_arguments(image, up, tokens, visual, rank_one, options), down_bias=down_bias is not None,
+            up_bias=up_bias is not None, save_t=save_t,
         )  # fmt: skip
-        launch_forward("adapter_forward", launch_adapter_forward, x, up.shape[1], x.shape[1], arguments)
+        return prepare_forward(x, x.shape[1], tile, arguments)
+
+    launch_kernel("adapter_forward", launch_adapter_forward, up.shape[1], call, pointers, prepare, rows=x)
     return t
 
 
@@ -97,14 +114,22 @@ def adapter_backward(
     options: AdapterOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx [M, K], the gradient of t, for GRAM dz [M, R] and else du [B, L, R], and h [M, R]; empty where not needed."""
-    needs = (need_x, need_u, need_h)
-    dx, dt, dz, du, h = _new_gradients(dy, t, down, image, up, tokens, visual, rank_one, *needs, options)
+    call = (dy, t, down, image, up, tokens, visual, rank_one, need_x, need_u, need_h, options)
+    dx, dt, dz, du, h = _new_gradients(*call)
     if len(dy) == 0:
         return dx, dt, dz, du.zero_(), h
-    arguments = dict(
-        **_call_arguments(down, image, up, tokens, visual, rank_one, options), p_dx=dx, p_dt=dt, p_dz=dz, p_du=du,
-        p_h=h, p_t=t, write_dx=need_x, write_h=need_h, need_u=need_u,
+    pointers = dict(
+        p_dx=dx, p_dt=dt, p_dz=dz, p_du=du, p_h=h, p_dy=dy, p_t=t, p_down=down,
+        p_image=up if image is None else image, p_up=up,
     )  # fmt: skip
-    (width, rank), kernel = up.shape, launch_adapter_backward
-    parts = launch_backward("adapter_backward", kernel, dy, rank, width, arguments, relu=options.relu)
+
+    def prepare(tile: Tile) -> Prepared:
+        arguments = dict(
+            **_call_arguments(image, up, tokens, visual, rank_one, options), write_dx=need_x, write_h=need_h,
+            need_u=need_u,
+        )  # fmt: skip
+        return prepare_backward(dy, up.shape[1], up.shape[0], tile, arguments)
+
+    kernel, relu = launch_adapter_backward, options.relu
+    parts = launch_kernel("adapter_backward", kernel, up.shape[1], call, pointers, prepare, rows=dy, relu=relu)
     return dx, dt, dz, image_gradient(parts, du, t, image, options.relu), h

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter
 
 from ..by_index import check_index, code_of_each_token, each_token, of_each_token
+from ..call_plans import Plans, call_key
 from ..dispatch import select_backend
 from ..image_code import ImageCode, lora_image
 from ..inputs import (
+    PLAIN,
     cast_for_autocast,
     check_devices,
     check_dtypes,
     check_shape,
     check_text_and_image,
+    dtype_of_call,
     fold_beams,
     without_autocast,
 )
 from ..routing import Routing, find_routing
-from ..triton_common.launch import NoTileFitsError, eager_instead
+from ..triton_common.launch import NoTileFitsError, eager_instead, remembering
 from .eager import eager_lora
 from .options import PLACEMENTS, WEIGHT_LAYOUTS, LoRAOptions, Weights
 
@@ -73,22 +76,21 @@ def routed_lora(
         ValueError: unknown name, unfit shapes or dtypes, more visual tokens than the routing takes, v missing.
         RuntimeError: the backend asked for cannot run.
     """
-    row = find_routing(routing)
-    image_index = image_index if row.uses_image else None
-    _check(x, v, a, b, row, relu, groups, placement, image_index)
-    check_shape("base", base, (*x.shape[:2], "N" if columns else b.shape[0]))
-    starts = _start_columns(columns, groups, b.shape[0] // groups, None if base is None else base.shape[2])
-    options = LoRAOptions(row, relu, scaling, starts, placement)
-    device = x.device.type
-    x, v, a, b = cast_for_autocast(device, x, v if row.uses_image else None, a, b)
-    autocast = torch.is_autocast_enabled(device)
-    check_dtypes(x=x, v=v, a=a, b=b, base=None if autocast else base)
+    columns = _fixed(columns)
+    settings = (routing, scaling, relu, groups, columns, placement, backend)
+    key = call_key((x, v, a, b, base, None if image is None else image.u, image_index), settings)
+    plan = _plans.find(key)
+    if plan is None:
+        plan = _plans.keep(
+            key, _plan_of_added({"x": x, "v": v, "a": a, "b": b, "base": base}, image, image_index, settings)
+        )
+    x, v, a, b = cast_for_autocast(x.device.type, x, v if plan.options.routing.uses_image else None, a, b)
     if base is not None and base.dtype != x.dtype:
         # A wider base keeps its precision, as it would in the plain sum.
-        with without_autocast(device):
+        with without_autocast(x.device.type):
             zeros = torch.zeros_like(base, dtype=x.dtype)
-            return base + _run(backend, x, v, image, (a, b, None, None, zeros), options, image_index)
-    return _run(backend, x, v, image, (a, b, None, None, base), options, image_index)
+            return base + _run(plan, x, v, image, image_index, (a, b, None, None, zeros))
+    return _run(plan, x, v, image, image_index, (a, b, None, None, base))
 
 
 def routed_lora_linear(
@@ -135,9 +137,70 @@ def routed_lora_linear(
     Raises:
         ValueError, RuntimeError: as :func:`routed_lora`.
     """
+    columns = _fixed(columns)
+    settings = (routing, scaling, relu, groups, columns, placement, weight_layout, dropout, backend)
+    key = call_key((x, v, weight, bias, a, b, None if image is None else image.u, image_index), settings)
+    plan = _plans.find(key)
+    if plan is None:
+        tensors = {"x": x, "v": v, "a": a, "b": b, "weight": weight, "bias": bias}
+        plan = _plans.keep(key, _plan_of_linear(tensors, image, image_index, settings))
+    device, base = x.device.type, None
+    if type(weight) not in PLAIN:  # quantised, for example: only what it returns can be relied on
+        base = F.linear(x, weight if weight_layout == "nk" else weight.t(), bias)
+        weight = bias = None
+    v = v if plan.options.routing.uses_image else None
+    x, v, weight, bias, a, b = cast_for_autocast(device, x, v, weight, bias, a, b)
+    return _run(plan, x, v, image, image_index, (a, b, weight, bias, base))
+
+
+class _Plan(NamedTuple):
+    """What is decided of a call.
+
+    Attributes:
+        options: of the call.
+        fused: computes it by kernels; None: the eager backend does.
+        before_up: whether the routing acts before the up-projection there.
+    """
+
+    options: LoRAOptions
+    fused: Callable[..., Tensor] | None
+    before_up: bool
+
+
+def _kept(plan: _Plan) -> _Plan:
+    """The plan for every call like this one, which may then keep its launches."""
+    return plan if plan.fused is None else plan._replace(options=remembering(plan.options))
+
+
+_plans = Plans(_kept)
+
+
+def _plan_of_added(
+    tensors: Mapping[str, Tensor | None], image: ImageCode | None, image_index: Tensor | None, settings: Sequence[Any]
+) -> _Plan:
+    """Check the arguments of :func:`routed_lora`."""
+    routing, scaling, relu, groups, columns, placement, backend = settings
+    x, b, base = (tensors[name] for name in ("x", "b", "base"))
     row = find_routing(routing)
-    image_index = image_index if row.uses_image else None
-    _check(x, v, a, b, row, relu, groups, placement, image_index)
+    _check(tensors, row, relu, groups, placement, image_index)
+    check_shape("base", base, (*x.shape[:2], "N" if columns else b.shape[0]))
+    starts = _start_columns(columns, groups, b.shape[0] // groups, None if base is None else base.shape[2])
+    options = LoRAOptions(row, relu, scaling, starts, placement)
+    checked = dict(tensors) if row.uses_image else {**tensors, "v": None}
+    if torch.is_autocast_enabled(x.device.type):
+        del checked["base"]
+    check_dtypes(**checked)
+    return _plan(backend, tensors, image, image_index, options)
+
+
+def _plan_of_linear(
+    tensors: Mapping[str, Tensor | None], image: ImageCode | None, image_index: Tensor | None, settings: Sequence[Any]
+) -> _Plan:
+    """Check the arguments of :func:`routed_lora_linear`."""
+    routing, scaling, relu, groups, columns, placement, weight_layout, dropout, backend = settings
+    x, b, weight, bias = (tensors[name] for name in ("x", "b", "weight", "bias"))
+    row = find_routing(routing)
+    _check(tensors, row, relu, groups, placement, image_index)
     if weight_layout not in WEIGHT_LAYOUTS:
         raise ValueError(f"weight_layout={weight_layout!r} is not one of 'nk' (nn.Linear) and 'kn' (Conv1D)")
     check_shape("weight", weight, ("N", x.shape[2]) if weight_layout == "nk" else (x.shape[2], "N"))
@@ -151,84 +214,92 @@ def routed_lora_linear(
     options = LoRAOptions(row, relu, scaling, starts, placement, weight_layout, dropout)
     if image is not None and dropout > 0:
         raise ValueError(f"dropout={dropout} draws a mask for v: image= holds a v that was projected without one")
-    device, base = x.device.type, None
-    if type(weight) not in (Tensor, Parameter):  # quantised, for example: only what it returns can be relied on
-        base = F.linear(x, weight if weight_layout == "nk" else weight.t(), bias)
-        weight = bias = None
-    x, v, weight, bias, a, b = cast_for_autocast(device, x, v if row.uses_image else None, weight, bias, a, b)
-    check_dtypes(x=x, v=v, weight=weight, bias=bias, a=a, b=b, base=base)
-    if base is not None:
-        return _run(backend, x, v, image, (a, b, None, None, base), options, image_index)
-    return _run(backend, x, v, image, (a, b, weight, bias, None), options, image_index)
+    checked = dict(tensors) if row.uses_image else {**tensors, "v": None}
+    if type(weight) not in PLAIN:
+        del checked["weight"], checked["bias"]
+    check_dtypes(**checked)
+    return _plan(backend, tensors, image, image_index, options)
+
+
+def _plan(
+    backend: str | None,
+    tensors: Mapping[str, Tensor | None],
+    image: ImageCode | None,
+    image_index: Tensor | None,
+    options: LoRAOptions,
+) -> _Plan:
+    """Choose the backend for checked arguments."""
+    x, v, a = (tensors[name] for name in "xva")
+    routing, relu, placement = options.routing, options.relu, options.placement
+    v, image_index = (v, image_index) if routing.uses_image else (None, None)
+    visual_tokens = 0 if v is None else v.shape[1]
+    name, _ = select_backend(
+        x.device.type, backend, dtype=dtype_of_call(x), width=a.shape[0], routing=routing, visual_tokens=visual_tokens,
+        relu=relu, placement=placement,
+        products=relu or image_index is not None or not routing.is_rank_one(visual_tokens),
+        rows=x.shape[0] * x.shape[1], grouped=options.groups > 1, dropout=options.dropout > 0,
+    )  # fmt: skip
+    fused = None
+    if name == "triton" and options.equally_spaced:
+        from .fused import fused_lora as fused  # here, because it needs triton
+
+        check_devices(**{**tensors, "v": v}, image=None if image is None else image.u)
+    return _Plan(options, fused, placement == "bottleneck" or routing.moves_before_up(visual_tokens, relu))
 
 
 def _run(
-    backend: str | None,
-    x: Tensor,
-    v: Tensor | None,
-    image: ImageCode | None,
-    weights: Weights,
-    options: LoRAOptions,
-    image_index: Tensor | None,
+    plan: _Plan, x: Tensor, v: Tensor | None, image: ImageCode | None, image_index: Tensor | None, weights: Weights
 ) -> Tensor:
     """Hand checked arguments, and what the image comes to, to the backend."""
     a, b, *frozen, base = weights
-    routing, relu, dropout, placement = options.routing, options.relu, options.dropout, options.placement
-    visual_tokens = 0 if v is None else v.shape[1]
-    name, _ = select_backend(
-        x.device.type, backend, dtype=x.dtype, width=a.shape[0], routing=routing, visual_tokens=visual_tokens,
-        relu=relu, placement=placement,
-        products=relu or image_index is not None or not routing.is_rank_one(visual_tokens),
-        rows=x.shape[0] * x.shape[1], grouped=options.groups > 1, dropout=dropout > 0,
-    )  # fmt: skip
-    fused = name == "triton" and options.equally_spaced
-    shape, before_up = x.shape, placement == "bottleneck" or routing.moves_before_up(visual_tokens, relu)
-    if image_index is None:
-        x, base = fold_beams(x, v), fold_beams(base, v)
-    else:
+    options, fused, before_up = plan
+    dropout, shape = options.dropout, x.shape
+    indexed = image_index is not None and options.routing.uses_image
+    if indexed:
         x, base = each_token(x), each_token(base)
+    else:
+        x, base = fold_beams(x, v), fold_beams(base, v)
     weights = (a, b, *frozen, base)
     with without_autocast(x.device.type):
         # The image's mask is torch's own on any backend: v is B*L rows against M of text.
-        dropped = F.dropout(x, dropout) if dropout > 0 and not fused else x
+        dropped = F.dropout(x, dropout) if dropout > 0 and fused is None else x
         v = F.dropout(v, dropout) if dropout > 0 and v is not None else v
         image = None if image is None else image.to(x.dtype)
-        if image_index is not None and (placement == "bottleneck" or routing.image_factor is not None):
+        if indexed and (options.placement == "bottleneck" or options.routing.image_factor is not None):
             image = lora_image(v, a, b, options, factors=False) if image is None else image
             image = code_of_each_token(image, image_index)
-        elif image_index is not None:
+        elif indexed:
             v, image = of_each_token(v, image_index), None
-        if fused:
-            from .fused import fused_lora  # here, because it needs triton
-
-            code = None if image is None else image.u
-            check_devices(x=x, v=v, a=a, b=b, weight=frozen[0], bias=frozen[1], base=base, image=code)
+        if fused is not None:
             try:
-                y = fused_lora(x, v, image, weights, options)
+                y = fused(x, v, image, weights, options)
             except NoTileFitsError as error:
                 eager_instead(error)
-                fused, dropped = False, F.dropout(x, dropout) if dropout > 0 else x
-        if not fused:
+                fused, dropped = None, F.dropout(x, dropout) if dropout > 0 else x
+        if fused is None:
             if v is not None and image is None and before_up:
                 image = lora_image(v, a, b, options)
             y = eager_lora(x, dropped, v, image, weights, options)
     return y if y.shape[:2] == shape[:2] else y.reshape(*shape[:2], y.shape[2])
 
 
+def _fixed(columns: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The columns as they are now."""
+    return columns if columns is None or type(columns) is tuple else tuple(columns)
+
+
 def _check(
-    x: Tensor,
-    v: Tensor | None,
-    a: Tensor,
-    b: Tensor,
+    tensors: Mapping[str, Tensor | None],
     routing: Routing,
     relu: bool,
     groups: int,
     placement: str,
     image_index: Tensor | None,
 ) -> None:
+    x, v, a, b = (tensors[name] for name in "xvab")
     if placement not in PLACEMENTS:
         raise ValueError(f"placement={placement!r} is not one of {', '.join(map(repr, PLACEMENTS))}")
-    if image_index is None:
+    if image_index is None or not routing.uses_image:
         check_text_and_image(x, v, routing, relu)
     else:
         check_index(image_index, x, v, routing, relu)

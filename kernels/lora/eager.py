@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autograd_function import backward_of, saving, with_signature
+from ..autograd_function import applied, backward_of, saving, with_signature
 from ..float32_precision import exact_on_cpu
 from ..image_code import ImageCode
 from ..linear import (
@@ -231,7 +231,7 @@ def eager_lora(
         )  # fmt: skip
     dropped = None if dropped is x else dropped
     if image is not None and image.factors is not None:
-        return RankOneLoRA.apply(x, dropped, a if relu else None, *image.factors, *weights[2:], options)[0]
+        return applied(RankOneLoRA, x, dropped, a if relu else None, *image.factors, *weights[2:], options)[0]
     u, gram = (None, None) if image is None else (image.u, image.gram)
     merge = (
         routing.image_factor is not None
@@ -239,4 +239,4 @@ def eager_lora(
         and dropped is None
         and merging_pays(x, b.shape[0] // options.groups)
     )
-    return DenseLoRA.apply(x, dropped, u, *weights, gram, options, merge)[0]
+    return applied(DenseLoRA, x, dropped, u, *weights, gram, options, merge)[0]

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..autograd_function import backward_of, saving, with_signature
+from ..autograd_function import applied, backward_of, saving, with_signature
 from ..image_code import ImageCode, can_project_jointly, lora_factor_gradients, lora_factors, lora_image
 from ..linear import accumulates, frozen_projection, frozen_projection_gradients
 from ..routing import inner_product_image_gradient
@@ -25,14 +26,16 @@ from .options import LoRAOptions, Weights
 class FusedDenseLoRA(torch.autograd.Function):
     """y = start + scaling route(t, u) Bᵀ for every routing function, with t = dropout(x) Aᵀ.
 
-    start as for :func:`~routingvl.kernels.linear.frozen_projection`; ``seed`` [1] draws the dropout, None for none.
-    Saved: x, u and weights, and t (R / K of x), because computing it again would read x once more; nothing of the mask.
+    u is given, or made of v [B, L, K]: u = v Aᵀ. start as for :func:`~routingvl.kernels.linear.frozen_projection`;
+    ``seed`` [1] draws the dropout, None for none. Saved: x, v, u and weights, and t (R / K of x), because computing it
+    again would read x once more; nothing of the mask.
     """
 
     @staticmethod
     @with_signature
     def forward(
         x: Tensor,
+        v: Tensor | None,
         u: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -43,26 +46,31 @@ class FusedDenseLoRA(torch.autograd.Function):
         gram: Tensor | None,
         options: LoRAOptions,
         save_t: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        made = None
+        if v is not None:
+            u = made = F.linear(v, a)
         y = frozen_projection(x, weight, bias, base, options.weight_layout, b.shape[0])
         visual, image = image_operand(u, x.shape[1], options.relu, gram)
         t = ops.lora_forward_(
             y.view(-1, y.shape[2]), contiguous_rows(x), a.contiguous(), image, b.contiguous(), seed, x.shape[1], visual,
             accumulates(weight, base), save_t, options,
         )  # fmt: skip
-        return y, t
+        return y, t, made
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, u, a, b, weight, _, _, seed, _, ctx.options, _ = inputs
-        saving(ctx, x, u, a, b, weight, seed, output[1], extra=output[1:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        x, v, u, a, b, weight, _, _, seed, _, ctx.options, _ = inputs
+        _, t, made = output
+        saving(ctx, x, v, u if made is None else made, a, b, weight, seed, t, extra=output[1:])
 
     @staticmethod
     @backward_of
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, a, b, weight, seed, t = ctx.saved_tensors
+        x, v, u, a, b, weight, seed, t = ctx.saved_tensors
         options = ctx.options
-        need_x, need_u, need_a, need_b, *needs = ctx.needs_input_grad[:7]
+        need_x, need_v, need_u, need_a, need_b, *needs = ctx.needs_input_grad[:8]
+        need_u = need_u if v is None else need_v or need_a
         rows, shape = dy.flatten(0, 1), (*x.shape[:2], a.shape[0])
         dx, dweight, dbias, dbase = frozen_projection_gradients(dy, x, weight, options.weight_layout, (need_x, *needs))
         # With one visual token and ReLU the kernel would spill registers.
@@ -70,7 +78,7 @@ class FusedDenseLoRA(torch.autograd.Function):
         z = None if need_z or not need_b else options.routing.route(t.view(shape), u, options.relu).flatten(0, 1)
         if not (need_x or need_u or need_a or need_z):
             db = _up_gradient(rows, z, b, options) if need_b else None
-            return None, None, None, db, dweight, dbias, dbase
+            return None, None, None, None, db, dweight, dbias, dbase
         accumulate = dx is not None
         if need_x and dx is None:
             dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -79,19 +87,28 @@ class FusedDenseLoRA(torch.autograd.Function):
             None if dx is None else dx.view(-1, dx.shape[2]), rows, t, a.contiguous(), image, b.contiguous(), seed,
             x.shape[1], visual, accumulate, need_u, need_z, options,
         )  # fmt: skip
-        if need_u and visual == Visual.GRAM:
+        if not need_u:
+            du = None
+        elif visual == Visual.GRAM:
             du = inner_product_image_gradient(dz.view(shape), t.view(shape), u, options.relu)
         db = _up_gradient(rows, made if need_z else z, b, options) if need_b else None
-        da = None
+        da = dv = None
         if need_a:
             text = contiguous_rows(x)
             da = torch.mm(dt.t(), text) if seed is None else ops.dropped_gradient(dt, text, seed, options)
-        return dx, du if need_u else None, da, db, dweight, dbias, dbase
+        if v is not None and du is not None:
+            du = du.view(-1, a.shape[0])
+            if need_a:
+                da = da.addmm_(du.t(), v.reshape(-1, v.shape[2]))
+            dv, du = torch.mm(du, a).view(v.shape) if need_v else None, None
+        return dx, dv, None if du is None else du.view_as(u), da, db, dweight, dbias, dbase
 
 
 def _up_gradient(dy: Tensor, z: Tensor, b: Tensor, options: LoRAOptions) -> Tensor:
     """dB [G*n, R] from dy [M, N] and z [M, G*R]."""
     db = torch.empty_like(b, memory_format=torch.contiguous_format)
+    if options.groups == 1 and dy.shape[1] == db.shape[0]:
+        return db.addmm_(dy.t(), z, beta=0, alpha=options.scaling)
     groups = zip(db.chunk(options.groups), z.chunk(options.groups, 1), options.columns, strict=True)
     for db_group, z_group, column in groups:
         dy_group = dy[:, column : column + db_group.shape[0]]
@@ -172,12 +189,16 @@ def fused_lora(x: Tensor, v: Tensor | None, image: ImageCode | None, weights: We
     """
     routing, relu, (a, b, *start) = options.routing, options.relu, weights
     seed = torch.randint(2**62, (1,), device=x.device) if options.dropout > 0 else None
-    if v is not None and image is None:
-        if can_project_jointly(routing, v.shape[1], relu, options.placement):
-            return FusedRankOneLoRA.apply(x, v, a, b, None, None, *start, seed, options)[0]
-        image = lora_image(v, a, b, options, factors=not relu)
-    if image is not None and image.factors is not None and not relu:
-        return FusedRankOneLoRA.apply(x, None, None, None, *image.factors, *start, seed, options)[0]
+    factors = None
+    if image is None:
+        if v is not None and can_project_jointly(routing, v.shape[1], relu, options.placement):
+            return applied(FusedRankOneLoRA, x, v, a, b, None, None, *start, seed, options)[0]
+        if v is not None and not relu and routing.is_rank_one(v.shape[1]):
+            image = lora_image(v, a, b, options)  # by autograd: this function's part in it is not known
+    if image is not None:
+        v, factors = None, image.factors
+    if factors is not None and not relu:
+        return applied(FusedRankOneLoRA, x, None, None, None, *factors, *start, seed, options)[0]
     u, gram = (None, None) if image is None else (image.u, image.gram)
-    save_t = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, u, a, b))
-    return FusedDenseLoRA.apply(x, u, *weights, seed, gram, options, save_t)[0]
+    save_t = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, v, u, a, b))
+    return applied(FusedDenseLoRA, x, v, u, *weights, seed, gram, options, save_t)[0]

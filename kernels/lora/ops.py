@@ -16,17 +16,18 @@ from torch import Tensor
 from ..triton_common.cached_launcher import CachedKernel
 from ..triton_common.dropout import dropout_arguments
 from ..triton_common.launch import (
+    Prepared,
     define_op,
     image_gradient,
-    launch_backward,
-    launch_fitting,
-    launch_forward,
+    launch_kernel,
+    prepare_backward,
+    prepare_forward,
     processors,
     product_precision,
     sum_of_blocks,
 )
 from ..triton_common.tiles import Tile, column_splits, padded_rank
-from ..triton_common.visual_tokens import image_arguments, new_image_gradients
+from ..triton_common.visual_tokens import new_image_gradients, visual_tokens
 from .options import LoRAOptions
 from .rank_one import rank_one_backward_kernel, rank_one_forward_kernel
 from .triton import dropped_gradient_kernel, lora_backward_kernel, lora_forward_kernel
@@ -41,6 +42,11 @@ launch_rank_one_forward = CachedKernel(rank_one_forward_kernel)
 launch_rank_one_backward = CachedKernel(rank_one_backward_kernel)
 
 
+def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
+    """``tensor``, or any other for a pointer that is not read."""
+    return unused if tensor is None else tensor
+
+
 def _call_arguments(seed: Tensor | None, tokens: int, accumulate: bool, options: LoRAOptions) -> dict[str, Any]:
     """What every kernel of the LoRA may ask for, by the names of its parameters in lower case."""
     columns = options.columns
@@ -53,7 +59,7 @@ def _call_arguments(seed: Tensor | None, tokens: int, accumulate: bool, options:
 def _dense_arguments(a: Tensor, image: Tensor | None, visual: int, b: Tensor, groups: int) -> dict[str, Any]:
     """What the two kernels with a low-rank activation take besides."""
     return dict(
-        **image_arguments(image, visual, unused=b), p_a=a, p_b=b, width_in=a.shape[1], width_out=b.shape[0] // groups,
+        visual=visual, visual_tokens=visual_tokens(image), width_in=a.shape[1], width_out=b.shape[0] // groups,
         rank=b.shape[1], block_r=padded_rank(a.shape[0]), precision=product_precision(a),
     )  # fmt: skip
 
@@ -77,16 +83,21 @@ def lora_forward_(
     options: LoRAOptions,
 ) -> Tensor:
     """y[:, columns of each group] (+)= scaling z Bᵀ; returns t [M, G*R], empty unless ``save_t``."""
-    width, dropout = a.shape[0], seed is not None
-    t = _new_activation(y, x, a, image, b, seed, tokens, visual, accumulate, save_t, options)
-    if len(x):
+    call = (y, x, a, image, b, seed, tokens, visual, accumulate, save_t, options)
+    t = _new_activation(*call)
+    if len(x) == 0:
+        return t
+    pointers = dict(p_y=y, p_x=x, p_a=a, p_image=_or(image, b), p_b=b, p_t=t, p_seed=_or(seed, x))
+
+    def prepare(tile: Tile) -> Prepared:
         arguments = dict(
             **_call_arguments(seed, tokens, accumulate, options),
-            **_dense_arguments(a, image, visual, b, options.groups),
-            p_y=y, p_t=t, p_seed=seed if dropout else x, stride_ym=y.stride(0), save_t=save_t,
+            **_dense_arguments(a, image, visual, b, options.groups), stride_ym=y.stride(0), save_t=save_t,
         )  # fmt: skip
-        columns = b.shape[0] // options.groups
-        launch_forward("lora_forward", launch_lora_forward, x, width, columns, arguments, dropout=dropout)
+        return prepare_forward(x, b.shape[0] // options.groups, tile, arguments)
+
+    dropout, width = seed is not None, a.shape[0]
+    launch_kernel("lora_forward", launch_lora_forward, width, call, pointers, prepare, rows=x, dropout=dropout)
     return t
 
 
@@ -114,18 +125,26 @@ def lora_backward_(
     """dx (+)= dt A where given; returns dt [M, G*R]; where ``need_u``, du [B, L, G*R], or for GRAM dz [M, G*R] in its
     place; and where ``need_z``, z [M, G*R]. What is not needed is empty.
     """
-    call = dict(dropout=seed is not None, relu=options.relu)
-    dt, dz, du, z = _new_gradients(dx, dy, t, a, image, b, seed, tokens, visual, accumulate, need_u, need_z, options)
+    call = (dx, dy, t, a, image, b, seed, tokens, visual, accumulate, need_u, need_z, options)
+    dt, dz, du, z = _new_gradients(*call)
     if len(t) == 0:
         return dt, dz, du.zero_(), z
-    target = t if dx is None else dx
-    arguments = dict(
-        **_call_arguments(seed, tokens, accumulate, options), **_dense_arguments(a, image, visual, b, options.groups),
-        p_dx=target, p_dt=dt, p_dz=dz, p_du=du, p_z=z, p_t=t, p_seed=t if seed is None else seed,
-        stride_dxm=target.stride(0), write_dx=dx is not None, write_z=need_z, need_u=need_u,
+    target, width = _or(dx, t), t.shape[1]
+    pointers = dict(
+        p_dx=target, p_dt=dt, p_dz=dz, p_du=du, p_z=z, p_dy=dy, p_t=t, p_a=a, p_image=_or(image, b), p_b=b,
+        p_seed=_or(seed, t),
     )  # fmt: skip
-    kernel, width = launch_lora_backward, t.shape[1]
-    parts = launch_backward("lora_backward", kernel, dy, width, a.shape[1], arguments, **call)
+
+    def prepare(tile: Tile) -> Prepared:
+        arguments = dict(
+            **_call_arguments(seed, tokens, accumulate, options),
+            **_dense_arguments(a, image, visual, b, options.groups), stride_dxm=target.stride(0),
+            write_dx=dx is not None, write_z=need_z, need_u=need_u,
+        )  # fmt: skip
+        return prepare_backward(dy, width, a.shape[1], tile, arguments)
+
+    traits = dict(dropout=seed is not None, relu=options.relu)
+    parts = launch_kernel("lora_backward", launch_lora_backward, width, call, pointers, prepare, rows=dy, **traits)
     return dt, dz, image_gradient(parts, du, t, image, options.relu), z
 
 
@@ -135,21 +154,23 @@ def dropped_gradient(dt: Tensor, x: Tensor, seed: Tensor, options: LoRAOptions) 
     (rows, width_in), width = x.shape, dt.shape[1]
     if rows == 0:
         return dt.new_zeros(width, width_in)
-    # A function of the number of rows alone, so that equal calls add in the same order.
-    split_rows = max(SPLIT_ROWS, -(-rows // MAX_SPLITS))
-    splits = -(-rows // split_rows)
-    da = x.new_empty(splits, width, width_in, dtype=torch.float32)
-    arguments = dict(
-        **dropout_arguments(seed, options.dropout), p_da=da, p_dt=dt, p_x=x, p_seed=seed, rows=rows,
-        split_rows=split_rows, width_in=width_in, width=width, stride_xm=x.stride(0), block_r=padded_rank(width),
-        precision=product_precision(x),
-    )  # fmt: skip
 
-    def attempt(tile: Tile) -> None:
-        launch_dropped_gradient((-(-width_in // tile.block_k), splits), {**arguments, **vars(tile)})
+    def prepare(tile: Tile) -> Prepared:
+        # A function of the number of rows alone, so that equal calls add in the same order.
+        split_rows = max(SPLIT_ROWS, -(-rows // MAX_SPLITS))
+        splits = -(-rows // split_rows)
+        arguments = dict(
+            **dropout_arguments(seed, options.dropout), rows=rows, split_rows=split_rows, width_in=width_in,
+            width=width, stride_xm=x.stride(0), block_r=padded_rank(width), precision=product_precision(x),
+        )  # fmt: skip
+        return (-(-width_in // tile.block_k), splits), arguments, {"p_da": ((splits, width, width_in), torch.float32)}
 
-    launch_fitting("dropped_gradient", width, x, attempt, tiles_of="lora_backward")
-    return da.sum(0).to(dt.dtype)
+    pointers = dict(p_dt=dt, p_x=x, p_seed=seed)
+    kind, call = "dropped_gradient", (dt, x, seed, options)
+    parts = launch_kernel(
+        kind, launch_dropped_gradient, width, call, pointers, prepare, rows=x, tiles_of="lora_backward"
+    )
+    return parts["p_da"].sum(0).to(dt.dtype)
 
 
 def _new_inner_products(y, x, p, o, seed, tokens, accumulate, options):
@@ -168,22 +189,22 @@ def rank_one_forward_(
     options: LoRAOptions,
 ) -> Tensor:
     """y_b[:, columns of each group] (+)= c_b o_b; returns c [M] = x . p in float32."""
+    call = (y, x, p, o, seed, tokens, accumulate, options)
     (rows, width_in), width_out = x.shape, o.shape[1] // options.groups
-    c = _new_inner_products(y, x, p, o, seed, tokens, accumulate, options)
+    c = _new_inner_products(*call)
     if rows == 0:
         return c
-    arguments = dict(
-        **_call_arguments(seed, tokens, accumulate, options), p_y=y, p_x=x, p_p=p, p_o=o, p_c=c,
-        p_seed=x if seed is None else seed, width_in=width_in, width_out=width_out, stride_ym=y.stride(0),
-        stride_xm=x.stride(0),
-    )  # fmt: skip
 
-    def attempt(tile: Tile) -> None:
+    def prepare(tile: Tile) -> Prepared:
+        arguments = dict(
+            **_call_arguments(seed, tokens, accumulate, options), width_in=width_in, width_out=width_out,
+            stride_ym=y.stride(0), stride_xm=x.stride(0),
+        )  # fmt: skip
         splits = column_splits(tile, rows, width_out, processors(x.device))
-        grid = (rows // tokens, -(-tokens // tile.block_m), splits)
-        launch_rank_one_forward(grid, {**arguments, **vars(tile)})
+        return (rows // tokens, -(-tokens // tile.block_m), splits), arguments, {}
 
-    launch_fitting("rank_one_forward", 1, x, attempt)
+    pointers = dict(p_y=y, p_x=x, p_p=p, p_o=o, p_c=c, p_seed=_or(seed, x))
+    launch_kernel("rank_one_forward", launch_rank_one_forward, 1, call, pointers, prepare, rows=x)
     return c
 
 
@@ -208,25 +229,28 @@ def rank_one_backward_(
     options: LoRAOptions,
 ) -> tuple[Tensor, Tensor]:
     """dx (+)= dc p where given; returns dp [B, K] and do [B, G*n], empty unless needed."""
+    call = (dx, dy, x, p, o, c, seed, tokens, accumulate, need_p, need_o, options)
     (rows, width_in), images = x.shape, p.shape[0]
     if rows == 0:
-        empty = _new_factor_gradients(dx, dy, x, p, o, c, seed, tokens, accumulate, need_p, need_o, options)
+        empty = _new_factor_gradients(*call)
         return empty[0].zero_(), empty[1].zero_()
-    target = x if dx is None else dx
-    arguments = dict(
-        **_call_arguments(seed, tokens, accumulate, options), p_dx=target, p_dy=dy, p_x=x, p_p=p, p_o=o, p_c=c,
-        p_seed=x if seed is None else seed, width_in=width_in, width_out=o.shape[1] // options.groups,
-        stride_dxm=target.stride(0), stride_dym=dy.stride(0), stride_xm=x.stride(0), write_dx=dx is not None,
-        write_dp=need_p, write_do=need_o,
-    )  # fmt: skip
+    target = _or(dx, x)
 
-    def attempt(tile: Tile) -> tuple[Tensor, Tensor]:
+    def prepare(tile: Tile) -> Prepared:
+        arguments = dict(
+            **_call_arguments(seed, tokens, accumulate, options), width_in=width_in,
+            width_out=o.shape[1] // options.groups, stride_dxm=target.stride(0), stride_dym=dy.stride(0),
+            stride_xm=x.stride(0), write_dx=dx is not None, write_dp=need_p, write_do=need_o,
+        )  # fmt: skip
         blocks = -(-tokens // tile.block_m)
-        dp = x.new_empty(images if need_p else 0, blocks, width_in, dtype=torch.float32)
-        do = x.new_empty(images if need_o else 0, blocks, o.shape[1], dtype=torch.float32)
-        launch_rank_one_backward((images, blocks), {**arguments, "p_dp": dp, "p_do": do, **vars(tile)})
-        return dp, do
+        parts = {
+            "p_dp": ((images if need_p else 0, blocks, width_in), torch.float32),
+            "p_do": ((images if need_o else 0, blocks, o.shape[1]), torch.float32),
+        }
+        return (images, blocks), arguments, parts
 
-    few = images * -(-tokens // 32) <= 2 * processors(x.device)
-    dp, do = launch_fitting("rank_one_backward", 1, x, attempt, few=few, two_parts=16 < tokens <= 32)
-    return sum_of_blocks(dp, p.dtype), sum_of_blocks(do, o.dtype)
+    kernel, pointers = launch_rank_one_backward, dict(p_dx=target, p_dy=dy, p_x=x, p_p=p, p_o=o, p_c=c)
+    pointers["p_seed"] = _or(seed, x)
+    traits = dict(few=images * -(-tokens // 32) <= 2 * processors(x.device), two_parts=16 < tokens <= 32)
+    parts = launch_kernel("rank_one_backward", kernel, 1, call, pointers, prepare, rows=x, **traits)
+    return sum_of_blocks(parts["p_dp"], p.dtype), sum_of_blocks(parts["p_do"], o.dtype)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from ..activations import Activation
+from ..float32_precision import tf32_allowed
+from ..inputs import PLAIN, transformed
 from ..optional_triton import interpreted, triton
 from ..routing import Routing, inner_product_image_gradient
-from .cached_launcher import CachedKernel
+from .cached_launcher import CachedKernel, Plan
 from .tiles import DECODE_ROWS, Tile, arch_of, column_splits, has_tf32, precision_of, tiles_for_call
 from .visual_tokens import Visual, rows_of_one_image
 
@@ -41,11 +43,41 @@ _first_fit: dict[tuple[str, tuple[Tile, ...]], int] = {}
 _not_compiled: dict[str, str] = {}  # kernel -> what its compiler said
 _said: set[str] = set()
 
+MAX_LAUNCHES = 256  # kept for one options object
+
 Result = TypeVar("Result")
+Options = TypeVar("Options", bound=tuple)
+Part = tuple[Sequence[int], torch.dtype]
+# Of a launch: grid, arguments, and shapes and dtypes of tensors that are made for it.
+Prepared = tuple[tuple[int, ...], Mapping[str, Any], Mapping[str, Part]]
 
 
 class NoTileFitsError(RuntimeError):
     """No tile of a kernel fits the device, or it does not compile; nothing was launched or written."""
+
+
+def remembering(options: Options) -> Options:
+    """The same options, for calls that are alike in every shape, dtype and device: ops keep launches on them.
+
+    An op that is called with such options is run at once and not through torch's registry, unless something looks at
+    what torch runs or changes it.
+    """
+    kind = _with_room(type(options))
+    kept = kind._make(options)
+    kept.lowered = kind._make(NO_CODE if x is None else x for x in (getattr(x, "code", x) for x in options))
+    kept.lowered.launches = {}
+    return kept
+
+
+@cache
+def _with_room(kind: type) -> type:
+    """The class of options, whose objects can have attributes."""
+    return type(kind.__name__, (kind,), {})
+
+
+def observed() -> bool:
+    """Whether something looks at what torch runs, or changes it: a compiler, a transformation, a mode, a profiler."""
+    return transformed() or torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
 
 
 def define_op(fake: Callable[..., Any], *, mutates: Sequence[str] = ()) -> Callable[[Callable], Callable]:
@@ -84,6 +116,9 @@ def define_op(fake: Callable[..., Any], *, mutates: Sequence[str] = ()) -> Calla
 
         def call(*args: Any) -> Any:
             *others, options = args
+            lowered = getattr(options, "lowered", None)
+            if lowered is not None and not observed():
+                return run(*others, lowered)
             scalars = list(options)
             for index in rows:
                 code = scalars[index].code
@@ -194,66 +229,116 @@ def product_precision(x: Tensor) -> str:
     return precision
 
 
-def launch_fitting(
-    kind: str, width: int, x: Tensor, attempt: Callable[[Tile], Result], tiles_of: str = "", **call: bool
-) -> Result:
-    """:func:`launch` on the GPU of x with the :func:`fitting_tiles` of this kind of kernel, or of ``tiles_of``."""
-    gpu = getattr(torch, x.device.type).device(x.device) if x.device.type in ("cuda", "xpu") else nullcontext()
-    with gpu:  # whichever is the current one
-        return launch(kind, fitting_tiles(tiles_of or kind, width, x, **call), attempt)
+def on_gpu_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Context in which the GPU of x is the current one."""
+    device = x.device
+    if device.type not in ("cuda", "xpu") or device.index == getattr(torch, device.type).current_device():
+        return nullcontext()
+    return getattr(torch, device.type).device(device)
 
 
-def launch_forward(
-    kind: str, kernel: CachedKernel, x: Tensor, width: int, columns: int, arguments: Mapping[str, Any], **call: bool
-) -> None:
-    """Launch a forward kernel with a low-rank activation of ``width`` components on rows x [M, K], M > 0; ``columns``
-    of the output are split among programs.
+def launch_kernel(
+    kind: str,
+    kernel: CachedKernel,
+    width: int,
+    call: Sequence[Any],
+    pointers: Mapping[str, Tensor],
+    prepare: Callable[[Tile], Prepared],
+    *,
+    rows: Tensor,
+    tiles_of: str = "",
+    **traits: bool,
+) -> Mapping[str, Tensor]:
+    """Launch a kernel for an op on the GPU of its tensors; equal calls are prepared once.
+
+    Args:
+        kind, kernel: which one.
+        width: components of the low-rank activation.
+        call: every argument of the op; nothing else may decide what ``prepare`` gives.
+        pointers: tensors by the kernel's names for them.
+        prepare: for a tile the grid, the arguments that are neither tensors nor the tile's, and shape and dtype
+            of further tensors by name, which the kernel writes; they take the place of the pointers of that name.
+        rows: [M, K], of which tiles are chosen; M > 0.
+        tiles_of: kind of the tiles, if another one.
+        traits: what else :func:`~.tiles.tiles_for_call` wants to know.
+
+    Returns:
+        Those further tensors.
     """
+    launches = getattr(call[-1], "launches", None)
+    key = None if launches is None else _key_of(kind, call, pointers, rows.dtype)
+    with on_gpu_of(rows):
+        plan = None if key is None else launches.get(key)
+        if plan is not None:
+            parts = _new_parts(rows, plan.parts)
+            if kernel.follow(plan, {**pointers, **parts}):
+                return parts
+
+        def attempt(tile: Tile) -> tuple[Mapping[str, Tensor], Plan | None]:
+            grid, arguments, shapes = prepare(tile)
+            parts = _new_parts(rows, shapes)
+            return parts, kernel(grid, {**vars(tile), **arguments, **pointers, **parts}, shapes)
+
+        parts, plan = launch(kind, fitting_tiles(tiles_of or kind, width, rows, **traits), attempt)
+    if plan is not None and key is not None:
+        if len(launches) >= MAX_LAUNCHES:
+            launches.clear()
+        launches[key] = plan
+    return parts
+
+
+def _new_parts(like: Tensor, parts: Mapping[str, Part]) -> dict[str, Tensor]:
+    return {name: like.new_empty(shape, dtype=dtype) for name, (shape, dtype) in parts.items()}
+
+
+def _key_of(
+    kind: str, call: Sequence[Any], pointers: Mapping[str, Tensor], dtype: torch.dtype
+) -> tuple[Hashable, ...] | None:
+    """Key of a launch among those of calls with the same options object; None for tensors not aligned to 16 bytes."""
+    addresses = 0
+    for tensor in pointers.values():
+        if type(tensor) not in PLAIN:
+            return None
+        addresses |= tensor.data_ptr()
+    if addresses % 16:
+        return None
+    arguments = [(x.shape, x.stride()) if isinstance(x, Tensor) else x for x in call[:-1]]
+    return kind, dtype == torch.float32 and tf32_allowed(), *arguments
+
+
+def prepare_forward(x: Tensor, columns: int, tile: Tile, arguments: Mapping[str, Any]) -> Prepared:
+    """A forward kernel on rows x [M, K]; ``columns`` of the output are split among programs."""
     rows, tokens, one_image = x.shape[0], arguments["tokens"], rows_of_one_image(arguments["visual"])
     span = tokens if one_image else rows
-    arguments = {**arguments, "p_x": x, "rows": rows, "span": span, "stride_xm": x.stride(0)}
-
-    def attempt(tile: Tile) -> None:
-        tile = image_tile(tile, tokens, one_image)
-        splits = column_splits(tile, rows, columns, processors(x.device))
-        kernel((blocks_of(rows, span, tile.block_m), splits), {**arguments, **vars(tile)})
-
-    launch_fitting(kind, width, x, attempt, **call)
+    tile = image_tile(tile, tokens, one_image)
+    grid = blocks_of(rows, span, tile.block_m), column_splits(tile, rows, columns, processors(x.device))
+    return grid, {**arguments, **vars(tile), "rows": rows, "span": span, "stride_xm": x.stride(0)}, {}
 
 
-def launch_backward(
-    kind: str, kernel: CachedKernel, dy: Tensor, width: int, columns: int, arguments: Mapping[str, Any], **call: bool
-) -> Mapping[str, Tensor]:
-    """Launch its backward kernel on rows dy [M, N], M > 0; ``columns`` of dx are split among programs.
+def prepare_backward(dy: Tensor, width: int, columns: int, tile: Tile, arguments: Mapping[str, Any]) -> Prepared:
+    """Its backward kernel on rows dy [M, N]; ``columns`` of dx are split among programs.
 
     ``need_u`` among the arguments says whether the kernel writes ``p_du``, or ``p_dz`` in its place. Where several
-    programs have rows of one image, they write to tensors of their own instead, which are returned by those names for
-    :func:`image_gradient`.
+    programs have rows of one image, they write to parts by those names instead, for :func:`image_gradient`.
     """
     rows, tokens, visual = dy.shape[0], arguments["tokens"], arguments["visual"]
     one_image, need_u = rows_of_one_image(visual), arguments["need_u"]
+    tile = image_tile(tile, tokens, one_image)
+    span = tokens if one_image else max(1, tile.block_m // tokens) * tokens
+    blocks, several = blocks_of(rows, span, tile.block_m), need_u and span > tile.block_m
+    parts: dict[str, Part] = {}
+    if several and visual == Visual.ONE_TOKEN:
+        parts["p_du"] = (rows // span, -(-span // tile.block_m), width), torch.float32
+    elif several and visual == Visual.TOKENS:
+        parts["p_dz"] = (rows, width), dy.dtype
+    write_dz = need_u and (visual == Visual.GRAM or "p_dz" in parts)
+    splits = column_splits(tile, blocks * tile.block_m, columns, processors(dy.device))
     arguments = {
-        **arguments, "p_dy": dy, "rows": rows, "images": rows // tokens, "stride_dym": dy.stride(0),
-        "one_row": tokens == 1,
+        **arguments, **vars(tile), "rows": rows, "images": rows // tokens, "stride_dym": dy.stride(0), "span": span,
+        "one_row": tokens == 1, "write_dz": write_dz,
+        "write_du": need_u and not write_dz and visual != Visual.NO_IMAGE,
     }  # fmt: skip
-
-    def attempt(tile: Tile) -> Mapping[str, Tensor]:
-        tile = image_tile(tile, tokens, one_image)
-        span = tokens if one_image else max(1, tile.block_m // tokens) * tokens
-        blocks, several = blocks_of(rows, span, tile.block_m), need_u and span > tile.block_m
-        parts = {}
-        if several and visual == Visual.ONE_TOKEN:
-            parts["p_du"] = dy.new_empty(rows // span, -(-span // tile.block_m), width, dtype=torch.float32)
-        elif several and visual == Visual.TOKENS:
-            parts["p_dz"] = dy.new_empty(rows, width)
-        write_dz = need_u and (visual == Visual.GRAM or "p_dz" in parts)
-        writes = {"write_dz": write_dz, "write_du": need_u and not write_dz and visual != Visual.NO_IMAGE}
-        splits = column_splits(tile, blocks * tile.block_m, columns, processors(dy.device))
-        grid = blocks, 1 if one_image or not arguments["write_dx"] else splits
-        kernel(grid, {**arguments, **writes, "span": span, **parts, **vars(tile)})
-        return parts
-
-    return launch_fitting(kind, width, dy, attempt, **call)
+    return (blocks, 1 if one_image or not arguments["write_dx"] else splits), arguments, parts
 
 
 def image_gradient(parts: Mapping[str, Tensor], du: Tensor, t: Tensor, image: Tensor | None, relu: bool) -> Tensor:

@@ -6,7 +6,6 @@ R stands for the width of the low-rank activation, G*R where G groups share it.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any
 
 from torch import Tensor
 
@@ -66,13 +65,9 @@ def new_image_gradients(
     return like.new_empty(like.shape[0] if gram else 0, width), like.new_empty(images, tokens, width)
 
 
-def image_arguments(image: Tensor | None, visual: int, unused: Tensor) -> dict[str, Any]:
-    """What the kernels take for the image; ``unused`` is any tensor, for a pointer that is not read."""
-    return {
-        "p_image": unused if image is None else image,
-        "visual": visual,
-        "visual_tokens": 1 if image is None else image.shape[1],
-    }
+def visual_tokens(image: Tensor | None) -> int:
+    """How many visual tokens the kernels are told of."""
+    return 1 if image is None else image.shape[1]
 
 
 @jit
