@@ -124,7 +124,8 @@ CASES = (
         "roberta_lora_m10240_l197", "lora", B=512, T=20, L=197, K=768, N=768, R=128, routings=MANY_TOKENS, devices=GPU
     ),
 )
-LEVELS = ("op", "layer", "step", "train", "generate")  # the last three are those of benchmarks/model_cases.py
+# The first is of benchmarks/launch_level.py, the last three are of benchmarks/model_cases.py.
+LEVELS = ("launch", "op", "layer", "step", "train", "generate")
 
 Layer = Callable[..., Tensor]
 

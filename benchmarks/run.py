@@ -22,6 +22,7 @@ import torch
 from routingvl.kernels import ROUTINGS
 
 from .comparison import TIME_LIMIT
+from .launch_level import LAUNCH_CASES, LaunchCase
 from .layer_cases import CASES as LAYER_CASES
 from .layer_cases import DTYPES, LEVELS, Case
 from .layer_providers import COMPETITORS, PROVIDERS
@@ -31,7 +32,8 @@ from .suite_run import SuiteRun
 from .suites import SUITES, Plan, Suite
 from .timing import CLOCKS, append_rows, cpu_threads
 
-CASES = (*LAYER_CASES, *MODEL_CASES)
+AnyCase = LaunchCase | Case | ModelCase
+CASES = (*LAUNCH_CASES, *LAYER_CASES, *MODEL_CASES)
 # What has to be the same for a row to be a measurement of the same thing.
 IDENTITY = ("case", "routing", "dtype", "pure", "dropout", "clock", "device", "threads", "commit")
 
@@ -99,7 +101,7 @@ def suite_of(args: argparse.Namespace) -> Suite:
     return replace(suite, plans=tuple(plans.values()), graphs=args.cuda_graphs, **changes)
 
 
-def cases_of(suite: Suite, args: argparse.Namespace) -> list[Case | ModelCase]:
+def cases_of(suite: Suite, args: argparse.Namespace) -> list[AnyCase]:
     """The cases named on the command line, or else the suite's: layers before models, as time may run out, and of the
     layers first those made for a GPU.
     """
@@ -110,19 +112,20 @@ def cases_of(suite: Suite, args: argparse.Namespace) -> list[Case | ModelCase]:
     else:
         chosen = [case for case in chosen if kind in case.devices and (case.quick or not suite.quick)]
     layers = sorted((case for case in chosen if isinstance(case, Case)), key=lambda case: len(case.devices))
-    return layers + [case for case in chosen if isinstance(case, ModelCase)]
+    others = {kind: [case for case in chosen if isinstance(case, kind)] for kind in (LaunchCase, ModelCase)}
+    return [*others[LaunchCase], *layers, *others[ModelCase]]
 
 
-def routings_of(case: Case | ModelCase, suite: Suite, args: argparse.Namespace) -> list[str]:
+def routings_of(case: AnyCase, suite: Suite, args: argparse.Namespace) -> list[str]:
     """The routing functions to measure a case with."""
     few = suite.quick and isinstance(case, ModelCase) and not args.case
     return [name for name in (case.quick if few else case.routings) if not args.routing or name in args.routing]
 
 
-def work_of(suite: Suite, args: argparse.Namespace) -> Iterator[tuple[Case | ModelCase, str, Plan]]:
+def work_of(suite: Suite, args: argparse.Namespace) -> Iterator[tuple[AnyCase, str, Plan]]:
     """Every case, routing and pass of a run, in the order measured."""
     chosen = cases_of(suite, args)
-    for kind in (Case, ModelCase):
+    for kind in (LaunchCase, Case, ModelCase):
         for plan in suite.plans:
             for case in (case for case in chosen if isinstance(case, kind)):
                 if plan.dropout and not case.takes_dropout and suite.plans[0] is not plan:

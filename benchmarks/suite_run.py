@@ -14,6 +14,7 @@ from .comparison import TIME_LIMIT, Comparison, Setting
 from .cuda_graphs import gated_graph, measure_replays
 from .environment import describe_environment
 from .kernel_times import KernelTimesError
+from .launch_level import LaunchCase, LaunchComparison, LaunchError
 from .layer_cases import DTYPES, Case
 from .layer_comparison import LayerComparison
 from .layer_providers import COMPILED
@@ -23,10 +24,12 @@ from .suites import Plan, Suite
 from .timing import Spent, Timer, quantiles
 
 
-def comparison_of(case: Case | ModelCase) -> type[Comparison]:
+def comparison_of(case: LaunchCase | Case | ModelCase) -> type[Comparison]:
     """Who measures a case."""
     if isinstance(case, Case):
         return LayerComparison
+    if isinstance(case, LaunchCase):
+        return LaunchComparison
     from .model_comparisons import MODEL_COMPARISONS  # here, because it needs transformers
 
     return MODEL_COMPARISONS[case.level]
@@ -53,13 +56,13 @@ class SuiteRun:
         """Whether this share of the time limit is spent."""
         return self.suite.time_limit is not None and time.monotonic() - self.begun > share * self.suite.time_limit
 
-    def fields(self, case: Case | ModelCase, routing: str, plan: Plan) -> dict:
+    def fields(self, case: LaunchCase | Case | ModelCase, routing: str, plan: Plan) -> dict:
         """What all rows of one case say: what is measured, then where."""
         what = {**case.labels(), "routing": routing, "dtype": plan.dtype, **case.sizes()}
         what |= {"pure": True} if plan.pure else {}
         return {**what, "dropout": plan.dropout, "clock": self.timers[plan.clock].clock, **self.environment}
 
-    def rows(self, case: Case | ModelCase, routing: str, plan: Plan) -> Iterator[dict]:
+    def rows(self, case: LaunchCase | Case | ModelCase, routing: str, plan: Plan) -> Iterator[dict]:
         """Gate and measure one case: a row for each provider and mode, one for each provider left out."""
         shared, kind = self.fields(case, routing, plan), comparison_of(case)
         if why := TIME_LIMIT if self.is_late() else kind.obstacle(plan):
@@ -84,12 +87,19 @@ class SuiteRun:
         if "reference" in missed:
             return  # nothing to compare with
         timer = self.timers[comparison.setting.plan.clock]
-        repeats = self.suite.repeats if isinstance(comparison, LayerComparison) else self.suite.model_repeats
+        repeats = (
+            self.suite.repeats
+            if isinstance(comparison, (LayerComparison, LaunchComparison))
+            else self.suite.model_repeats
+        )
         names = [name for name in comparison.sides if name not in missed]
         try:
             seconds = comparison.seconds(names, timer, repeats)
         except KernelTimesError as error:  # no profiler here: the other clocks still tell
             yield {**shared, "provider": "all", "gate": "skipped", "skipped": f"no kernel times: {error}"}
+            seconds = {}
+        except LaunchError as error:
+            yield {**shared, "provider": "all", "gate": "failed", "gate_missed": [str(error)]}
             seconds = {}
         for provider, modes in seconds.items():
             kept = comparison.memory(provider)
