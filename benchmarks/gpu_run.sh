@@ -17,7 +17,7 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results/gpu}
 LIMIT=${LIMIT:-530}
 JOBS=${JOBS:-$(($(nproc) > 3 ? $(nproc) - 1 : 1))}
-PHASES=(ceilings tests golden targets sanitizer suite models graphs training tune ncu demo parity)
+PHASES=(ceilings tests golden targets sanitizer suite models graphs training waterfall tune ncu demo parity)
 DRY=
 
 SKIPPED=77 # a phase's status when something it needs is not there: no failure, and not done either
@@ -119,6 +119,10 @@ phase_training() { # steps and training throughput of both recipes
         done
     done
     return "$status"
+}
+
+phase_waterfall() { # what each technique takes off the published step's memory and time
+    program benchmarks.waterfall --device cuda --rounds 20 --output "$OUT/waterfall.jsonl"
 }
 
 phase_tune() { # sweep of tile configurations
