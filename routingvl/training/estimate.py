@@ -38,8 +38,8 @@ def estimate(config: RunConfig) -> dict[str, Any]:
     """Parameters, steps, memory and time of a run; nothing is downloaded but a config, and nothing is written.
 
     The model has random weights in the shape of the backbones. Memory for the backward pass is what autograd keeps of
-    the measured batch, and time that of its second step, both scaled to ``train.batch_size``; texts are as long as
-    ``data.max_text_length`` allows, so both are upper values.
+    the measured batch, without what the pass takes for itself, and time that of its second step, both scaled to
+    ``train.batch_size``. Texts are as long as ``data.max_text_length`` allows.
 
     Returns:
         "parameters" (counts), "steps", "examples" and "images" (None where unknown), "mib", "seconds", "measured", and
