@@ -83,8 +83,8 @@ class VisualContext:
             image_index: int64 [rows of text, T], the entry of ``features`` that each token of the text reads, -1 for
                 none (``text_only`` says what becomes of it): for texts packed into one row, and texts that read several
                 images. Layers read the mean of an entry's tokens. While ``decoding``, a call with fewer tokens is a
-                later step, which reads what the row's last token does, and one with more is the text again. None: in
-                order, which is faster.
+                later step, which reads what the row's last token does; one with as many or more is the text again.
+                None: in order, which is faster.
 
         Raises:
             ValueError: features are not a tensor of three dimensions, mask or index do not fit them, a text has no

@@ -96,6 +96,8 @@ def _with_written(of: torch.Tensor, tokens: int) -> torch.Tensor:
 
 def _check(index: torch.Tensor, images: int, text_only: str | None) -> bool:
     """Whether every token reads an image; ValueError where the index is not allowed."""
+    if not isinstance(index, torch.Tensor):
+        raise ValueError(f"image_index must be a tensor, torch.int64 [rows of text, T], not {type(index).__name__}")
     if index.dtype != torch.int64 or index.dim() != 2:
         raise ValueError(f"image_index must be torch.int64 [rows of text, T], not {index.dtype} {list(index.shape)}")
     if not index.numel():

@@ -204,6 +204,7 @@ def test_what_does_not_fit_is_an_error():
     context = VisualContext()
     v = images()
     for wrong, message in (
+        (INDEX.tolist(), "must be a tensor, .* not list"),
         (INDEX.int(), r"torch.int64 \[rows of text, T\], not torch.int32 \[2, 5\]"),
         (INDEX[0], r"not torch.int64 \[5\]"),
         (INDEX + 1, r"from 0 to 3, and there are 3 images: -1 \(none\) to 2"),
