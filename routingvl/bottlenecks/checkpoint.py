@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -67,6 +68,9 @@ class BackboneReference:
     __post_init__ = check_settings
 
 
+BOTTLENECK = re.compile(r"(?:^|\.)(?:lora_[AB]|(?:down|up)_sampler\.(?:weight|bias))$")
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a saved adapter consists of, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -110,9 +114,14 @@ def write_adapter(
         is_main_process: False takes part in gathering, and writes nothing.
 
     Raises:
-        CheckpointError: ``directory`` is a file, a trained parameter holds NaN or infinity, or ``state_dict`` lacks
-            one.
+        CheckpointError: ``directory`` is a file, a bottleneck is frozen, a trained parameter holds NaN or infinity, or
+            ``state_dict`` lacks one.
     """
+    if frozen := next((n for n, p in model.named_parameters() if not p.requires_grad and BOTTLENECK.search(n)), None):
+        raise CheckpointError(
+            f"{frozen} is frozen (requires_grad=False), and what trains is saved, so it would be lost: save before "
+            "freezing, or call requires_grad_(True) on what trained"
+        )
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; give a folder to save into")

@@ -62,17 +62,17 @@ def lower_frozen_weights(model: nn.Module, dtype: torch.dtype, keep: bool = True
                 undo.callback(delattr, module, name)
                 continue
             if keep:
-                undo.callback(_put_back, parameter, parameter.data)
+                undo.callback(_put_back, parameter, parameter.data, dtype)
             parameter.data = parameter.data.to(dtype)
             lowered.add(id(parameter))
     return undo.close
 
 
-def _put_back(parameter: nn.Parameter, exact: torch.Tensor) -> None:
+def _put_back(parameter: nn.Parameter, exact: torch.Tensor, dtype: torch.dtype) -> None:
     exact = exact.to(parameter.device)
-    bits = (parameter.data.view(torch.int16), exact.to(parameter.dtype).view(torch.int16))  # NaN is equal to NaN so
-    same = bits[0].shape == bits[1].shape and torch.equal(*bits)
-    parameter.data = exact if same else parameter.data.to(exact.dtype)
+    now, lowered = parameter.data, exact.to(dtype).to(parameter.dtype)
+    same = now.shape == exact.shape and torch.allclose(now, lowered, rtol=0, atol=0, equal_nan=True)
+    parameter.data = exact if same else now.to(exact.dtype)
 
 
 def _is_product(module: nn.Module) -> bool:

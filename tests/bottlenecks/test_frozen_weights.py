@@ -126,6 +126,11 @@ def test_not_a_number_comes_back_with_its_neighbours():
     before = layer.weight.clone()
     lower_frozen_weights(layer, torch.bfloat16)()
     torch.testing.assert_close(layer.weight, before, rtol=0, atol=0, equal_nan=True)
+    layer.weight.data = before = before.t()
+    restore = lower_frozen_weights(layer, torch.bfloat16)
+    layer.float()
+    restore()
+    torch.testing.assert_close(layer.weight, before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_was_changed_meanwhile_stays_changed():

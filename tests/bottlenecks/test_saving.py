@@ -278,3 +278,14 @@ def test_layers_without_weights_to_see():
         inject(model, RoutingConfig(rank=4, routing="mul", targets=["q_proj", "v_proj"]))
         assert torch.equal(logits(model), want)
         assert not torch.equal(logits(wake(model)), logits(model, IMAGE + 1))
+
+
+@pytest.mark.parametrize("build", [small_gpt2, captioner])
+def test_frozen_bottlenecks_are_not_left_out_in_silence(build, tmp_path):
+    model = build()
+    if build is small_gpt2:
+        inject(model, RoutingConfig(rank=4, routing="mul"))
+    model.requires_grad_(False)
+    with pytest.raises(CheckpointError, match=r"lora_[AB] is frozen \(requires_grad=False\).*would be lost"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
