@@ -48,7 +48,8 @@ def fold_beams(x: Tensor | None, v: Tensor | None) -> Tensor | None:
 def dtype_of_call(tensor: Tensor) -> torch.dtype:
     """The dtype that :func:`cast_for_autocast` gives a tensor."""
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    known = torch.amp.is_autocast_available(device)  # not of the meta device
+    if tensor.dtype == torch.float64 or not known or not torch.is_autocast_enabled(device):
         return tensor.dtype
     return torch.get_autocast_dtype(device)
 

@@ -11,8 +11,8 @@ from routingvl.benchmarks.layer_cases import CASES
 MACHINE = {"device": "some CPU", "threads": 1, "torch": "2.6", "commit": "abc1234", "dirty": False}
 FIXED = {"dtype": "float32", "gate": "passed", "saved_mib": 1.0, "peak_mib": 2.0, "clock": "cpu", **MACHINE}
 SERIES = {
-    "by_tokens": {"mul": [320, 1280, 2040, 5120]},
-    "by_rank": {"add": [16, 64, 128, 256], "mul": [16, 64, 128, 256]},
+    "by_tokens": {"mul": [64, 128, 320, 640, 1280, 2040, 5120]},
+    "by_rank": {"add": [8, 16, 32, 64, 128, 256], "mul": [8, 16, 32, 64, 128, 256]},
     "by_visual_tokens": {"vllora": [1, 16, 64, 197]},
 }
 
