@@ -27,7 +27,7 @@ PUBLISHED = {
     "caption-lora-large": (12_754_944, 367_406_080),
     "caption-adapter": (2_406_912, 126_809_856),
 }
-RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
+RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))}
 
 
 @pytest.mark.parametrize("task", ["vqa", "caption", "classify"])
@@ -105,7 +105,7 @@ def test_random_backbones_have_the_shape_of_the_trained_ones(tiny, tmp_path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_can_be_estimated_without_data_weights_and_network(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    config = load_config(name)
+    config = load_config(RECIPES[name])
     config = replace(config, train=replace(config.train, batch_size=2, accumulation=1))
     with torch.random.fork_rng():
         found = estimate(config)
