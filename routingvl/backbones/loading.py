@@ -116,6 +116,15 @@ def _config_dict(backbone: str) -> dict[str, Any]:
         return PretrainedConfig.get_config_dict(source, **options)[0]
 
 
+def load_config(name: str) -> Any:
+    """The config of a hub name or folder as transformers has it; raises BackboneError when there is none."""
+    from transformers import AutoConfig
+
+    source, local = find_source(name)
+    with loading(source, local) as options:
+        return AutoConfig.from_pretrained(source, **options)
+
+
 def load_float32(
     class_name: str, name: str, optional: str | tuple[str, ...] = (), others: str = ""
 ) -> tuple[nn.Module, list[str]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from routingvl.backbones.loading import BackboneError, find_source, load_float32, loading, model_type
+from routingvl.backbones.loading import BackboneError, load_config, load_float32, model_type
 
 ENCODER, DECODER, ENCODER_DECODER = "encoder", "decoder", "encoder-decoder"
 READ, WRITE = "read", "write"  # what a language model is for: texts become states, or it writes them
@@ -104,12 +104,8 @@ def _class_name(use: str, model: nn.Module | str) -> str:
 
 
 def _load_config(name: str) -> Any:
-    from transformers import AutoConfig
-
     text_kind(name)  # before transformers' own error, which lists all models
-    source, local = find_source(name)
-    with loading(source, local) as options:
-        return AutoConfig.from_pretrained(source, **options)
+    return load_config(name)
 
 
 def _check_config(config: Any, name: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from routingvl.backbones.loading import BackboneError, find_source, loading
+from routingvl.backbones.loading import BackboneError, find_source, load_config
 from routingvl.backbones.text import READ
 from routingvl.backbones.vision import TOWERS
 
@@ -43,12 +43,10 @@ def known_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    source, local = find_source(name)
-    if not local and name in CONFIGS:
+    if name in CONFIGS and not find_source(name)[1]:
         settings = dict(CONFIGS[name])
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
-    with loading(source, local) as options:
-        return AutoConfig.from_pretrained(source, **options)
+    return load_config(name)
 
 
 def untrained_tower(name: str) -> nn.Module:

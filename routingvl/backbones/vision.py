@@ -184,13 +184,18 @@ def _check_layer(vision: nn.Module, kind: str, layer: int) -> None:
         )
 
 
+def config_image_size(vision: nn.Module) -> tuple[int, int] | None:
+    """Height and width in pixels that a loaded tower's config names, None where it names none."""
+    side = getattr(vision.config, "image_size", None)
+    return side if side is None else tuple(side) if isinstance(side, list | tuple) else (side, side)
+
+
 def check_image_size(vision: nn.Module, size: tuple[int, int]) -> None:
     """Raise :class:`BackboneError` unless a loaded tower takes images of ``size`` (height and width in pixels)."""
     tower, name, (height, width) = tower_of(vision), getattr(vision.config, "_name_or_path", ""), size
     if tower.image_sizes == "config":
-        side = getattr(vision.config, "image_size", None)
-        wanted = tuple(side) if isinstance(side, list | tuple) else (side, side)
-        if side is not None and wanted != (height, width):
+        wanted = config_image_size(vision)
+        if wanted is not None and wanted != (height, width):
             raise BackboneError(
                 f"images are resized to {height} x {width} pixels, but the vision tower {name} takes "
                 f"{wanted[0]} x {wanted[1]}: take the preprocessor_config.json that belongs to it"

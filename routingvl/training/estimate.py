@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from routingvl.backbones.untrained import untrained_text, untrained_tower
+from routingvl.backbones.vision import config_image_size
 from routingvl.config import ConfigError
 from routingvl.config.schema import RunConfig
 from routingvl.data.images import ImagePreprocessor
@@ -125,7 +126,7 @@ def measure(task: Task, model: RoutedVLModel, accelerator: Accelerator) -> dict[
     rows = min(micro, ROWS_ON_A_CPU) if device.type == "cpu" else micro
     room = model.max_positions - model.visual_prefix
     tokens = min(task.text_length, room)
-    pixels = torch.zeros(min(IMAGES, rows), 3, *_image_size(model), device=device)
+    pixels = torch.zeros(min(IMAGES, rows), 3, *(config_image_size(model.vit) or (224, 224)), device=device)
     with accelerator.autocast():
         model.encode_images(pixels)
         image_seconds = _seconds(lambda: model.encode_images(pixels), device) / len(pixels)
@@ -174,11 +175,6 @@ def saved_mib(forward: Callable[[], torch.Tensor], given: Iterable[torch.Tensor]
 def _parts(model: RoutedVLModel, config: RunConfig) -> list[torch.nn.Module]:
     """Modules that are in memory in a step: without the vision tower where features are kept."""
     return [part for name, part in model.named_children() if name != "vit" or not config.data.keeps_features]
-
-
-def _image_size(model: RoutedVLModel) -> tuple[int, int]:
-    side = getattr(model.vit.config, "image_size", None) or 224
-    return tuple(side) if isinstance(side, list | tuple) else (side, side)
 
 
 def _mib(tensors: Iterable[torch.Tensor]) -> float:
