@@ -37,6 +37,11 @@ class ImageRecord:
     file_name: str
     path: Path | None = None
 
+    @property
+    def key(self) -> Path | int | str:
+        """The path or, without an image root, the id."""
+        return self.path or self.image_id
+
 
 class PictureSource:
     """What gives pictures: stored features when there are any, else the preprocessed files.

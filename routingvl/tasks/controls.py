@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ class ImageControl(Dataset):
         other = self._other[image]
         while (picture := self.dataset.picture(other)) is None:
             other = self._other[other]
-        if _key(other) == _key(image):
+        if other.key == image.key:
             raise ConfigError("image_control='shuffled' needs two images that can be read")
         return picture
 
@@ -64,19 +63,15 @@ class ImageControl(Dataset):
         return {"vision_features": torch.full(self._shape, float(self.control == "ones"))}
 
 
-def _key(image: ImageRecord) -> Path | int | str:
-    return image.path or image.image_id
-
-
 def another_image(images: list[ImageRecord], split: str) -> dict[ImageRecord, ImageRecord]:
     """Another one of ``images`` for each: the next in an order drawn once and for all."""
-    distinct = {_key(image): image for image in images}
+    distinct = {image.key: image for image in images}
     if len(distinct) < 2:
         raise ConfigError(f"image_control='shuffled' needs two images, and split {split!r} has {len(distinct)}")
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0)).tolist()
     keys = list(distinct)
     following = {keys[i]: distinct[keys[j]] for i, j in zip(order, order[1:] + order[:1], strict=True)}
-    return {image: following[_key(image)] for image in images}
+    return {image: following[image.key] for image in images}
 
 
 @torch.inference_mode()

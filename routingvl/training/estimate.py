@@ -99,7 +99,7 @@ def read_sizes(task: Task, assumed: list[str]) -> DataSize:
     if data.annotations is not None and os.path.exists(data.annotations):
         train, val = task.read_training_splits()
         images = [*train.images, *(val.images if val is not None else ())]
-        distinct = {image.path or image.image_id for image in images}
+        distinct = {image.key for image in images}
         return DataSize(len(task.dataset(train, training=True)), len(distinct))
     where = "data.annotations is not set" if data.annotations is None else f"{data.annotations} does not exist"
     assumed.append(f"{where}, so the numbers of examples, images and steps are unknown")
