@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .decoding import Action, Modifiers, Table, elementwise, operands
+from .decoding import Action, Modifiers, Table, elementwise, operands, typed
 from .lanes import Lanes, Mask
 from .parser import Fault, Instruction
 from .values import INTEGERS, bits_of, is_signed
@@ -22,8 +22,8 @@ def logic(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Actio
 def three_input_logic(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
     """lop3: any function of three bits, by its table."""
     modifiers.type("b32")
-    target, *sources, table = operands(instruction, 5)
-    readers, write = [lanes.reader(source, "b32") for source in sources], lanes.writer(target, "b32")
+    *registers, table = operands(instruction, 5)
+    readers, write = typed(registers, "b32", lanes)
     ones = [row for row in range(8) if int(table.rstrip("U"), 0) >> row & 1]
 
     def action(mask: Mask) -> None:
@@ -58,8 +58,7 @@ def funnel_shift(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -
     left = modifiers.need("l", "r") == "l"
     clamp = modifiers.need("clamp", "wrap") == "clamp"
     modifiers.type("b32")
-    target, *sources = operands(instruction, 4)
-    readers, write = [lanes.reader(source, "b32") for source in sources], lanes.writer(target, "b32")
+    readers, write = typed(operands(instruction, 4), "b32", lanes)
 
     def action(mask: Mask) -> None:
         low, high, count = (read().astype(np.uint64) for read in readers)
@@ -73,8 +72,7 @@ def funnel_shift(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -
 def extract_bits(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
     """bfe: bits from a position on, as a number with or without a sign."""
     kind = modifiers.type("u32", "s32")
-    target, *sources = operands(instruction, 4)
-    readers, write = [lanes.reader(source, "u32") for source in sources], lanes.writer(target, "u32")
+    readers, write = typed(operands(instruction, 4), "u32", lanes)
 
     def action(mask: Mask) -> None:
         value, position, length = (read().astype(np.int64) for read in readers)
@@ -91,8 +89,7 @@ def extract_bits(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -
 def insert_bits(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
     """bfi: the first operand put into the second."""
     modifiers.type("b32")
-    target, *sources = operands(instruction, 5)
-    readers, write = [lanes.reader(source, "b32") for source in sources], lanes.writer(target, "b32")
+    readers, write = typed(operands(instruction, 5), "b32", lanes)
 
     def action(mask: Mask) -> None:
         value, into, position, length = (read().astype(np.int64) for read in readers)
@@ -105,8 +102,7 @@ def insert_bits(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) ->
 def permute_bytes(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
     """prmt: four of the eight bytes of two registers, each chosen by four bits."""
     modifiers.type("b32")
-    target, *sources = operands(instruction, 4)
-    readers, write = [lanes.reader(source, "b32") for source in sources], lanes.writer(target, "b32")
+    readers, write = typed(operands(instruction, 4), "b32", lanes)
 
     def action(mask: Mask) -> None:
         a, b, choice = (read().astype(np.uint64) for read in readers)

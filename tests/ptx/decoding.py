@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -82,12 +82,19 @@ def _flushed(values: np.ndarray) -> np.ndarray:
     return np.where(np.abs(values) < TINY, np.copysign(np.float32(0), values), values)
 
 
+def typed(
+    registers: Sequence[str], kind: str, lanes: Lanes
+) -> tuple[list[Callable[[], np.ndarray]], Callable[..., None]]:
+    """Of a target and the sources behind it, all of one type: the sources' readers and the target's writer."""
+    target, *sources = registers
+    return [lanes.reader(source, kind) for source in sources], lanes.writer(target, kind)
+
+
 def elementwise(
     compute: Callable[..., np.ndarray], kind: str, instruction: Instruction, lanes: Lanes, flush: bool = False
 ) -> Action:
     """target = compute(sources), all of one type."""
-    target, *sources = instruction.operands
-    readers, write = [lanes.reader(source, kind) for source in sources], lanes.writer(target, kind)
+    readers, write = typed(instruction.operands, kind, lanes)
 
     def action(mask: Mask) -> None:
         values = [read() for read in readers]

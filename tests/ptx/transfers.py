@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .decoding import Action, Modifiers, Table, for_all_lanes, operands
@@ -111,15 +113,23 @@ def copy(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action
     return action
 
 
-def _matrices(modifiers: Modifiers) -> tuple[int, bool]:
-    """How many matrices of 8 x 8, and whether they are transposed."""
+def _matrices(
+    instruction: Instruction, modifiers: Modifiers, lanes: Lanes, registers_at: int
+) -> tuple[list[np.ndarray], Callable[[], np.ndarray], np.ndarray, bool]:
+    """The registers of matrices of 8 x 8, the addresses of their rows, whose warps those are, whether transposed.
+
+    ``registers_at`` is the place of the registers among the two operands; the address is the other.
+    """
     for name in ("sync", "aligned", "m8n8"):
         modifiers.need(name)
     count = int(modifiers.need("x1", "x2", "x4")[1])
     transposed = modifiers.take("trans") is not None
     modifiers.need(*SHARED)
     modifiers.type("b16")
-    return count, transposed
+    both = operands(instruction, 2)
+    registers, address = lanes.vector(both[registers_at], 32), lanes.address(both[1 - registers_at])
+    _check_vector(instruction, registers, count, np.dtype(np.uint32))
+    return registers, address, lanes.warps.reshape(-1, WARP)[:, :8].reshape(-1), transposed
 
 
 def _rows_of(addresses: np.ndarray, matrix: int) -> np.ndarray:
@@ -129,11 +139,7 @@ def _rows_of(addresses: np.ndarray, matrix: int) -> np.ndarray:
 
 def load_matrix(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
     """ldmatrix: lane l of a warp gets elements 2 (l % 4) and the next of row l // 4 of each matrix."""
-    count, transposed = _matrices(modifiers)
-    target, place = operands(instruction, 2)
-    registers, address = lanes.vector(target, 32), lanes.address(place)
-    _check_vector(instruction, registers, count, np.dtype(np.uint32))
-    warps = lanes.warps.reshape(-1, WARP)[:, :8].reshape(-1)
+    registers, address, warps, transposed = _matrices(instruction, modifiers, lanes, registers_at=0)
 
     def action(mask: Mask) -> None:
         addresses = address()
@@ -148,11 +154,7 @@ def load_matrix(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) ->
 
 def store_matrix(instruction: Instruction, modifiers: Modifiers, lanes: Lanes) -> Action:
     """stmatrix: the reverse of ldmatrix."""
-    count, transposed = _matrices(modifiers)
-    place, source = operands(instruction, 2)
-    registers, address = lanes.vector(source, 32), lanes.address(place)
-    _check_vector(instruction, registers, count, np.dtype(np.uint32))
-    warps = lanes.warps.reshape(-1, WARP)[:, :8].reshape(-1)
+    registers, address, warps, transposed = _matrices(instruction, modifiers, lanes, registers_at=1)
 
     def action(mask: Mask) -> None:
         addresses = address()
