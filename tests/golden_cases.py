@@ -15,7 +15,9 @@ from routingvl.bottlenecks.layers import RoutedAdapter, RoutedLoRALinear
 
 FOLDER = Path(__file__).parent / "golden"
 CASES: list[dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text())["cases"]
-LAYER_CASES = [case for case in CASES if case["level"] == "layer"]
+# Group E: what the paper compares with and ablates, each built by the test of the option that it belongs to.
+LAYER_CASES = [case for case in CASES if case["level"] == "layer" and case["group"] != "E"]
+VARIANT_CASES: dict[str, dict[str, Any]] = {case["id"]: case for case in CASES if case["group"] == "E"}
 MODEL_CASES = [case for case in CASES if case["level"] == "model"]
 
 
