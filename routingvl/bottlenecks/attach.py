@@ -28,9 +28,10 @@ STEP_TEXTS = ("decoder_input_ids", "input_ids", "inputs_embeds")  # what a step 
 
 
 def contexts_of(model: nn.Module) -> list[VisualContext]:
-    """The contexts from which routed layers of ``model`` read, each once: the attribute ``context`` of its modules."""
+    """The contexts from which routed layers of ``model`` read the image, each once: ``context`` of its modules."""
     found = (vars(module).get("context") for module in model.modules())
-    return list({id(context): context for context in found if isinstance(context, VisualContext)}.values())
+    contexts = (context for context in found if isinstance(context, VisualContext) and context.source == "image")
+    return list({id(context): context for context in contexts}.values())
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,6 +25,7 @@ from routingvl.atomic_files import replacing, write_json
 from routingvl.bottlenecks.sharding import assign, full_shape, is_sharded, is_writer, own_class, whole
 from routingvl.config import ConfigError, RoutingConfig, from_dict
 from routingvl.config.checks import check_settings
+from routingvl.config.routing import NEWER, saved_settings
 from routingvl.json_files import read_json
 from routingvl.tensor_files import check_floats, is_finite, listed, read_tensors
 
@@ -88,7 +89,7 @@ def save_adapter(
     def config() -> dict[str, Any]:
         parts = {"vision": model.vit, "text": model.language_model}
         references = {role: _describe(part, model.backbones[role], Path(directory)) for role, part in parts.items()}
-        return {**header(model), "routing": asdict(model.routing), "model": model.options(), "backbones": references}
+        return {**header(model), "routing": saved_settings(model.routing), "model": model.options(), "backbones": references}
 
     write_adapter(model, directory, config, state_dict=state_dict, is_main_process=is_main_process)
 
@@ -220,8 +221,8 @@ def read_adapter_config(directory: str | Path, *model_class: str) -> dict[str, A
 def check_routing(routing: Mapping[str, Any], source: str) -> None:
     """Raise ConfigError unless ``routing`` is a whole :class:`RoutingConfig`."""
     from_dict(RoutingConfig, routing, f"{source}: routing")
-    known = [f.name for f in fields(RoutingConfig) if f.name not in _LATER or not routing.keys().isdisjoint(_LATER)]
-    if absent := [name for name in known if name not in routing]:
+    may_lack = {*NEWER, *(_LATER if routing.keys().isdisjoint(_LATER) else ())}
+    if absent := [f.name for f in fields(RoutingConfig) if f.name not in {*routing, *may_lack}]:
         raise ConfigError(f"{source}: routing: {listed(absent)} missing")
 
 

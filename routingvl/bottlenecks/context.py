@@ -33,9 +33,14 @@ class VisualContext:
 
     Bindings nest and end with their block, so a forgotten bind is an error and never a stale image. Two threads can run
     one model on different images. A copy of a model gets a context of its own, with nothing bound.
+
+    Attributes:
+        source: what is bound here: "image", or what :mod:`~routingvl.bottlenecks.sources` binds in its place, "text"
+            (which positions are no padding) or "encoder" (its states).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, source: str = "image") -> None:
+        self.source = source
         self._thread = _Thread()
         # Modules of routingvl.bottlenecks.layers, which imports this file; in the order of add().
         self._readers: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()
@@ -111,6 +116,10 @@ class VisualContext:
             binding.apply(mask)
         else:
             binding.pooled = Tokens(features, None).mean().features
+        return self.bind_made(binding)
+
+    def bind_made(self, binding: Binding) -> AbstractContextManager[None]:
+        """:meth:`bind` what was put together already."""
         if self._recomputed and not torch.compiler.is_compiling():
             for module in self._recomputed:
                 carry_along(self, module)
@@ -189,6 +198,11 @@ class VisualContext:
             return Reading(x.new_zeros(1, 1, width), None, keep)
         binding = self._checked(x)
         if (have := binding.features.shape[2]) != image_width:
+            if self.source == "encoder":
+                raise ValueError(
+                    f"the encoder's states are {have} wide, and a bottleneck that is routed by them reads {width}: "
+                    "name targets of that width"
+                )
             raise ValueError(
                 f"the image's features are {have} wide, and the routed layers read {image_width}: give features "
                 f"[B, L, {image_width}] (image_from=, bind_image), or build the bottlenecks with "
@@ -214,9 +228,39 @@ class VisualContext:
         mask = binding.mask if v.shape[1] == binding.mask.shape[1] else binding.mask.any(1, keepdim=True)
         return v.masked_fill(~mask.unsqueeze(2), 0)
 
+    def own_text(self, x: torch.Tensor, *, pooled: bool) -> Reading:
+        """What a layer reads that is routed by its own input ``x`` [B, T, K]: their mean, or all that are no padding.
+
+        Raises:
+            RuntimeError: the stack that the layer is in does not run, so that its padding is not known.
+            ValueError: the mask of that stack is not of these positions.
+        """
+        binding = self._current()
+        if binding is None:
+            raise RuntimeError(
+                "a bottleneck that is routed by its own text ran outside of the model whose attention_mask says what "
+                "is padding: call that model, or pass what it is routed by as second argument"
+            )
+        if (mask := binding.mask) is not None and mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"the attention_mask {list(mask.shape)} is not of the {list(x.shape[:2])} positions that a bottleneck "
+                "routed by text has: leave this place out (exclude=)"
+            )
+        v, counted = x, mask
+        if pooled:
+            v, counted = Tokens(x, mask).mean().features, None
+        elif mask is not None:
+            v = x.masked_fill(~mask.unsqueeze(2), 0)
+        return Reading(v, None, None, counted)
+
     def _checked(self, x: torch.Tensor) -> Binding:
         """The binding to read for ``x``."""
         binding = self._current()
+        if self.source == "encoder" and (binding is None or binding.features is None):
+            raise RuntimeError(
+                "a bottleneck that is routed by an encoder's states ran where there are none: call the whole model, or "
+                "its decoder with encoder_hidden_states="
+            )
         if binding is None or binding.features is None:
             raise RuntimeError(
                 "a routed layer ran with no visual features bound: call the model inside "
@@ -355,7 +399,7 @@ class VisualContext:
         return self._bound(binding.again())
 
     def __reduce__(self):
-        return type(self), ()
+        return type(self), (self.source,)
 
 
 class _Thread(threading.local):

@@ -25,6 +25,7 @@ from routingvl.bottlenecks.layers import (
 from routingvl.bottlenecks.places import SurgeryError, adapter_places, layer_norms, lora_places
 from routingvl.bottlenecks.report import TrainableReport, trainable_report
 from routingvl.bottlenecks.sharding import is_sharded
+from routingvl.bottlenecks.sources import Sources, take_off
 from routingvl.config import RoutingConfig
 from routingvl.config.routing import by_pattern, named
 from routingvl.tensor_files import listed
@@ -85,15 +86,17 @@ def inject(
     earlier = [module for module in model.modules() if isinstance(module, RoutedLayer)]
     context = _shared_context(earlier) if context is None else context
     plan = _plan_lora if config.method == "lora" else _plan_adapters
-    shared = {"context": context, "backend": backend}
-    shared |= {key: getattr(config, key) for key in ("routing", "dropout", "relu")}
+    shared = {"backend": backend} | {key: getattr(config, key) for key in ("routing", "dropout", "relu")}
     skipped: list[str] = []
-    changes = plan(model, config, shared, skipped)
+    sources = Sources(model, config, context)
+    changes = plan(model, config, shared, sources, skipped)
+    sources.check()
     _check_patterns(config, changes)
     heads = _modules_to_train(model, config)
     width, projections = _image_projections(model, config, changes, image_width)
     # Everything was built before anything is touched, so an error leaves the model as it was.
     context.follow(model)
+    sources.connect()
     if not earlier:
         model.requires_grad_(False)
     trained_before = {id(p) for p in model.parameters() if p.requires_grad}
@@ -140,6 +143,7 @@ def remove(model: nn.Module) -> None:
         raise SurgeryError("the model has no routed bottlenecks to remove")
     for _, module in modules:
         release(module)
+        take_off(module)
     for name, module in modules:
         if isinstance(module, RoutedLoRALinear | RoutedLoRABeside):
             _replace(model, name, module.restore())
@@ -190,7 +194,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _plan_lora(
-    model: nn.Module, config: RoutingConfig, shared: dict[str, Any], skipped: list[str]
+    model: nn.Module, config: RoutingConfig, shared: dict[str, Any], sources: Sources, skipped: list[str]
 ) -> dict[str, nn.Module]:
     """Module name -> replacement for each projection to adapt."""
     changes = {}
@@ -205,7 +209,8 @@ def _plan_lora(
             "slices": place.slices,
             "parts": place.parts,
         }
-        routed = shared | {"routing": "none", "relu": False} if place.unrouted else shared
+        unrouted = {"context": sources.context, "routing": "none", "relu": False}
+        routed = shared | (unrouted if place.unrouted else sources.of(place.name))
         make = RoutedLoRALinear if is_dense(base) else RoutedLoRABeside
         changes[place.name] = make(base, dtype=_bottleneck_dtype(base, config), **options, **routed)
     skipped += [f"{name}: {why}" for name, why in passed]
@@ -226,7 +231,7 @@ def _left_out(model: nn.Module, config: RoutingConfig, changes: Mapping[str, nn.
 
 
 def _plan_adapters(
-    model: nn.Module, config: RoutingConfig, shared: dict[str, Any], skipped: list[str]
+    model: nn.Module, config: RoutingConfig, shared: dict[str, Any], sources: Sources, skipped: list[str]
 ) -> dict[str, nn.Module]:
     """Module name -> each adapter to register there."""
     changes: dict[str, nn.Module] = {}
@@ -244,6 +249,7 @@ def _plan_adapters(
                 device=like.device,
                 dtype=_bottleneck_dtype(layer, config),
                 **shared,
+                **sources.of(place.home),
             ).train(layer.training)
     return changes
 
@@ -258,7 +264,8 @@ def _check_free(name: str, module: nn.Module) -> None:
 
 def _shared_context(routed: list[RoutedLayer]) -> VisualContext:
     """The context of the bottlenecks that are there; a new one where there are none."""
-    contexts = list({id(layer.context): layer.context for layer in routed if layer.context is not None}.values())
+    known = (layer.context for layer in routed if layer.context is not None and layer.context.source == "image")
+    contexts = list({id(context): context for context in known}.values())
     if len(contexts) > 1:
         raise SurgeryError("earlier injections read the image from several contexts: pass context= to say which")
     return contexts[0] if contexts else VisualContext()
@@ -301,7 +308,7 @@ def _image_projections(
     layers = {name: module for name, module in changes.items() if isinstance(module, RoutedLayer)}
     widths = {layer.projection[0].shape[1]: name for name, layer in layers.items()}
     image_width = _image_width(model, widths, image_width)
-    reading = {name: layer for name, layer in layers.items() if layer.routing.uses_image}
+    reading = {name: layer for name, layer in layers.items() if layer.reads_image}
     known, made = dict(getattr(model, PROJECTIONS, {})), {}
     for name, layer in reading.items():
         width = layer.projection[0].shape[1]

@@ -21,6 +21,7 @@ from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.float32 import HALF
 from routingvl.bottlenecks.parts import Parts
 from routingvl.bottlenecks.sharding import is_sharded
+from routingvl.config.routing import POOLED, source_of
 from routingvl.kernels import (
     ImageCode,
     can_project_jointly,
@@ -74,6 +75,7 @@ class RoutedLayer(nn.Module):
         enabled: False makes the layer do what the model did without it.
         kind: the method that the layer belongs to, "lora" or "adapter".
         routing: the routing function's row of :data:`routingvl.kernels.ROUTINGS`.
+        routed_by: what v is, see :class:`~routingvl.config.RoutingConfig`.
         rank: R.
         projection: the weights that project the image; the first is the down-projection A, as wide as text and image.
         project: what v [B, L, K] comes to in this layer before any text, made for decoding; None: nothing can be.
@@ -89,8 +91,17 @@ class RoutedLayer(nn.Module):
     project_jointly: Callable[..., list[ImageCode]]
     joint_options: Callable[[torch.Tensor], dict[str, Any] | None]
 
-    def __init__(self, routing: str, dropout: float, relu: bool, context: VisualContext | None, backend: str | None):
+    def __init__(
+        self,
+        routing: str,
+        dropout: float,
+        relu: bool,
+        context: VisualContext | None,
+        backend: str | None,
+        routed_by: str = "image",
+    ):
         super().__init__()
+        self.routed_by, self._source = routed_by, source_of(routed_by)
         self._image_projection: tuple[nn.Module, ...] = ()
         self.routing = find_routing(routing)
         self.dropout, self.relu, self.context, self.backend = dropout, relu, context, backend
@@ -114,9 +125,14 @@ class RoutedLayer(nn.Module):
         return self.training and self.dropout > 0
 
     @property
+    def reads_image(self) -> bool:
+        """Whether the image reaches the layer."""
+        return self.routing.uses_image and self.routed_by == "image"
+
+    @property
     def pooled(self) -> bool:
-        """Whether the routing takes one visual token, which is then the mean of an image's."""
-        return self.routing.max_visual_tokens == 1
+        """Whether the layer reads one visual token, the mean of all: the routing takes one, or it is asked for."""
+        return self.routing.max_visual_tokens == 1 or self.routed_by in POOLED
 
     @property
     def image_projection(self) -> nn.Module | None:
@@ -135,7 +151,7 @@ class RoutedLayer(nn.Module):
         return self.context.blank(projection(v.to(projection.weight.dtype)).to(v.dtype))
 
     def read_image(self, x: torch.Tensor, v: torch.Tensor | None) -> Reading:
-        """The image to route ``x`` with: the argument ``v`` [B, L, K], else the context's.
+        """What to route ``x`` with: the argument ``v`` [B, L, K], else the context's, or for "text" x itself.
 
         Raises:
             RuntimeError, ValueError: as :meth:`VisualContext.read`; padding for a routing that it would change.
@@ -144,21 +160,37 @@ class RoutedLayer(nn.Module):
             return _NO_IMAGE
         if v is not None:
             return Reading(v)
+        if self._source == "text":
+            return self._checked(self._own_text(x))
         if self.context is None:
             raise RuntimeError(f"{type(self).__name__} has no context: pass the visual features as second argument")
         weights = self.projection
         width = weights[0].shape[1]
         read = self.image_projection.in_features if self._image_projection else width
-        v, _, keep, counted, index = self.context.reading(x, pooled=self.pooled, width=width, image_width=read)
-        if counted is not None and not self.routing.inner_product:
-            raise ValueError(
-                f"routing {self.routing.name!r} may read something in zero padding: bind as many visual tokens for "
-                "every image, without mask="
-            )
+        v, _, keep, counted, index = self._checked(
+            self.context.reading(x, pooled=self.pooled, width=width, image_width=read)
+        )
         projected = self.to_own_width(v)
         if self.drops or (counted is not None and self.kind != "lora"):
             return Reading(projected, None, keep, counted, index)
         return Reading(projected, self.context.image_code(self, weights), keep, counted, index)
+
+    def _own_text(self, x: torch.Tensor) -> Reading:
+        if x.dim() != 3:
+            raise ValueError(
+                f"routed_by={self.routed_by!r} is for text [B, T, K], and the layer was given {list(x.shape)}"
+            )
+        if self.context is None:  # no padding
+            return Reading(x.mean(1, keepdim=True) if self.pooled else x)
+        return self.context.own_text(x, pooled=self.pooled)
+
+    def _checked(self, reading: Reading) -> Reading:
+        if reading.counted is not None and not self.routing.inner_product:
+            raise ValueError(
+                f"routing {self.routing.name!r} may read something in zero padding: bind as many visual tokens for "
+                "every image, without mask="
+            )
+        return reading
 
     def _watch(self, y: torch.Tensor) -> None:
         if self.context is not None and self.routing.uses_image and self.training:
@@ -168,7 +200,8 @@ class RoutedLayer(nn.Module):
         """What print shows."""
         relu = ", relu" if self.relu else ""
         dropout = f", dropout={self.dropout}" if self.dropout else ""
-        return f"routing={self.routing.name}, rank={self.rank}{relu}{dropout}"
+        routed_by = "" if self.routed_by == "image" else f", routed_by={self.routed_by}"
+        return f"routing={self.routing.name}, rank={self.rank}{relu}{dropout}{routed_by}"
 
 
 class RoutedLoRA(RoutedLayer):
@@ -177,7 +210,7 @@ class RoutedLoRA(RoutedLayer):
     Args:
         widths: (K, N), inputs and outputs of the projection.
         rank: R of each slice.
-        routing, relu, placement: see :class:`~routingvl.config.RoutingConfig`.
+        routing, relu, placement, routed_by: see :class:`~routingvl.config.RoutingConfig`.
         alpha: the update is scaled by alpha / rank; None for alpha = rank.
         dropout: probability for the bottleneck's inputs, drawn separately for text and image.
         slices: (start, stop) columns of the output that are adapted, equal in width; None for all. G slices share one
@@ -206,8 +239,9 @@ class RoutedLoRA(RoutedLayer):
         parts: Sequence[Sequence[int]] | None = None,
         context: VisualContext | None = None,
         backend: str | None = None,
+        routed_by: str = "image",
     ) -> None:
-        super().__init__(routing, dropout, relu, context, backend)
+        super().__init__(routing, dropout, relu, context, backend, routed_by)
         self.in_features, self.out_features = widths
         self.rank = rank
         self.scaling = (rank if alpha is None else alpha) / rank
@@ -364,7 +398,7 @@ class RoutedAdapter(RoutedLayer):
         rank: R.
         activation: "gelu", "gelu_new", "relu", "silu" or "identity", applied after routing.
         residual: add the input to the output.
-        routing, dropout, relu, context, backend: as for :class:`RoutedLoRALinear`.
+        routing, dropout, relu, context, backend, routed_by: as for :class:`RoutedLoRALinear`.
 
     Weights are drawn from N(0, 0.02²), biases start at 0. :meth:`hang_on` puts it behind or in front of other modules,
     which keep their class and the names of their parameters.
@@ -384,10 +418,11 @@ class RoutedAdapter(RoutedLayer):
         relu: bool = False,
         context: VisualContext | None = None,
         backend: str | None = None,
+        routed_by: str = "image",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(routing, dropout, relu, context, backend)
+        super().__init__(routing, dropout, relu, context, backend, routed_by)
         self.rank = rank
         self.activation = activation
         self.residual = residual

@@ -12,7 +12,7 @@ from routingvl.kernels.dispatch import select_backend
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One routed bottleneck: its module name, kind, routing, rank, and which backend runs it, and why."""
+    """One routed bottleneck: its module name, kind, routing, rank, which backend runs it, and why, and ``routed_by``."""
 
     name: str
     kind: str
@@ -20,6 +20,7 @@ class LayerReport:
     rank: int
     backend: str
     reason: str
+    routed_by: str = "image"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TrainableReport:
         width = max((len(layer.name) for layer in self.layers), default=0)
         rows = [
             f"  {layer.name:<{width}}  {layer.kind:<7}  {layer.routing:<6}  r={layer.rank:<4} "
-            f"{layer.backend}: {layer.reason}"
+            f"{'' if layer.routed_by == 'image' else f'by {layer.routed_by}  '}{layer.backend}: {layer.reason}"
             for layer in self.layers
         ]
         return "\n".join([head, *rows, *(f"  skipped: {line}" for line in self.skipped)])
@@ -63,7 +64,8 @@ def trainable_report(model: nn.Module, exclude: str | None = None) -> TrainableR
                 )
             except RuntimeError as error:  # a model is often built on the CPU and moved to its GPU afterwards
                 backend, reason = "triton", str(error)
-            layers.append(LayerReport(name, module.kind, module.routing.name, module.rank, backend, reason))
+            described = name, module.kind, module.routing.name, module.rank, backend, reason, module.routed_by
+            layers.append(LayerReport(*described))
     return TrainableReport(
         trainable=sum(size for _, size in trainable),
         total=sum(p.numel() for _, p in parameters),

@@ -23,6 +23,7 @@ from routingvl.bottlenecks.places import SurgeryError
 from routingvl.bottlenecks.report import TrainableReport, trainable_report
 from routingvl.config import ConfigError, RoutingConfig, from_dict
 from routingvl.config.checks import check_settings
+from routingvl.config.routing import saved_settings
 from routingvl.tensor_files import listed, read_tensors
 
 # Settings of an injection that may differ between the model that was saved and the one that is loaded into.
@@ -91,7 +92,7 @@ def save_adapter(
 
     def config() -> dict[str, Any]:
         saved = {
-            name: [{"routing": dataclasses.asdict(i.config), "image_width": i.image_width} for i in of_module]
+            name: [{"routing": saved_settings(i.config), "image_width": i.image_width} for i in of_module]
             for name, of_module in injections.items()
         }
         return {**checkpoint.header(model), "injections": saved, "base": _describe(model)}

@@ -6,9 +6,9 @@ import dataclasses
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from routingvl.config.checks import ConfigError, check_settings, check_value, setting
+from routingvl.config.checks import ConfigError, check_choice, check_settings, check_value, setting
 from routingvl.kernels import ROUTINGS
 from routingvl.kernels.lora.options import PLACEMENTS
 
@@ -16,8 +16,17 @@ METHODS = ("lora", "adapter")
 POSITIONS = ("post_module", "pre_norm", "post_norm")
 IMAGE_PROJECTIONS = ("linear",)
 BOTTLENECK_DTYPES = ("float32", "model")
+# What a bottleneck is routed by -> what of it: "image", the "text" that it is in, or the states of an "encoder".
+ROUTED_BY = {
+    name: name.removesuffix("_tokens") for name in ("image", "text", "text_tokens", "encoder", "encoder_tokens")
+}
+POOLED = ("text", "encoder")  # by one token, the mean of all that are no padding
 ALL_LINEAR = "all-linear"
 T = TypeVar("T")
+
+
+# Settings that came after the format of saved adapters, which leave them out where they are what all were before.
+NEWER = ("routed_by",)
 
 
 def named(patterns: Iterable[str], name: str) -> bool:
@@ -25,6 +34,19 @@ def named(patterns: Iterable[str], name: str) -> bool:
     for the whole of it.
     """
     return any(name == p or name.endswith(f".{p}") or re.fullmatch(p, name) for p in patterns)
+
+
+def source_of(routed_by: str) -> str:
+    """What a value of ``routed_by`` is made of: "image", "text" or "encoder"; ConfigError for one that is none."""
+    check_choice("routed_by", routed_by, ROUTED_BY)
+    return ROUTED_BY[routed_by]
+
+
+def saved_settings(config: RoutingConfig) -> dict[str, Any]:
+    """What a saved adapter holds of ``config``."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    kept = dataclasses.asdict(config)
+    return {key: value for key, value in kept.items() if key not in NEWER or value != defaults[key]}
 
 
 def by_pattern(values: dict[str, T] | None, name: str, default: T) -> T:
@@ -52,6 +74,10 @@ class RoutingConfig:
             makes such a target an error.
         train_modules: further modules to train whole (heads), named as in ``targets``.
         bottleneck_dtype: "float32" holds all that trains in float32 over half-precision weights, "model" as the model.
+        routed_by: what stands in the image's place: "image" itself; "text", the mean of the layer's own input over
+            positions that are no padding, or "text_tokens", all of them (encoders only); in a decoder that reads an
+            encoder's states "encoder", their mean, or "encoder_tokens", all of them, while the encoder's own layers
+            are routed by the image.
         placement: where a LoRA routes, "bottleneck" (before the up-projection) or "output" (after it).
         position: where an adapter sits, "post_module" (on the sublayer's output), "pre_norm" or "post_norm".
         relu: ReLU on both factors of vllora's inner product.
@@ -82,6 +108,7 @@ class RoutingConfig:
     image_projection: str | None = setting(None, choices=IMAGE_PROJECTIONS)
     train_modules: tuple[str, ...] | None = None
     bottleneck_dtype: str = setting("float32", choices=BOTTLENECK_DTYPES)
+    routed_by: str = setting("image", choices=ROUTED_BY)
 
     def __post_init__(self) -> None:
         for key in ("targets", "exclude", "train_modules"):
@@ -92,6 +119,7 @@ class RoutingConfig:
         if self.relu and not ROUTINGS[self.routing].supports_relu:
             able = [name for name, row in ROUTINGS.items() if row.supports_relu]
             raise ConfigError(f"relu=True is defined for routing {', '.join(able)}, not for {self.routing!r}")
+        self._check_routed_by()
         # A setting that belongs to the other method would silently do nothing.
         other = "adapter" if self.method == "lora" else "lora"
         default = {f.name: f.default for f in dataclasses.fields(self)}
@@ -101,6 +129,18 @@ class RoutingConfig:
         }[other]:
             if (value := getattr(self, key)) != default[key]:
                 raise ConfigError(f"{key}={value!r} is defined for method={other!r} only")
+
+    def _check_routed_by(self) -> None:
+        row = ROUTINGS[self.routing]
+        if self.routed_by == "image":
+            return
+        if not row.uses_image:
+            raise ConfigError(f"routed_by={self.routed_by!r}: routing {self.routing!r} is routed by nothing")
+        if self.routed_by not in POOLED and row.max_visual_tokens == 1:
+            raise ConfigError(
+                f"routed_by={self.routed_by!r} gives several tokens and routing {self.routing!r} takes one: use "
+                f"routed_by={source_of(self.routed_by)!r}, their mean"
+            )
 
     def _check_patterns(self) -> None:
         for key in ("targets", "exclude", "train_modules", "rank_pattern", "alpha_pattern"):
