@@ -29,9 +29,13 @@ STEP_TEXTS = ("decoder_input_ids", "input_ids", "inputs_embeds")  # what a step 
 
 def contexts_of(model: nn.Module) -> list[VisualContext]:
     """The contexts from which routed layers of ``model`` read the image, each once: ``context`` of its modules."""
-    found = (vars(module).get("context") for module in model.modules())
-    contexts = (context for context in found if isinstance(context, VisualContext) and context.source == "image")
-    return list({id(context): context for context in contexts}.values())
+    found = (context for context in map(_context, model.modules()) if context is not None)
+    return list({id(context): context for context in found if context.source == "image"}.values())
+
+
+def _context(module: nn.Module) -> VisualContext | None:
+    context = vars(module).get("context")
+    return context if isinstance(context, VisualContext) else None
 
 
 @contextlib.contextmanager
@@ -61,6 +65,11 @@ def bind_image(
         ValueError: as :meth:`VisualContext.bind`.
     """
     if not (contexts := contexts_of(model)):
+        if others := sorted({c.source for c in map(_context, model.modules()) if c is not None}):
+            raise BindingError(
+                f"the bottlenecks of {type(model).__name__} are routed by {others[0]} and read no image: "
+                "call it without"
+            )
         raise BindingError(
             f"{type(model).__name__} has no routed layers to bind an image for: call inject(model, config) or "
             "peft.get_peft_model(model, RoutedLoraConfig(...)) first"

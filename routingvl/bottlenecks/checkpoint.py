@@ -89,7 +89,12 @@ def save_adapter(
     def config() -> dict[str, Any]:
         parts = {"vision": model.vit, "text": model.language_model}
         references = {role: _describe(part, model.backbones[role], Path(directory)) for role, part in parts.items()}
-        return {**header(model), "routing": saved_settings(model.routing), "model": model.options(), "backbones": references}
+        return {
+            **header(model),
+            "routing": saved_settings(model.routing),
+            "model": model.options(),
+            "backbones": references,
+        }
 
     write_adapter(model, directory, config, state_dict=state_dict, is_main_process=is_main_process)
 

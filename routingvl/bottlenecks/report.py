@@ -12,7 +12,7 @@ from routingvl.kernels.dispatch import select_backend
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One routed bottleneck: its module name, kind, routing, rank, which backend runs it, and why, and ``routed_by``."""
+    """One routed bottleneck: its module name, kind, routing, rank, which backend runs it and why, ``routed_by``."""
 
     name: str
     kind: str

@@ -30,6 +30,7 @@ from routingvl.bottlenecks.inject import inject, train_in_float32
 from routingvl.bottlenecks.report import TrainableReport, trainable_report
 from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict, nearest
 from routingvl.config.checks import check_value, types_of
+from routingvl.config.routing import source_of
 from routingvl.kernels import ROUTINGS
 from routingvl.models import hub
 from routingvl.models.checks import check_finite, check_padding, check_tensor, check_values, check_zeros_and_ones
@@ -425,6 +426,8 @@ class RoutedVLModel(PretrainedParts):
 
 
 def _check_tokens(routing: RoutingConfig, visual_tokens: int) -> None:
+    if source_of(routing.routed_by) == "text":  # no bottleneck reads them
+        return
     try:
         ROUTINGS[routing.routing].check(visual_tokens, routing.relu)
     except ValueError as error:

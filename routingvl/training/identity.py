@@ -95,12 +95,10 @@ def changed_settings(recorded: Mapping[str, Any], config: RunConfig) -> list[str
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any], chosen: Callable[[str], bool]) -> list[str]:
-    """What differs. A setting that a run of an older version did not record was what it now is by default."""
-    was = {key: value for key, value in _DEFAULTS.items() if key in after} | dict(before)
     return [
-        f"{name} was {was.get(name)!r} and is now {after.get(name)!r}"
+        f"{name} was {before.get(name)!r} and is now {after.get(name)!r}"
         for name in dict.fromkeys([*before, *after])
-        if chosen(name) and was.get(name) != after.get(name)
+        if chosen(name) and before.get(name) != after.get(name)
     ]
 
 
