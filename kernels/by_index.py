@@ -15,12 +15,17 @@ from .inputs import check_shape
 from .routing import Routing
 
 
-def check_index(image_index: Tensor | None, x: Tensor, v: Tensor | None, routing: Routing, relu: bool) -> None:
-    """Raise ``ValueError`` unless image_index [B, T] fits x [B, T, K] and v [I, 1, K]; its values are not looked at."""
+def check_index(
+    image_index: Tensor | None, x: Tensor, v: Tensor | None, routing: Routing, relu: bool, width: int | None = None
+) -> None:
+    """Raise ``ValueError`` unless image_index [B, T] fits x [B, T, K] and v [I, 1, K]; its values are not looked at.
+
+    ``width`` is that of v where it is not K.
+    """
     if v is None:
         raise ValueError("image_index says which image a token reads: v has to be given")
     check_shape("x", x, ("B", "T", "K"))
-    check_shape("v", v, ("I", "L", x.shape[2]))
+    check_shape("v", v, ("I", "L", width or x.shape[2]))
     routing.check(v.shape[1], relu)
     if v.shape[1] != 1:
         raise ValueError(

@@ -24,7 +24,7 @@ class ImageCode(NamedTuple):
     """The image as one bottleneck reads it; made by :func:`project_lora_image` and :func:`project_adapter_image`.
 
     Attributes:
-        u: v Aᵀ [B, L, G*R], for Adapters v Aᵀ + b_down [B, L, R].
+        u: v Aᵀ [B, L, G*R], for Adapters v Aᵀ + b_down [B, L, R]; with a down-projection of the image's own, that.
         factors: where the routing is rank one in each image, what that leaves of the weights, else None. LoRA: p [B, K]
             (with ReLU: [B, G*R]) and o [B, G*n], so that y_b += (x_b . p_b) o_b, scaling included. Adapters: w [B, K]
             and k [B], so that z_b = (x_b . w_b + k_b) u_b.
@@ -56,8 +56,9 @@ def project_lora_image(
     placement: str = "bottleneck",
     backend: str | None = None,
     decoding: bool = False,
+    image_weight: Tensor | None = None,
 ) -> ImageCode | None:
-    """Project the image for one LoRA bottleneck, differentiable in v, a and b.
+    """Project the image for one LoRA bottleneck, differentiable in v and the weights.
 
     ``decoding`` prepares for many calls with few rows of text each, and needs no gradients; the rest is as in
     :func:`routingvl.kernels.routed_lora`. None where there is nothing to prepare: the routing reads no image, or
@@ -67,21 +68,29 @@ def project_lora_image(
     if not row.uses_image or (placement == "output" and not row.moves_before_up(v.shape[1], relu)):
         return None
     device = v.device.type
-    v, a, b = cast_for_autocast(device, v, a, b)
+    v, a, b, own = cast_for_autocast(device, v, a, b, image_weight)
     name, _ = select_backend(device, backend, dtype=v.dtype, width=a.shape[0])
     options = LoRAOptions(row, relu, scaling, range(groups), placement)
     with without_autocast(device):
-        return lora_image(v, a, b, options, factors=not (relu and name == "triton"), decoding=decoding)
+        return lora_image(v, a, b, options, own, factors=not (relu and name == "triton"), decoding=decoding)
 
 
 def lora_image(
-    v: Tensor, a: Tensor, b: Tensor, options: LoRAOptions, *, factors: bool = True, decoding: bool = False
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    options: LoRAOptions,
+    own: Tensor | None = None,
+    *,
+    factors: bool = True,
+    decoding: bool = False,
 ) -> ImageCode:
-    """:func:`project_lora_image` for checked arguments; without ``factors`` none are made."""
+    """:func:`project_lora_image` for checked arguments; ``own`` is image_weight. Without ``factors`` none are made."""
     routing, relu, scaling, groups = *options[:3], options.groups
+    down = a if own is None else own
     if not (factors and routing.is_rank_one(v.shape[1])):
-        return _with_gram(F.linear(v, a), routing, relu, decoding)
-    u = F.linear(v.squeeze(1), a)  # matrices from here on: fewer operations and autograd nodes than for [B, 1, G*R]
+        return _with_gram(F.linear(v, down), routing, relu, decoding)
+    u = F.linear(v.squeeze(1), down)  # matrices from here on: fewer operations and autograd nodes than for [B, 1, G*R]
     o = _up(u, b, groups)
     if options.placement == "output":
         # <x Aᵀ Bᵀ, p(o)> = x . (Aᵀ (Bᵀ p(o))): both projections of the text move to the image's side.
@@ -269,6 +278,8 @@ def project_adapter_image(
     routing: str | Routing,
     relu: bool = False,
     decoding: bool = False,
+    image_weight: Tensor | None = None,
+    image_bias: Tensor | None = None,
 ) -> ImageCode | None:
     """Project the image for one Adapter, differentiable in v and the weights.
 
@@ -279,18 +290,25 @@ def project_adapter_image(
     if not row.uses_image:
         return None
     device = v.device.type
-    v, down_weight, down_bias = cast_for_autocast(device, v, down_weight, down_bias)
+    v, down_weight, down_bias, *own = cast_for_autocast(device, v, down_weight, down_bias, image_weight, image_bias)
     with without_autocast(device):
-        return adapter_image(v, down_weight, down_bias, row, relu, decoding)
+        return adapter_image(v, down_weight, down_bias, row, relu, decoding, own)
 
 
 def adapter_image(
-    v: Tensor, down_weight: Tensor, down_bias: Tensor | None, routing: Routing, relu: bool, decoding: bool = False
+    v: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    routing: Routing,
+    relu: bool,
+    decoding: bool = False,
+    own: Sequence[Tensor | None] = (None, None),
 ) -> ImageCode:
-    """:func:`project_adapter_image` for checked arguments."""
+    """:func:`project_adapter_image` for checked arguments; ``own`` are image_weight and image_bias."""
+    down = own if own[0] is not None else (down_weight, down_bias)
     if relu or not routing.is_rank_one(v.shape[1]):
-        return _with_gram(F.linear(v, down_weight, down_bias), routing, relu, decoding)
-    u = F.linear(v.squeeze(1), down_weight, down_bias)
+        return _with_gram(F.linear(v, *down), routing, relu, decoding)
+    u = F.linear(v.squeeze(1), *down)
     p = routing.probe(u)
     k = p.new_zeros(p.shape[0]) if down_bias is None else torch.mv(p, down_bias)
     return ImageCode(u.unsqueeze(1), (torch.mm(p, down_weight), k))

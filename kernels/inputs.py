@@ -24,11 +24,14 @@ def check_shape(name: str, tensor: Tensor | None, shape: tuple[int | str, ...]) 
         raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
 
 
-def check_text_and_image(x: Tensor, v: Tensor | None, routing: Routing, relu: bool) -> None:
-    """Raise ``ValueError`` unless x [B, T, K], or [B*beams, T, K], and v [B, L, K] suit each other and the routing."""
+def check_text_and_image(x: Tensor, v: Tensor | None, routing: Routing, relu: bool, width: int | None = None) -> None:
+    """Raise ``ValueError`` unless x [B, T, K], or [B*beams, T, K], and v [B, L, K] suit each other and the routing.
+
+    ``width`` is that of v where it is not K.
+    """
     check_shape("x", x, ("B", "T", "K"))
     if routing.uses_image and v is not None:
-        check_shape("v", v, ("B", "L", x.shape[2]))
+        check_shape("v", v, ("B", "L", width or x.shape[2]))
         if x.shape[0] != v.shape[0] and not (v.shape[0] and x.shape[0] % v.shape[0] == 0):
             needed = "one row of v for each row of x or group of beams is needed"
             raise ValueError(f"v has batch {v.shape[0]}, x has batch {x.shape[0]}: {needed}")

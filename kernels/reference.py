@@ -34,11 +34,12 @@ def reference_lora(
     groups: int = 1,
     columns: Sequence[int] | None = None,
     placement: str = "bottleneck",
+    image_weight: Tensor | None = None,
 ) -> Tensor:
     """y = base + scaling route(x Aᵀ, v Aᵀ) Bᵀ; arguments as in :func:`routingvl.kernels.routed_lora`."""
     row = find_routing(routing)
     t = F.linear(x, a)
-    u = F.linear(v, a) if row.uses_image else None
+    u = F.linear(v, a if image_weight is None else image_weight) if row.uses_image else None
     if placement == "output":
         t = grouped_linear(t, b, groups)
         u = grouped_linear(u, b, groups) if u is not None else None
@@ -69,11 +70,14 @@ def reference_adapter(
     activation: str = "gelu",
     residual: bool = True,
     relu: bool = False,
+    image_weight: Tensor | None = None,
+    image_bias: Tensor | None = None,
 ) -> Tensor:
     """y = [x +] act(route(x Aᵀ + b_down, v Aᵀ + b_down)) Bᵀ + b_up; see :func:`routingvl.kernels.routed_adapter`."""
     row = find_routing(routing)
     t = F.linear(x, down_weight, down_bias)
-    u = F.linear(v, down_weight, down_bias) if row.uses_image else None
+    own = (down_weight, down_bias) if image_weight is None else (image_weight, image_bias)
+    u = F.linear(v, *own) if row.uses_image else None
     h = find_activation(activation).forward(row.route(t, u, relu))
     y = F.linear(h, up_weight, up_bias)
     return x + y if residual else y

@@ -43,6 +43,8 @@ def routed_adapter(
     backend: str | None = None,
     image: ImageCode | None = None,
     image_index: Tensor | None = None,
+    image_weight: Tensor | None = None,
+    image_bias: Tensor | None = None,
 ) -> Tensor:
     """A bottleneck that the image is routed into, with or without a residual around it.
 
@@ -51,7 +53,7 @@ def routed_adapter(
     Args:
         x: text hidden states [B, T, K], or [B*beams, T, K] where consecutive rows are the beams of one image.
         v: visual tokens [B, L, K]; not read (and may be None) where the routing takes no image.
-        down_weight: A [R, K], shared by text and image.
+        down_weight: A [R, K], shared by text and image unless there is ``image_weight``.
         down_bias: b_down [R], added to text and image alike, or None.
         up_weight: B [K, R].
         up_bias: b_up [K] or None.
@@ -64,6 +66,8 @@ def routed_adapter(
             projected again; None without.
         image_index: int64 [B, T], which entry of v [I, 1, K] each token of the text reads; its values are not checked.
             None: rows of the text belong to the entries in order, which is faster.
+        image_weight, image_bias: the image's own down-projection A_v [R, K_v] and its bias [R] or None, for v
+            [B, L, K_v] of any width; None: ``down_weight`` and ``down_bias`` project the image too.
 
     Returns:
         [B, T, K] in the dtype of the inputs. Under autocast the products run in its dtype and the residual keeps x's:
@@ -75,10 +79,11 @@ def routed_adapter(
     """
     settings = (routing, activation, residual, relu, backend)
     tensors = (x, v, down_weight, down_bias, up_weight, up_bias)
-    key = call_key((*tensors, None if image is None else image.u, image_index), settings)
+    own = (image_weight, image_bias)
+    key = call_key((*tensors, None if image is None else image.u, image_index, *own), settings)
     plan = _plans.find(key)
     if plan is None:
-        plan = _plans.keep(key, _plan(tensors, image, image_index, *settings))
+        plan = _plans.keep(key, _plan(tensors, own, image, image_index, *settings))
     options, run = plan
     if not options.routing.uses_image:
         v = image_index = None
@@ -86,7 +91,9 @@ def routed_adapter(
     narrow, v, *weights = cast_for_autocast(device, x, v, *tensors[2:])
     with without_autocast(device):
         if v is not None:
-            image = adapter_image(v, *weights[:2], options.routing, relu) if image is None else image
+            if image is None:
+                own = cast_for_autocast(device, *own)
+                image = adapter_image(v, *weights[:2], options.routing, relu, own=own)
             image = image.to(narrow.dtype)
         if image_index is not None:
             text, image = each_token(narrow), code_of_each_token(image, image_index)
@@ -119,6 +126,7 @@ _plans = Plans(_kept)
 
 def _plan(
     tensors: Sequence[Tensor | None],
+    own: Sequence[Tensor | None],
     image: ImageCode | None,
     image_index: Tensor | None,
     routing: str | Routing,
@@ -127,20 +135,24 @@ def _plan(
     relu: bool,
     backend: str | None,
 ) -> _Plan:
-    """Check the arguments of :func:`routed_adapter` and choose the backend."""
+    """Check the arguments of :func:`routed_adapter` and choose the backend; ``own`` are image_weight and image_bias."""
     row, act = find_routing(routing), find_activation(activation)
     x, v, down_weight, down_bias, up_weight, up_bias = tensors
+    own = own if row.uses_image else (None, None)
+    check_shape("image_weight", own[0], (down_weight.shape[0], "K_v"))
+    check_shape("image_bias", own[1], (down_weight.shape[0],))
+    width = None if own[0] is None else own[0].shape[1]
     if image_index is None or not row.uses_image:
-        check_text_and_image(x, v, row, relu)
+        check_text_and_image(x, v, row, relu, width)
     else:
-        check_index(image_index, x, v, row, relu)
+        check_index(image_index, x, v, row, relu, width)
     check_shape("down_weight", down_weight, ("R", x.shape[2]))
     check_shape("up_weight", up_weight, (x.shape[2], down_weight.shape[0]))
     check_shape("down_bias", down_bias, (down_weight.shape[0],))
     check_shape("up_bias", up_bias, (x.shape[2],))
     v = v if row.uses_image else None
-    names = ("x", "v", "down_weight", "down_bias", "up_weight", "up_bias")
-    named = dict(zip(names, (x, v, *tensors[2:]), strict=True))
+    names = ("x", "v", "down_weight", "down_bias", "up_weight", "up_bias", "image_weight", "image_bias")
+    named = dict(zip(names, (x, v, *tensors[2:], *own), strict=True))
     check_dtypes(**named)
     dtype = dtype_of_call(x)
     name, _ = select_backend(

@@ -46,6 +46,7 @@ def routed_lora(
     placement: str = "bottleneck",
     image: ImageCode | None = None,
     image_index: Tensor | None = None,
+    image_weight: Tensor | None = None,
 ) -> Tensor:
     """Add a routed bottleneck to the output of a frozen projection.
 
@@ -56,7 +57,7 @@ def routed_lora(
     Args:
         x: text hidden states [B, T, K], or [B*beams, T, K] where consecutive rows are the beams of one image.
         v: visual tokens [B, L, K]; not read (and may be None) where the routing takes no image.
-        a: down-projection [G*R, K], shared by text and image.
+        a: down-projection [G*R, K], shared by text and image unless there is ``image_weight``.
         b: up-projection [G*n, R]; rows g*n to (g+1)*n take components g*R to (g+1)*R of what was routed.
         routing: name in ``ROUTINGS``, or its row; it acts on the G*R components of all groups together.
         scaling: factor of the bottleneck's output, alpha / R in the paper.
@@ -66,7 +67,7 @@ def routed_lora(
         groups: G, how many projections share the joined bottleneck (GPT-2's query and value: 2).
         columns: for each group the column of base at which its n outputs are added; the rest of base is only copied.
         placement: "bottleneck" routes before the up-projection, "output" after it (all groups together).
-        image, image_index: as in :func:`routed_lora_linear`.
+        image, image_index, image_weight: as in :func:`routed_lora_linear`.
 
     Returns:
         [B, T, N] in the dtype of the inputs. Under autocast the products run in its dtype and base keeps its own: the
@@ -78,19 +79,19 @@ def routed_lora(
     """
     columns = _fixed(columns)
     settings = (routing, scaling, relu, groups, columns, placement, backend)
-    key = call_key((x, v, a, b, base, None if image is None else image.u, image_index), settings)
+    key = call_key((x, v, a, b, base, None if image is None else image.u, image_index, image_weight), settings)
     plan = _plans.find(key)
     if plan is None:
-        plan = _plans.keep(
-            key, _plan_of_added({"x": x, "v": v, "a": a, "b": b, "base": base}, image, image_index, settings)
-        )
-    x, v, a, b = cast_for_autocast(x.device.type, x, v if plan.options.routing.uses_image else None, a, b)
+        tensors = {"x": x, "v": v, "a": a, "b": b, "base": base, "image_weight": image_weight}
+        plan = _plans.keep(key, _plan_of_added(tensors, image, image_index, settings))
+    v = v if plan.options.routing.uses_image else None
+    x, v, a, b, own = cast_for_autocast(x.device.type, x, v, a, b, image_weight)
     if base is not None and base.dtype != x.dtype:
         # A wider base keeps its precision, as it would in the plain sum.
         with without_autocast(x.device.type):
             zeros = torch.zeros_like(base, dtype=x.dtype)
-            return base + _run(plan, x, v, image, image_index, (a, b, None, None, zeros))
-    return _run(plan, x, v, image, image_index, (a, b, None, None, base))
+            return base + _run(plan, x, v, image, image_index, (a, b, None, None, zeros), own)
+    return _run(plan, x, v, image, image_index, (a, b, None, None, base), own)
 
 
 def routed_lora_linear(
@@ -112,6 +113,7 @@ def routed_lora_linear(
     backend: str | None = None,
     image: ImageCode | None = None,
     image_index: Tensor | None = None,
+    image_weight: Tensor | None = None,
 ) -> Tensor:
     """The frozen projection and its routed bottleneck in one differentiable step: x Wᵀ + bias + scaling route(...) Bᵀ.
 
@@ -130,6 +132,8 @@ def routed_lora_linear(
             projected again; None without. Not together with dropout, which draws a mask for v in every call.
         image_index: int64 [B, T], which entry of v [I, 1, K] each token of the text reads; its values are not checked.
             None: rows of the text belong to the entries in order, which is faster.
+        image_weight: the image's own down-projection A_v [G*R, K_v], for v [B, L, K_v] of any width; None: ``a``
+            projects the image too.
 
     Returns:
         [B, T, N].
@@ -139,18 +143,19 @@ def routed_lora_linear(
     """
     columns = _fixed(columns)
     settings = (routing, scaling, relu, groups, columns, placement, weight_layout, dropout, backend)
-    key = call_key((x, v, weight, bias, a, b, None if image is None else image.u, image_index), settings)
+    code = None if image is None else image.u
+    key = call_key((x, v, weight, bias, a, b, code, image_index, image_weight), settings)
     plan = _plans.find(key)
     if plan is None:
-        tensors = {"x": x, "v": v, "a": a, "b": b, "weight": weight, "bias": bias}
+        tensors = {"x": x, "v": v, "a": a, "b": b, "weight": weight, "bias": bias, "image_weight": image_weight}
         plan = _plans.keep(key, _plan_of_linear(tensors, image, image_index, settings))
     device, base = x.device.type, None
     if type(weight) not in PLAIN:  # quantised, for example: only what it returns can be relied on
         base = F.linear(x, weight if weight_layout == "nk" else weight.t(), bias)
         weight = bias = None
     v = v if plan.options.routing.uses_image else None
-    x, v, weight, bias, a, b = cast_for_autocast(device, x, v, weight, bias, a, b)
-    return _run(plan, x, v, image, image_index, (a, b, weight, bias, base))
+    x, v, weight, bias, a, b, own = cast_for_autocast(device, x, v, weight, bias, a, b, image_weight)
+    return _run(plan, x, v, image, image_index, (a, b, weight, bias, base), own)
 
 
 class _Plan(NamedTuple):
@@ -186,7 +191,7 @@ def _plan_of_added(
     check_shape("base", base, (*x.shape[:2], "N" if columns else b.shape[0]))
     starts = _start_columns(columns, groups, b.shape[0] // groups, None if base is None else base.shape[2])
     options = LoRAOptions(row, relu, scaling, starts, placement)
-    checked = dict(tensors) if row.uses_image else {**tensors, "v": None}
+    checked = dict(tensors) if row.uses_image else {**tensors, "v": None, "image_weight": None}
     if torch.is_autocast_enabled(x.device.type):
         del checked["base"]
     check_dtypes(**checked)
@@ -214,7 +219,7 @@ def _plan_of_linear(
     options = LoRAOptions(row, relu, scaling, starts, placement, weight_layout, dropout)
     if image is not None and dropout > 0:
         raise ValueError(f"dropout={dropout} draws a mask for v: image= holds a v that was projected without one")
-    checked = dict(tensors) if row.uses_image else {**tensors, "v": None}
+    checked = dict(tensors) if row.uses_image else {**tensors, "v": None, "image_weight": None}
     if type(weight) not in PLAIN:
         del checked["weight"], checked["bias"]
     check_dtypes(**checked)
@@ -231,6 +236,7 @@ def _plan(
     """Choose the backend for checked arguments."""
     x, v, a = (tensors[name] for name in "xva")
     routing, relu, placement = options.routing, options.relu, options.placement
+    own = tensors["image_weight"] if routing.uses_image else None
     v, image_index = (v, image_index) if routing.uses_image else (None, None)
     visual_tokens = 0 if v is None else v.shape[1]
     name, _ = select_backend(
@@ -243,14 +249,20 @@ def _plan(
     if name == "triton" and options.equally_spaced:
         from .fused import fused_lora as fused  # here, because it needs triton
 
-        check_devices(**{**tensors, "v": v}, image=None if image is None else image.u)
+        check_devices(**{**tensors, "v": v, "image_weight": own}, image=None if image is None else image.u)
     return _Plan(options, fused, placement == "bottleneck" or routing.moves_before_up(visual_tokens, relu))
 
 
 def _run(
-    plan: _Plan, x: Tensor, v: Tensor | None, image: ImageCode | None, image_index: Tensor | None, weights: Weights
+    plan: _Plan,
+    x: Tensor,
+    v: Tensor | None,
+    image: ImageCode | None,
+    image_index: Tensor | None,
+    weights: Weights,
+    own: Tensor | None,
 ) -> Tensor:
-    """Hand checked arguments, and what the image comes to, to the backend."""
+    """Hand checked arguments, and what the image comes to, to the backend; ``own`` is image_weight."""
     a, b, *frozen, base = weights
     options, fused, before_up = plan
     dropout, shape = options.dropout, x.shape
@@ -266,10 +278,12 @@ def _run(
         v = F.dropout(v, dropout) if dropout > 0 and v is not None else v
         image = None if image is None else image.to(x.dtype)
         if indexed and (options.placement == "bottleneck" or options.routing.image_factor is not None):
-            image = lora_image(v, a, b, options, factors=False) if image is None else image
+            image = lora_image(v, a, b, options, own, factors=False) if image is None else image
             image = code_of_each_token(image, image_index)
         elif indexed:
             v, image = of_each_token(v, image_index), None
+        if own is not None and v is not None and image is None and before_up:
+            image = lora_image(v, a, b, options, own, factors=fused is None or not options.relu)
         if fused is not None:
             try:
                 y = fused(x, v, image, weights, options)
@@ -279,7 +293,7 @@ def _run(
         if fused is None:
             if v is not None and image is None and before_up:
                 image = lora_image(v, a, b, options)
-            y = eager_lora(x, dropped, v, image, weights, options)
+            y = eager_lora(x, dropped, v, image, weights, options, own)
     return y if y.shape[:2] == shape[:2] else y.reshape(*shape[:2], y.shape[2])
 
 
@@ -297,12 +311,15 @@ def _check(
     image_index: Tensor | None,
 ) -> None:
     x, v, a, b = (tensors[name] for name in "xvab")
+    own = tensors["image_weight"] if routing.uses_image else None
+    check_shape("image_weight", own, (a.shape[0], "K_v"))
+    width = None if own is None else own.shape[1]
     if placement not in PLACEMENTS:
         raise ValueError(f"placement={placement!r} is not one of {', '.join(map(repr, PLACEMENTS))}")
     if image_index is None or not routing.uses_image:
-        check_text_and_image(x, v, routing, relu)
+        check_text_and_image(x, v, routing, relu, width)
     else:
-        check_index(image_index, x, v, routing, relu)
+        check_index(image_index, x, v, routing, relu, width)
     check_shape("b", b, ("G*n", "R"))
     if groups < 1 or b.shape[0] % groups:
         raise ValueError(f"groups={groups} must be at least 1 and divide the {b.shape[0]} rows of b")

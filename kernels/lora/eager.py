@@ -213,12 +213,19 @@ class RankOneLoRA(torch.autograd.Function):
 
 
 def eager_lora(
-    x: Tensor, dropped: Tensor, v: Tensor | None, image: ImageCode | None, weights: Weights, options: LoRAOptions
+    x: Tensor,
+    dropped: Tensor,
+    v: Tensor | None,
+    image: ImageCode | None,
+    weights: Weights,
+    options: LoRAOptions,
+    own: Tensor | None = None,
 ) -> Tensor:
     """The routed LoRA by the cheapest way there is; tensors as in :func:`routingvl.kernels.routed_lora_linear`.
 
     ``dropped`` is the bottleneck's input, x itself without dropout. ``image`` is None where the routing takes none, or
-    where it has to be routed after the up-projection: that runs as the definition does, from v.
+    where it has to be routed after the up-projection: that runs as the definition does, from v (``own`` is the
+    down-projection that is the image's alone).
     """
     routing, relu = options.routing, options.relu
     a, b, weight, bias, base = weights
@@ -227,7 +234,7 @@ def eager_lora(
             base = F.linear(x, weight if options.weight_layout == "nk" else weight.t(), bias)
         return reference_lora(
             dropped, v, a, b, routing=routing, scaling=options.scaling, base=base, relu=relu,
-            groups=options.groups, columns=options.columns, placement="output",
+            groups=options.groups, columns=options.columns, placement="output", image_weight=own,
         )  # fmt: skip
     dropped = None if dropped is x else dropped
     if image is not None and image.factors is not None:

@@ -18,14 +18,15 @@ from routingvl.bottlenecks.layers import RoutedLoRA, callable_widths
 class LoRAUpdate(RoutedLoRA):
     """The bottleneck alone, whose weights belong to somebody else: ``y = base_output + (alpha / R) route(...) Bᵀ``.
 
-    It has no parameters: A [G*R, K] and B [G*n, R] are looked up in each call, and cast to the dtype of x there, so
-    that they can be float32 beside a half-precision model. A module that is not registered anywhere does not follow
-    ``model.train()``: set ``update.training`` before a call where it has dropout.
+    It has no parameters: A [G*R, K] and B [G*n, R] (and the image's own A_v) are looked up in each call, and cast to
+    the dtype of x there, so that they can be float32 beside a half-precision model. A module that is not registered
+    anywhere does not follow ``model.train()``: set ``update.training`` before a call where it has dropout.
 
     Args:
         widths: (K, N), inputs and outputs of the projection.
         rank: R of each slice.
-        weights: gives (A, B). A bound method, or ``functools.partial`` of one, follows copies of its object.
+        weights: gives (A, B), or (A, B, A_v) with image_projection="own". A bound method, or ``functools.partial`` of
+            one, follows copies of its object.
         **options: routing, alpha, dropout, relu, placement, slices, context, backend of :class:`RoutedLoRA`.
     """
 
@@ -33,15 +34,15 @@ class LoRAUpdate(RoutedLoRA):
         self,
         widths: tuple[int, int],
         rank: int,
-        weights: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+        weights: Callable[[], tuple[torch.Tensor, ...]],
         **options: Any,
     ) -> None:
         super().__init__(widths, rank, **options)
         self.weights = weights
 
     @property
-    def projection(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [G*R, K] and B [G*n, R]."""
+    def projection(self) -> tuple[torch.Tensor, ...]:
+        """A [G*R, K], B [G*n, R] and A_v [G*R, K_v] if there is one."""
         return self.weights()
 
     def forward(self, x: torch.Tensor, base_output: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:

@@ -12,7 +12,7 @@ from routingvl.bottlenecks.image_index import ImageIndex
 from routingvl.bottlenecks.rows import Tokens, check_mask
 from routingvl.kernels import ImageCode
 
-Weights = tuple[torch.Tensor, torch.Tensor]
+Weights = tuple[torch.Tensor, ...]
 
 
 class Reading(NamedTuple):

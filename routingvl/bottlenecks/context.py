@@ -352,7 +352,7 @@ class VisualContext:
         options = layer.joint_options(features) if recording else None
         if recording and (options is None or features.is_inference()):
             return None
-        if weights[0].is_inference() or weights[1].is_inference():  # these do not count their changes
+        if any(weight.is_inference() for weight in weights):  # these do not count their changes
             return None
         known = binding.kept.get(layer)
         if known is None or known[0] != _state(recording, features, weights):
@@ -374,7 +374,7 @@ class VisualContext:
             return {layer: weights}
         readers = {reader: weights if reader is layer else reader.projection for reader in list(self._readers)}
         # FSDP2 reduces a layer's gradients as soon as it has those of its input: too early for joint ones.
-        self._sharded = self._sharded or any(is_sharded(a) for a, _ in readers.values())
+        self._sharded = self._sharded or any(is_sharded(own[0]) for own in readers.values())
         if self._sharded:
             return {layer: weights}
         alike = layer.kind, *map(_traits, weights)
@@ -412,9 +412,9 @@ class _Thread(threading.local):
 
 def _state(recording: bool, features: torch.Tensor, weights: Weights) -> tuple:
     """What a code depends on besides the layer's options: whether gradients are recorded, and the tensors' contents."""
-    (a, b), version = weights, None if features.is_inference() else features._version
+    version = None if features.is_inference() else features._version
     v = (features.data_ptr(), version, features.requires_grad)
-    return recording, v, a.data_ptr(), a._version, a.requires_grad, b.data_ptr(), b._version, b.requires_grad
+    return recording, v, *((w.data_ptr(), w._version, w.requires_grad) for w in weights)
 
 
 def _traits(weight: torch.Tensor) -> tuple:

@@ -21,6 +21,7 @@ from routingvl.bottlenecks.layers import (
     RoutedLoRALinear,
     is_dense,
     is_projection,
+    projection_widths,
 )
 from routingvl.bottlenecks.places import SurgeryError, adapter_places, layer_norms, lora_places
 from routingvl.bottlenecks.report import TrainableReport, trainable_report
@@ -89,6 +90,10 @@ def inject(
     shared = {"backend": backend} | {key: getattr(config, key) for key in ("routing", "dropout", "relu")}
     skipped: list[str] = []
     sources = Sources(model, config, context)
+    if config.image_projection == "own":
+        widths = _input_widths(model, config)
+        image_width = _image_width(model, widths, image_width)
+        sources.widths = {"image": image_width, "encoder": default_image_width(model, widths), "text": None}
     changes = plan(model, config, shared, sources, skipped)
     sources.check()
     _check_patterns(config, changes)
@@ -306,18 +311,18 @@ def _image_projections(
 ) -> tuple[int, dict[str, nn.Module]]:
     """The image's width, and the new projections to other widths, which the layers of ``changes`` already know."""
     layers = {name: module for name, module in changes.items() if isinstance(module, RoutedLayer)}
-    widths = {layer.projection[0].shape[1]: name for name, layer in layers.items()}
+    widths = {layer.image_width: name for name, layer in layers.items()}
     image_width = _image_width(model, widths, image_width)
     reading = {name: layer for name, layer in layers.items() if layer.reads_image}
     known, made = dict(getattr(model, PROJECTIONS, {})), {}
     for name, layer in reading.items():
-        width = layer.projection[0].shape[1]
+        width = layer.image_width
         if width == image_width:
             continue
         if config.image_projection is None:
             raise SurgeryError(
                 f"targets={list(config.targets or ())}: {name} takes {width} features; one image reaches all, so name "
-                f"one width, the image's ({image_width}), or set image_projection='linear'"
+                f"one width, the image's ({image_width}), or set image_projection='linear' or 'own'"
             )
         if (key := str(width)) not in known:
             device, dtype = layer.projection[0].device, layer.projection[0].dtype
@@ -326,7 +331,14 @@ def _image_projections(
     return image_width, made
 
 
-def _image_width(model: nn.Module, widths: Mapping[int, str], given: int | None) -> int:
+def _input_widths(model: nn.Module, config: RoutingConfig) -> set[int]:
+    """K of every place that gets a bottleneck."""
+    if config.method == "adapter":
+        return {place.width for place in adapter_places(model, config)}
+    return {projection_widths(model.get_submodule(place.name))[0] for place in lora_places(model, config)}
+
+
+def _image_width(model: nn.Module, widths: Collection[int], given: int | None) -> int:
     earlier = {injection.image_width for injection in getattr(model, "routed_injections", ())}
     if earlier and given is not None and given not in earlier:
         raise SurgeryError(f"image_width={given}: an earlier injection reads features of width {min(earlier)}")

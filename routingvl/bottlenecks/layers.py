@@ -73,20 +73,25 @@ class RoutedLayer(nn.Module):
 
     Attributes:
         enabled: False makes the layer do what the model did without it.
+        has_own: whether the image has a down-projection of its own.
         kind: the method that the layer belongs to, "lora" or "adapter".
         routing: the routing function's row of :data:`routingvl.kernels.ROUTINGS`.
         routed_by: what v is, see :class:`~routingvl.config.RoutingConfig`.
         rank: R.
-        projection: the weights that project the image; the first is the down-projection A, as wide as text and image.
+        image_width: K_v, how wide the image has to be: as the text (K) unless it has a down-projection of its own.
+        projection: the weights that the image meets; the first is the down-projection A. The image's own, if it has
+            one, stands behind those that text and image share.
         project: what v [B, L, K] comes to in this layer before any text, made for decoding; None: nothing can be.
         project_jointly: the same for the weights of several layers, with ``joint_options``.
         joint_options: its options for v [B, L, K]; None: this layer does not have it projected jointly.
     """
 
     enabled = True
+    has_own = False
     kind: str
     rank: int
-    projection: tuple[torch.Tensor, torch.Tensor]
+    image_width: int
+    projection: tuple[torch.Tensor, ...]
     project: Callable[[torch.Tensor], ImageCode | None]
     project_jointly: Callable[..., list[ImageCode]]
     joint_options: Callable[[torch.Tensor], dict[str, Any] | None]
@@ -117,7 +122,16 @@ class RoutedLayer(nn.Module):
         """Whether v [B, L, K] fits the weights, which are cast to its dtype."""
         weights = self.projection
         mixed = torch.float64 in (dtypes := {v.dtype, *(w.dtype for w in weights)}) and len(dtypes) > 1
-        return v.shape[2] == weights[0].shape[1] and v.device == weights[0].device and not mixed
+        return v.shape[2] == self.image_width and v.device == weights[0].device and not mixed
+
+    def _take_image(self, image_projection: str | None, image_width: int | None, width: int) -> None:
+        """Set what the options say of the image, for a layer whose text is ``width`` wide."""
+        if image_projection not in (None, "own"):
+            raise ValueError(f"image_projection={image_projection!r} is not one of None and 'own' in a layer")
+        if image_width is not None and image_projection is None:
+            raise ValueError(f"image_width={image_width} is the width of an image_projection='own'")
+        self.has_own = image_projection == "own" and self.routing.uses_image
+        self.image_width = image_width if self.has_own and image_width is not None else width
 
     @property
     def drops(self) -> bool:
@@ -136,7 +150,7 @@ class RoutedLayer(nn.Module):
 
     @property
     def image_projection(self) -> nn.Module | None:
-        """What brings the context's features to the width K of this layer, registered elsewhere; None: they have it."""
+        """What brings the context's features to the width of this layer, registered elsewhere; None: they have it."""
         return self._image_projection[0] if self._image_projection else None
 
     def project_image_by(self, projection: nn.Module | None) -> None:
@@ -145,7 +159,7 @@ class RoutedLayer(nn.Module):
 
     def to_own_width(self, v: torch.Tensor) -> torch.Tensor:
         """The context's features [B, L, d] in the width of this layer [B, L, K]; padding stays zero."""
-        if not self._image_projection or v.shape[2] == self.projection[0].shape[1]:
+        if not self._image_projection or v.shape[2] == self.image_width:
             return v
         (projection,) = self._image_projection
         return self.context.blank(projection(v.to(projection.weight.dtype)).to(v.dtype))
@@ -164,8 +178,7 @@ class RoutedLayer(nn.Module):
             return self._checked(self._own_text(x))
         if self.context is None:
             raise RuntimeError(f"{type(self).__name__} has no context: pass the visual features as second argument")
-        weights = self.projection
-        width = weights[0].shape[1]
+        weights, width = self.projection, self.image_width
         read = self.image_projection.in_features if self._image_projection else width
         v, _, keep, counted, index = self._checked(
             self.context.reading(x, pooled=self.pooled, width=width, image_width=read)
@@ -216,6 +229,8 @@ class RoutedLoRA(RoutedLayer):
         slices: (start, stop) columns of the output that are adapted, equal in width; None for all. G slices share one
             bottleneck of joined rank G*R, in which the image is routed; each is expanded from R of its components.
         parts: instead of slices, the columns of each part, which need not be equally many nor stand side by side.
+        image_projection: "own" gives the image a down-projection A_v of its own, ``lora_A_image``; None: A projects it.
+        image_width: K_v of the image's own down-projection; None: K.
         context: where the visual features come from when they are not passed to the call.
         backend: None, "eager" or "triton", see :func:`routingvl.kernels.lora.api`.
 
@@ -237,12 +252,15 @@ class RoutedLoRA(RoutedLayer):
         placement: str = "bottleneck",
         slices: Sequence[tuple[int, int]] | None = None,
         parts: Sequence[Sequence[int]] | None = None,
+        image_projection: str | None = None,
+        image_width: int | None = None,
         context: VisualContext | None = None,
         backend: str | None = None,
         routed_by: str = "image",
     ) -> None:
         super().__init__(routing, dropout, relu, context, backend, routed_by)
         self.in_features, self.out_features = widths
+        self._take_image(image_projection, image_width, self.in_features)
         self.rank = rank
         self.scaling = (rank if alpha is None else alpha) / rank
         self.placement = placement
@@ -256,18 +274,22 @@ class RoutedLoRA(RoutedLayer):
         self.lora_A = nn.Parameter(torch.empty(self.groups * self.rank, self.in_features, device=device, dtype=dtype))
         rows = self.groups * self.width if self.parts is None else sum(self.parts.sizes)
         self.lora_B = nn.Parameter(torch.empty(rows, self.rank, device=device, dtype=dtype))
+        if self.has_own:
+            own = torch.empty(self.groups * self.rank, self.image_width, device=device, dtype=dtype)
+            self.lora_A_image = nn.Parameter(own)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A ~ U(-1/sqrt(K), 1/sqrt(K)), B = 0."""
-        a, b = self.projection
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        """A ~ U(-1/sqrt(K), 1/sqrt(K)), A_v likewise with K_v, B = 0."""
+        a, b, *own = self.projection
+        for down in (a, *own):
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
         nn.init.zeros_(b)
 
     @property
-    def projection(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [G*R, K] and B [G*n, R]."""
-        return self.lora_A, self.lora_B
+    def projection(self) -> tuple[torch.Tensor, ...]:
+        """A [G*R, K], B [G*n, R] and, where the image has its own down-projection, A_v [G*R, K_v]."""
+        return (self.lora_A, self.lora_B, self.lora_A_image) if self.has_own else (self.lora_A, self.lora_B)
 
     def add_to(self, base_output: torch.Tensor, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
         """base_output [..., N] plus the update of x [..., K] (three dimensions when an image is routed in).
@@ -279,11 +301,11 @@ class RoutedLoRA(RoutedLayer):
         v, image, keep, _, index = self.read_image(x, v)
         rows = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
         base = base_output.reshape(*rows.shape[:-1], self.out_features)
-        v, a, b = in_dtype(rows, v, *self.projection)
+        v, a, b, *own = in_dtype(rows, v, *self.projection)
         mixed = base.dtype != rows.dtype and not torch.is_autocast_enabled(rows.device.type)
         if self.drops:
             rows, v = F.dropout(rows, self.dropout), None if v is None else F.dropout(v, self.dropout)
-        options = {"image": image, "image_index": index, **self._options()}
+        options = {"image": image, "image_index": index, **_named(own), **self._options()}
         if self.parts is not None:
             y = self.parts.add(base, routed_lora(rows, v, a, self.parts.even(b), **options))
         else:
@@ -298,7 +320,8 @@ class RoutedLoRA(RoutedLayer):
         """See :class:`RoutedLayer`."""
         if self.parts is not None and not self.parts.is_even:
             return None
-        return project_lora_image(*in_dtype(v, v, *self.projection), decoding=True, **self._options())
+        v, a, b, *own = in_dtype(v, v, *self.projection)
+        return project_lora_image(v, a, b, decoding=True, **_named(own), **self._options())
 
     @staticmethod
     def project_jointly(v: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], **options: Any):
@@ -307,8 +330,8 @@ class RoutedLoRA(RoutedLayer):
 
     def joint_options(self, v: torch.Tensor) -> dict[str, Any] | None:
         """See :class:`RoutedLayer`."""
-        uneven = self.parts is not None and not self.parts.is_even
-        if self.drops or uneven or not can_project_jointly(self.routing, v.shape[1], self.relu, self.placement):
+        apart = self.has_own or (self.parts is not None and not self.parts.is_even)
+        if self.drops or apart or not can_project_jointly(self.routing, v.shape[1], self.relu, self.placement):
             return None
         return {"routing": self.routing, "scaling": self.scaling, "groups": self.groups}
 
@@ -319,6 +342,7 @@ class RoutedLoRA(RoutedLayer):
         """What print shows."""
         columns = "" if self.columns is None else f", columns={self.columns}"
         columns += "" if self.parts is None else f", parts of {self.parts.sizes} columns"
+        columns += f", image {self.image_width} -> {self.groups * self.rank}" if self.has_own else ""
         return f"{self.in_features} -> {self.out_features}, {super().extra_repr()}{columns}, placement={self.placement}"
 
 
@@ -360,7 +384,7 @@ class RoutedLoRALinear(RoutedLoRA):
         v, image, keep, _, index = self.read_image(x, v)
         shape = x.shape
         rows = x if x.dim() == 3 else x.reshape(1, -1, shape[-1])
-        v, bias, a, b = in_dtype(rows, v, self.bias, *self.projection)
+        v, bias, a, b, *own = in_dtype(rows, v, self.bias, *self.projection)
         y = routed_lora_linear(
             rows,
             v,
@@ -373,6 +397,7 @@ class RoutedLoRALinear(RoutedLoRA):
             dropout=self.dropout if self.training else 0.0,
             image=image,
             image_index=index,
+            **_named(own),
             **self._options(),
         )
         if keep is not None:
@@ -398,6 +423,7 @@ class RoutedAdapter(RoutedLayer):
         rank: R.
         activation: "gelu", "gelu_new", "relu", "silu" or "identity", applied after routing.
         residual: add the input to the output.
+        image_projection, image_width: as for :class:`RoutedLoRA`; the image's own is ``image_down_sampler``.
         routing, dropout, relu, context, backend, routed_by: as for :class:`RoutedLoRALinear`.
 
     Weights are drawn from N(0, 0.02²), biases start at 0. :meth:`hang_on` puts it behind or in front of other modules,
@@ -416,6 +442,8 @@ class RoutedAdapter(RoutedLayer):
         residual: bool = True,
         dropout: float = 0.0,
         relu: bool = False,
+        image_projection: str | None = None,
+        image_width: int | None = None,
         context: VisualContext | None = None,
         backend: str | None = None,
         routed_by: str = "image",
@@ -424,16 +452,20 @@ class RoutedAdapter(RoutedLayer):
     ) -> None:
         super().__init__(routing, dropout, relu, context, backend, routed_by)
         self.rank = rank
+        self._take_image(image_projection, image_width, width)
         self.activation = activation
         self.residual = residual
         self._handles: list[RemovableHandle] = []
         self.down_sampler = nn.Linear(width, rank, device=device, dtype=dtype)
         self.up_sampler = nn.Linear(rank, width, device=device, dtype=dtype)
+        if self.has_own:
+            self.image_down_sampler = nn.Linear(self.image_width, rank, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Weights ~ N(0, 0.02²), biases 0."""
-        for linear in (self.down_sampler, self.up_sampler):
+        own = (self.image_down_sampler,) if self.has_own else ()
+        for linear in (self.down_sampler, self.up_sampler, *own):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
@@ -447,10 +479,17 @@ class RoutedAdapter(RoutedLayer):
             dropped, v = F.dropout(x, self.dropout), None if v is None else F.dropout(v, self.dropout)
         if counted is not None:  # the bias would stand where there is no token
             image = ImageCode(self.project(v).u.masked_fill(~counted.unsqueeze(2), 0))
-        down, up = self.down_sampler, self.up_sampler
+        up = self.up_sampler
+        v, weight, bias, up_weight, up_bias, *own = in_dtype(
+            x, v, *self.projection[:2], up.weight, up.bias, *self.projection[2:]
+        )
         y = routed_adapter(
             dropped,
-            *in_dtype(x, v, down.weight, down.bias, up.weight, up.bias),
+            v,
+            weight,
+            bias,
+            up_weight,
+            up_bias,
             routing=self.routing,
             activation=self.activation,
             residual=self.residual and dropped is x,
@@ -458,6 +497,7 @@ class RoutedAdapter(RoutedLayer):
             backend=self.backend,
             image=image,
             image_index=index,
+            **_named(own),
         )
         self._watch(y)
         # The residual path carries the input itself, without the bottleneck's dropout.
@@ -481,14 +521,15 @@ class RoutedAdapter(RoutedLayer):
         return self(output)
 
     @property
-    def projection(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [R, K] and b_down [R]."""
-        return self.down_sampler.weight, self.down_sampler.bias
+    def projection(self) -> tuple[torch.Tensor, ...]:
+        """A [R, K], b_down [R] and, where the image has its own down-projection, that and its bias."""
+        shared = (self.down_sampler.weight, self.down_sampler.bias)
+        return (*shared, self.image_down_sampler.weight, self.image_down_sampler.bias) if self.has_own else shared
 
     def project(self, v: torch.Tensor) -> ImageCode | None:
         """See :class:`RoutedLayer`."""
-        weights = in_dtype(v, *self.projection)
-        return project_adapter_image(v, *weights, routing=self.routing, relu=self.relu, decoding=True)
+        a, bias, *own = in_dtype(v, *self.projection)
+        return project_adapter_image(v, a, bias, routing=self.routing, relu=self.relu, decoding=True, **_named(own))
 
     @staticmethod
     def project_jointly(v: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], **options: Any):
@@ -497,7 +538,7 @@ class RoutedAdapter(RoutedLayer):
 
     def joint_options(self, v: torch.Tensor) -> dict[str, Any] | None:
         """See :class:`RoutedLayer`."""
-        joint = not self.drops and can_project_jointly(self.routing, v.shape[1], self.relu)
+        joint = not self.drops and not self.has_own and can_project_jointly(self.routing, v.shape[1], self.relu)
         return {"routing": self.routing} if joint else None
 
     def extra_repr(self) -> str:
@@ -515,6 +556,11 @@ def in_dtype(like: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Te
     if torch.is_autocast_enabled(like.device.type):
         return list(tensors)
     return [x if x is None or x.dtype == like.dtype else x.to(like.dtype) for x in tensors]
+
+
+def _named(own: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The image's own down-projection as the kernels' functions name it."""
+    return dict(zip(("image_weight", "image_bias"), own, strict=False))
 
 
 def _columns(slices: Sequence[tuple[int, int]] | None, out_features: int) -> tuple[tuple[int, ...] | None, int]:

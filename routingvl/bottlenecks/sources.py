@@ -50,17 +50,24 @@ class Sources:
         self.routed_by, self.source = config.routed_by, source_of(config.routed_by)
         self.routing = config.routing
         self.stacks: dict[str, nn.Module] = {}
+        self.widths: dict[str, int | None] = {}  # of each source, where bottlenecks have a projection of its own
         self.own = context
         if self.source != "image":
             earlier = [m.context for m in model.modules() if isinstance(m, RoutedLayer) and m.context is not None]
             self.own = next((c for c in earlier if c.source == self.source), None) or VisualContext(self.source)
 
     def of(self, name: str) -> dict[str, Any]:
-        """The keywords ``routed_by`` and ``context`` of the bottleneck at the module called ``name``.
+        """The keywords of the bottleneck at the module called ``name`` that say what it reads.
 
         Raises:
             SurgeryError: it would be routed by what it must not see, or is not told.
         """
+        found = self._source_of(name)
+        if not self.widths:
+            return found
+        return found | {"image_projection": "own", "image_width": self.widths[source_of(found["routed_by"])]}
+
+    def _source_of(self, name: str) -> dict[str, Any]:
         if self.source == "image":
             return {"routed_by": "image", "context": self.context}
         stack = _stack(self.model, name, ARGUMENT[self.source])

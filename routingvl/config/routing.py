@@ -14,7 +14,7 @@ from routingvl.kernels.lora.options import PLACEMENTS
 
 METHODS = ("lora", "adapter")
 POSITIONS = ("post_module", "pre_norm", "post_norm")
-IMAGE_PROJECTIONS = ("linear",)
+IMAGE_PROJECTIONS = ("linear", "own")
 BOTTLENECK_DTYPES = ("float32", "model")
 # What a bottleneck is routed by -> what of it: "image", the "text" that it is in, or the states of an "encoder".
 ROUTED_BY = {
@@ -70,8 +70,9 @@ class RoutingConfig:
         exclude: those that do not, in the same way.
         rank_pattern: {name, end of a name or regular expression: rank} for bottlenecks with another one.
         alpha_pattern: the same for alpha; None leaves alpha as it is.
-        image_projection: "linear" trains one projection of the image for each input width that is not the image's; None
-            makes such a target an error.
+        image_projection: "linear" trains one projection of the image for each input width that is not the image's;
+            "own" gives the image a down-projection of its own in every bottleneck, whatever its width; None projects it
+            by the text's, and makes a target of another width an error.
         train_modules: further modules to train whole (heads), named as in ``targets``.
         bottleneck_dtype: "float32" holds all that trains in float32 over half-precision weights, "model" as the model.
         routed_by: what stands in the image's place: "image" itself; "text", the mean of the layer's own input over

@@ -91,14 +91,15 @@ class RoutedVLModel(PretrainedParts):
         self.text_kind = text_kind(text)
         self.language_model_name = text_model(text).attribute
         setattr(self, self.language_model_name, text)
-        inject(text, routing, self.context, backend)
+        own = routing.image_projection == "own"
+        inject(text, routing, self.context, backend, image_width=self.vision_width if own else None)
         lighten_dropout(text)
         for weight in drawn_weights(text):
             weight.requires_grad_(True)
         if vision is not None:
             vision.requires_grad_(False)
         self.visual_projection: nn.Linear | None = None
-        if self.vision_width != (width := text.config.hidden_size):
+        if self.vision_width != (width := text.config.hidden_size) and (visual_prefix or not own):
             self.visual_projection = nn.Linear(self.vision_width, width, device=self.device, dtype=self.dtype)
         self._hold_what_trains()
         # How many positions (prefix and text together) the text model has embeddings for.
@@ -209,7 +210,9 @@ class RoutedVLModel(PretrainedParts):
         return image_features(self.vit, pixel_values, self.vision_features, self.vision_layer)
 
     def visual_features(self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None) -> torch.Tensor:
-        """Features [B, L, d] in the language model's width and type, from exactly one of the two inputs.
+        """Features [B, L, d] as the bottlenecks read them, from exactly one of the two inputs.
+
+        They have the language model's width and type; with ``image_projection="own"`` they keep the tower's width.
 
         pixel_values are images [B, 3, H, W], vision_features [B, L, d_vision] what :meth:`encode_images` made of them.
 
@@ -229,7 +232,13 @@ class RoutedVLModel(PretrainedParts):
         check_finite("vision_features", vision_features)
         _check_tokens(self.routing, vision_features.shape[1])
         features = vision_features.to(self.device, self.dtype)
-        return features if self.visual_projection is None else self.visual_projection(features)
+        own = self.routing.image_projection == "own"
+        return features if self.visual_projection is None or own else self.visual_projection(features)
+
+    def prefix(self, features: torch.Tensor) -> torch.Tensor:
+        """What :meth:`visual_features` gave as the visual tokens in front of the text, [B, L, width of the text]."""
+        apart = self.routing.image_projection == "own" and self.visual_projection is not None
+        return self.visual_projection(features) if apart else features
 
     def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [B, T] -> what stands behind a visual prefix: [B, T, d]."""
@@ -260,7 +269,7 @@ class RoutedVLModel(PretrainedParts):
         embedded = self.embed_text(input_ids)
         values = {"attention_mask": 1, "token_type_ids": 0}  # of the image's positions
         return {
-            "inputs_embeds": torch.cat([features.to(embedded.dtype), embedded], dim=1),
+            "inputs_embeds": torch.cat([self.prefix(features).to(embedded.dtype), embedded], dim=1),
             **{
                 name: torch.cat([tensor.new_full(features.shape[:2], values[name]), tensor], dim=1)
                 for name, tensor in inputs.items()
@@ -304,7 +313,7 @@ class RoutedVLModel(PretrainedParts):
     def image_inputs(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """The language model's arguments for images' features [B, L, d] alone, as a prefix of nothing."""
         return {
-            "inputs_embeds": features,
+            "inputs_embeds": self.prefix(features),
             "attention_mask": features.new_ones(features.shape[:2], dtype=torch.long),
         }
 

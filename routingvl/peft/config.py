@@ -17,7 +17,7 @@ from routingvl.peft.card import write_note
 
 POOLINGS = ("mean", "tokens", "nearest")
 TEXT_ONLY = (None, "skip", "zero")
-PROJECTIONS = (None, "linear")
+PROJECTIONS = (None, "linear", "own")
 INITS = (True, False, "gaussian")
 
 _VARIANT = "it is another formula for the update, and the routing function is one already"
@@ -72,7 +72,8 @@ class RoutedLoraConfig(LoraConfig):
         text_only: with image_from, what a row without an image gets: None is an error, "skip" the base model's output,
             "zero" an image of zeros.
         image_projection: "linear" trains one nn.Linear from the image's width to each input width of the targets that
-            is another, shared by the layers of that width; None makes such a target an error.
+            is another, shared by the layers of that width; "own" trains a down-projection of the image in every layer,
+            beside A, whatever the image's width; None makes such a target an error.
         image_width: how wide the image's features are; None: what other adapters of the model read, else the width of
             all targets, or of the text model where they differ. With image_projection it is saved as found.
         joined_rank: r and rank_pattern, where slices share a rank; hot-swapping may not change it then.

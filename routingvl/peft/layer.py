@@ -58,18 +58,23 @@ class AdapterUpdate(LoRAUpdate):
 
 
 class _Weights(nn.ModuleDict):
-    """A or B of each adapter. Those of a joined rank keep their shape: PEFT would pad them at their end."""
+    """A or B of each adapter.
+
+    Those of a joined rank keep their shape, since PEFT would pad them at their end; and those beside a down-projection
+    of the image's own, which PEFT would not pad.
+    """
 
     def __init__(self, updates: dict[str, AdapterUpdate]) -> None:
         super().__init__()
         self.updates = updates
 
     def __setitem__(self, adapter: str, linear: nn.Module) -> None:
-        joined = adapter in self.updates and self.updates[adapter].is_joined
-        if joined and linear.weight.shape != self[adapter].weight.shape:
+        fixed = adapter in self.updates and (self.updates[adapter].is_joined or self.updates[adapter].has_own)
+        if fixed and linear.weight.shape != self[adapter].weight.shape:
             raise PeftMethodError(
-                f"adapter {adapter!r} cannot be padded to another rank: slices of a fused projection share its rank "
-                f"{self.updates[adapter].rank}; leave target_rank out, and hot-swap adapters of this rank"
+                f"adapter {adapter!r} cannot be padded to another rank: slices of a fused projection (or text and "
+                f"image with image_projection='own') share its rank {self.updates[adapter].rank}; leave target_rank "
+                "out, and hot-swap adapters of this rank"
             )
         super().__setitem__(adapter, linear)
 
@@ -78,10 +83,11 @@ class RoutedLinear(Linear):
     """PEFT's LoRA layer, which calls its base layer, whatever that is, and adds the active adapters' routed updates.
 
     The same class stands beside plain, quantised and foreign projections. ``lora_project_image`` holds, in the first
-    layer of each width that is not the image's, the adapter's projection to that width.
+    layer of each width that is not the image's, the adapter's projection to that width, and ``lora_A_image`` the
+    image's own down-projection of adapters that have one.
     """
 
-    adapter_layer_names = (*Linear.adapter_layer_names, "lora_project_image")
+    adapter_layer_names = (*Linear.adapter_layer_names, "lora_project_image", "lora_A_image")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: RoutedLoraConfig, **kwargs: Any) -> None:
         # nn.Module's own attributes do not exist yet, and update_layer runs inside PEFT's constructor.
@@ -99,7 +105,7 @@ class RoutedLinear(Linear):
             )
         target = kwargs.get("target_name", "")
         if not hasattr(self, "lora_project_image"):  # this runs inside PEFT's constructor
-            self.lora_project_image = nn.ModuleDict()
+            self.lora_project_image, self.lora_A_image = nn.ModuleDict(), nn.ModuleDict()
             self.lora_A, self.lora_B = _Weights(self.routed), _Weights(self.routed)
         self.routed.pop(adapter_name, None)  # one of that name is replaced
         if target in config.projecting:
@@ -110,10 +116,14 @@ class RoutedLinear(Linear):
             rows = update.groups * update.width if update.parts is None else sum(update.parts.sizes)
             self.lora_A[adapter_name] = nn.Linear(self.in_features, update.groups * r, bias=False)
             self.lora_B[adapter_name] = nn.Linear(r, rows, bias=False)
+            self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        if update.has_own:
+            self.lora_A_image[adapter_name] = own = nn.Linear(update.image_width, update.groups * r, bias=False)
+            if config.init_lora_weights == "gaussian":  # as A; else both are what nn.Linear draws
+                nn.init.normal_(own.weight, std=1 / r)
         self.routed[adapter_name] = update
-        if not update.is_joined:
+        if not (update.is_joined or update.has_own):
             return
-        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -162,9 +172,10 @@ class RoutedLinear(Linear):
                 y[index] = update.refresh()(x[index], y[index]).to(y.dtype)
         return y
 
-    def weights_of(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [G*R, K] and B [G*n, R] of an adapter."""
-        return self.lora_A[adapter].weight, self.lora_B[adapter].weight
+    def weights_of(self, adapter: str) -> tuple[torch.Tensor, ...]:
+        """A [G*R, K], B [G*n, R] and, where the image has its own down-projection, A_v [G*R, K_v] of an adapter."""
+        shared = (self.lora_A[adapter].weight, self.lora_B[adapter].weight)
+        return (*shared, self.lora_A_image[adapter].weight) if adapter in self.lora_A_image else shared
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters of routing "none" into a plain weight.
@@ -188,7 +199,7 @@ class RoutedLinear(Linear):
         if update.columns is None and update.parts is None:
             return super().get_delta_weight(adapter)
         # The update is linear in x, so that of the unit vectors is the matrix; slices need no second definition.
-        a, _ = update.projection
+        a = update.projection[0]
         units = torch.eye(self.in_features, device=a.device, dtype=a.dtype)[None]
         update.refresh().dropout = 0.0  # a change of the weight has none, whatever the mode
         delta = update(units, units.new_zeros(1, self.in_features, self.out_features))[0]
@@ -212,8 +223,10 @@ def _options(config: RoutedLoraConfig, target: str) -> dict[str, Any]:
     """Routing, relu and the output columns of the bottleneck at the module called ``target``."""
     place = config.places.get(target)
     options = {"routing": config.routing, "relu": config.relu}
+    if config.image_projection == "own":
+        options |= {"image_projection": "own", "image_width": config.image_width}
     if place is not None and place.unrouted:
-        options = {"routing": "none", "relu": False}
+        options |= {"routing": "none", "relu": False}
     if isinstance(config.slices, dict):
         options["slices"] = config.slices.get(get_pattern_key(config.slices.keys(), target))
     elif config.slices == "family" and place is not None:

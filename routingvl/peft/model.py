@@ -244,10 +244,10 @@ def _settle_image(model: nn.Module, widths: dict[int, str], config: RoutedLoraCo
         whose = "the image that another adapter reads has" if read is not None else "the image has"
         raise PeftMethodError(
             f"the target modules and the image differ in width: {listed}, and {whose} {wide}. Set "
-            "image_projection='linear' (and image_width, where the image has another), or leave those of another width "
-            "out of target_modules (or name them in exclude_modules)"
+            "image_projection='linear' or 'own' (and image_width, where the image has another), or leave those of "
+            "another width out of target_modules (or name them in exclude_modules)"
         )
-    config.projecting = foreign
+    config.projecting = foreign if config.image_projection == "linear" else ()
     if config.image_projection is not None:
         config.image_width = wide
 
@@ -257,7 +257,7 @@ def _width_read(model: nn.Module) -> int | None:
     for layer in routed_layers(model):
         for update in layer.routed.values():
             if update.routing.uses_image:
-                return (update.image_projection or layer).in_features
+                return update.image_projection.in_features if update.image_projection else update.image_width
     return None
 
 

@@ -41,7 +41,7 @@ def test_a_bare_text_is_a_list_of_one_and_all_travels_through_json():
         ({"rank_pattern": {"q_proj": 2.5}}, "must be an integer"),
         ({"rank_pattern": {3: 2}}, "3 is no name"),
         ({"alpha_pattern": {"q_proj": -1}}, "must be above 0"),
-        ({"image_projection": "own"}, "image_projection='own' is not one of 'linear'"),
+        ({"image_projection": "one"}, "image_projection='one' is not one of 'linear', 'own'"),
         ({"bottleneck_dtype": "float16"}, "bottleneck_dtype"),
         ({"method": "adapter", "exclude": ["q"]}, "exclude=.* is defined for method='lora' only"),
     ],

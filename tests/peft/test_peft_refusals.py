@@ -34,7 +34,7 @@ REFUSED = {
     "tokens": (dict(image_pooling="tokens"), "routing 'mul' takes one: use 'mean'"),
     "text_only": (dict(text_only="drop"), "text_only='drop' is not one of None, 'skip', 'zero'"),
     "slices": (dict(slices="c_attn"), "slices='c_attn' is not None, 'family' or"),
-    "image_projection": (dict(image_projection="own"), "image_projection='own' is not one of None, 'linear'"),
+    "image_projection": (dict(image_projection="one"), "image_projection='one' is not one of None, 'linear', 'own'"),
     "image_width": (dict(image_width=0), "image_width=0 is not None or a number of features"),
     "image_from": (dict(image_from=3), "image_from=3 is neither a module's name nor a function"),
 }
