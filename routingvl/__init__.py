@@ -28,6 +28,7 @@ _PUBLIC = {
     "VisionTextForClassification": "routingvl.models",
     "VisionTextForVQA": "routingvl.models",
     "VisionTextForCaptioning": "routingvl.models",
+    "VisionTextForGeneration": "routingvl.models",
     "ViTRobertaForClassification": "routingvl.models",
     "ViTRobertaForVQA": "routingvl.models",
     "ViTGPT2ForCaptioning": "routingvl.models",

@@ -21,6 +21,7 @@ from routingvl.kernels.dispatch import BACKENDS
 DEFAULT_VISION = "google/vit-base-patch16-224-in21k"
 
 # Names of choices that other modules look up; each is declared here and nowhere else.
+IMAGE_POOLINGS = ("mean",)
 TEXT_EMBEDDINGS = ("published", "single")
 CAPTION_LOSSES = ("sound", "reference")
 CLASSIFIER_LAYERS = (1, 2)
@@ -39,13 +40,17 @@ class ModelConfig:
 
     Attributes:
         vision: vision tower, a hub name or a local folder.
-        text: language model, a hub name or a local folder; null takes the task's, roberta-base or gpt2.
+        text: language model, a hub name or a local folder; null takes the task's.
         tokenizer: hub name or local folder; null takes the one of the language model.
         vision_features: what of the vision tower is used: pooler, cls, mean or tokens (all of them; routing vllora
             only).
         vision_layer: transformer layer of the vision tower whose output is used, from the end and without a norm (-2:
             the last but one); null takes the tower's own output.
         visual_prefix: put the image in front of the text as well as into the bottlenecks.
+        image_pooling: what the bottlenecks read of several visual tokens: mean, their mean, while the prefix keeps them
+            all; null, the tokens themselves (routing vllora only).
+        project_features: put a trained linear layer between vision tower and language model even where their widths
+            agree.
         classifier_layers: linear layers in the head over answers or labels, 1 or 2.
         text_embedding: RoBERTa with a prefix embeds text twice in the published code (published) or once (single);
             null takes published for RoBERTa and single, which is all they have, for others.
@@ -60,6 +65,8 @@ class ModelConfig:
     vision_features: str = setting("pooler", choices=tuple(FEATURES))
     vision_layer: int | None = setting(None, least=-1000, most=-1)
     visual_prefix: bool = True
+    image_pooling: str | None = setting(None, choices=IMAGE_POOLINGS)
+    project_features: bool = False
     classifier_layers: int = setting(2, choices=CLASSIFIER_LAYERS)
     text_embedding: str | None = setting(None, choices=TEXT_EMBEDDINGS)
     caption_loss: str = setting("sound", choices=CAPTION_LOSSES)
@@ -213,8 +220,8 @@ class RunConfig:
     """Everything that decides a run.
 
     Attributes:
-        task: vqa (choose an answer to a question), caption (write one), classify (choose one of n labels), or another
-            one of routingvl/tasks.
+        task: vqa (choose an answer to a question), vqa-generate (write it), caption (write one), classify (choose one
+            of n labels), or another one of routingvl/tasks.
         output_dir: run folder: config, environment, logs, adapters, metrics.
         device: auto (a GPU when there is one) or cpu.
         model: backbones and head.

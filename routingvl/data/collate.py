@@ -49,17 +49,24 @@ def _token_rows(items: Sequence[Item], text: str, encode: Callable[[list[str]], 
     return encode([item[text] for item in items])
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int, length: int | None) -> Tensor:
+def pad_rows(rows: Sequence[Sequence[int]], value: int, length: int | None) -> Tensor:
     """Rows of different length as one int64 tensor [B, length], filled on the right; None pads to the longest row."""
     length = length or max(map(len, rows))
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.int64)
 
 
 def _texts(rows: Sequence[Sequence[int]], pad: int, length: int | None) -> Batch:
-    return {"input_ids": _pad(rows, pad, length), "attention_mask": _pad([[1] * len(row) for row in rows], 0, length)}
+    mask = [[1] * len(row) for row in rows]
+    return {"input_ids": pad_rows(rows, pad, length), "attention_mask": pad_rows(mask, 0, length)}
 
 
-def _check(padding: str, max_length: int, shortest: int) -> None:
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that fills texts up: the end token's where the tokenizer has no padding token."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def check_lengths(padding: str, max_length: int, shortest: int) -> None:
+    """Raise ConfigError or ValueError for an unknown way of padding, or no room for a text."""
     check_choice("padding", padding, PADDINGS)
     if max_length < shortest:
         need = f"data.max_text_length must be at least {shortest}"
@@ -108,15 +115,14 @@ class TextCollator:
     token_types: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.padding, self.max_length, 1 + self.tokenizer.num_special_tokens_to_add())
+        check_lengths(self.padding, self.max_length, 1 + self.tokenizer.num_special_tokens_to_add())
         if self.pad is None:
             raise ValueError("the tokenizer has no padding or end token; set its pad_token, or another model.tokenizer")
 
     @property
     def pad(self) -> int | None:
         """The id that fills texts up."""
-        names = self.tokenizer
-        return names.eos_token_id if names.pad_token_id is None else names.pad_token_id
+        return padding_token(self.tokenizer)
 
     @cached_property
     def marks_pairs(self) -> bool:
@@ -141,7 +147,7 @@ class TextCollator:
         rows = _token_rows(kept, self.text_key, self.encode)
         batch |= _texts(rows, self.pad, length)
         if self.marks_pairs:
-            batch["token_type_ids"] = _pad([_types(row, self.tokenizer.sep_token_id) for row in rows], 0, length)
+            batch["token_type_ids"] = pad_rows([_types(row, self.tokenizer.sep_token_id) for row in rows], 0, length)
         targets = [item["target"] for item in kept]
         return batch if None in targets else batch | {"labels": self.labels(targets)}
 
@@ -221,7 +227,7 @@ class CaptionCollator:
 
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, CAPTION_LOSSES)
-        _check(self.padding, self.max_length, 2 if self.prefix else 3)
+        check_lengths(self.padding, self.max_length, 2 if self.prefix else 3)
         if self.tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token; set its eos_token, or another model.tokenizer")
 
@@ -246,6 +252,7 @@ class CaptionCollator:
         room = self.max_length - len(start) - 1
         rows = [[*start, *caption[:room], end] for caption in captions]
         length = self.max_length if self.padding == "max_length" else None
-        pad = end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         labels = [[IGNORED] * len(start) + row[len(start) :] for row in rows]
-        return batch | _texts(rows, pad, length) | {"labels": _pad(labels, IGNORED, length)}
+        return (
+            batch | _texts(rows, padding_token(self.tokenizer), length) | {"labels": pad_rows(labels, IGNORED, length)}
+        )

@@ -12,6 +12,7 @@ from routingvl.models.classification import (
     ViTRobertaForClassification,
     ViTRobertaForVQA,
 )
+from routingvl.models.generation import VisionTextForGeneration
 from routingvl.models.hub import DOWNLOAD_OPTIONS, adapter_folder
 from routingvl.models.output import ModelOutput
 
@@ -23,10 +24,11 @@ __all__ = [
     "ViTRobertaForVQA",
     "VisionTextForCaptioning",
     "VisionTextForClassification",
+    "VisionTextForGeneration",
     "VisionTextForVQA",
     "load_pretrained",
 ]
-CLASSES = (VisionTextForCaptioning, VisionTextForClassification, VisionTextForVQA)
+CLASSES = (VisionTextForCaptioning, VisionTextForClassification, VisionTextForGeneration, VisionTextForVQA)
 MODELS = {name: cls for cls in CLASSES for name in (cls.__name__, *cls.former_names)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,9 +29,11 @@ from routingvl.bottlenecks import checkpoint
 from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.inject import inject, train_in_float32
 from routingvl.bottlenecks.report import TrainableReport, trainable_report
+from routingvl.bottlenecks.rows import Tokens
 from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict, nearest
 from routingvl.config.checks import check_value, types_of
 from routingvl.config.routing import source_of
+from routingvl.config.schema import IMAGE_POOLINGS
 from routingvl.kernels import ROUTINGS
 from routingvl.models import hub
 from routingvl.models.checks import check_finite, check_padding, check_tensor, check_values, check_zeros_and_ones
@@ -39,6 +42,8 @@ from routingvl.models.placement import backbone_dtypes, place
 from routingvl.models.pretrained import PretrainedParts
 
 __all__ = ["ModelOutput", "RoutedVLModel"]
+# Options that adapters of earlier versions do not name, with what these did.
+LATER: dict[str, Any] = {"vision_layer": None, "image_pooling": None, "project_features": False}
 
 
 class RoutedVLModel(PretrainedParts):
@@ -52,6 +57,9 @@ class RoutedVLModel(PretrainedParts):
         vision_layer: of the vision tower, from the end; None is its own output, see there.
         visual_prefix: put the visual tokens in front of the text.
         vision_width: d of ``vision_features=`` inputs when vision is None.
+        image_pooling: what the bottlenecks read of several visual tokens: "mean", their mean, while the prefix has them
+            all; None, the tokens, which a routing function of one token refuses.
+        project_features: put a trained linear layer in front of the text model even where the features have its width.
         backend: see :func:`routingvl.kernels.lora.api`.
     """
 
@@ -68,6 +76,8 @@ class RoutedVLModel(PretrainedParts):
         vision_layer: int | None = None,
         visual_prefix: bool = True,
         vision_width: int | None = None,
+        image_pooling: str | None = None,
+        project_features: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -79,9 +89,13 @@ class RoutedVLModel(PretrainedParts):
             check_features(vision, vision_features, vision_layer)
         if vision is None and vision_width is None:
             vision_width = text.config.hidden_size
-        # Checked here for the kind of feature, and again for the tensor of each call.
-        _check_tokens(routing, 2 if vision_features == "tokens" else 1)
+        if image_pooling is not None:
+            check_choice("image_pooling", image_pooling, IMAGE_POOLINGS)
         self.routing = routing
+        self.image_pooling = image_pooling
+        self.project_features = project_features
+        # Checked here for the kind of feature, and again for the tensor of each call.
+        self._check_tokens(2 if vision_features == "tokens" else 1)
         self.vision_features = vision_features
         self.vision_layer = vision_layer
         self.visual_prefix = visual_prefix
@@ -99,8 +113,11 @@ class RoutedVLModel(PretrainedParts):
         if vision is not None:
             vision.requires_grad_(False)
         self.visual_projection: nn.Linear | None = None
-        if self.vision_width != (width := text.config.hidden_size) and (visual_prefix or not own):
+        projected = self.vision_width != (width := text.config.hidden_size) or project_features
+        if projected and (visual_prefix or not own):
             self.visual_projection = nn.Linear(self.vision_width, width, device=self.device, dtype=self.dtype)
+        elif project_features:
+            raise ConfigError("project_features: image_projection='own' without a visual prefix has no use for it")
         self._hold_what_trains()
         # How many positions (prefix and text together) the text model has embeddings for.
         self.max_positions = position_limit(text)
@@ -199,15 +216,19 @@ class RoutedVLModel(PretrainedParts):
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """pixel_values [B, 3, H, W] -> features [B, L, d_vision], without gradients; L is 1 but for "tokens".
 
-        The result is what ``vision_features=`` takes, so images that come again can be encoded once.
+        N images each, [B, N, 3, H, W], give [B, N, L, d_vision]. The result is what ``vision_features=`` takes, so
+        images that come again can be encoded once.
         """
         if self.vit is None:
             raise ValueError("the model was built without a ViT: pass vision_features= instead of pixel_values=")
-        check_tensor("pixel_values", pixel_values, 4)
-        if not len(pixel_values):
+        several = isinstance(pixel_values, torch.Tensor) and pixel_values.dim() == 5
+        check_tensor("pixel_values", pixel_values, 5 if several else 4)
+        if not pixel_values.numel():
             raise ValueError("the batch is empty: there is no image in pixel_values")
         check_finite("pixel_values", pixel_values)
-        return image_features(self.vit, pixel_values, self.vision_features, self.vision_layer)
+        images = pixel_values.flatten(0, 1) if several else pixel_values
+        features = image_features(self.vit, images, self.vision_features, self.vision_layer)
+        return features.unflatten(0, pixel_values.shape[:2]) if several else features
 
     def visual_features(self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None) -> torch.Tensor:
         """Features [B, L, d] as the bottlenecks read them, from exactly one of the two inputs.
@@ -215,6 +236,8 @@ class RoutedVLModel(PretrainedParts):
         They have the language model's width and type; with ``image_projection="own"`` they keep the tower's width.
 
         pixel_values are images [B, 3, H, W], vision_features [B, L, d_vision] what :meth:`encode_images` made of them.
+        Of N images each, [B, N, 3, H, W] or [B, N, L, d_vision], the tokens stand one behind the other: [B, N L, d].
+        Bottlenecks of a routing function of one visual token read their mean.
 
         Raises:
             ValueError: both or neither are given, the shape does not fit, or values on the CPU are not finite.
@@ -224,13 +247,15 @@ class RoutedVLModel(PretrainedParts):
         if vision_features is None:
             vision_features = self.encode_images(pixel_values)
         check_tensor("vision_features", vision_features)
-        if vision_features.dim() != 3 or vision_features.shape[-1] != self.vision_width:
+        if vision_features.dim() not in (3, 4) or vision_features.shape[-1] != self.vision_width:
             have = list(vision_features.shape)
             raise ValueError(f"vision_features must be [batch, visual tokens, {self.vision_width}], not {have}")
         if not len(vision_features):
             raise ValueError("the batch is empty: there is no image in vision_features")
         check_finite("vision_features", vision_features)
-        _check_tokens(self.routing, vision_features.shape[1])
+        self._check_tokens(vision_features.shape[-2])
+        if vision_features.dim() == 4:
+            vision_features = vision_features.flatten(1, 2)
         features = vision_features.to(self.device, self.dtype)
         own = self.routing.image_projection == "own"
         return features if self.visual_projection is None or own else self.visual_projection(features)
@@ -239,6 +264,27 @@ class RoutedVLModel(PretrainedParts):
         """What :meth:`visual_features` gave as the visual tokens in front of the text, [B, L, width of the text]."""
         apart = self.routing.image_projection == "own" and self.visual_projection is not None
         return self.visual_projection(features) if apart else features
+
+    def _check_tokens(self, visual_tokens: int) -> None:
+        """Raise ConfigError unless the routing function takes so many visual tokens."""
+        if source_of(self.routing.routed_by) == "text":  # no bottleneck reads them
+            return
+        try:
+            ROUTINGS[self.routing.routing].check(1 if self.image_pooling else visual_tokens, self.routing.relu)
+        except ValueError as error:
+            pools = "vision_features='mean' pools them, image_pooling='mean' for the bottlenecks alone"
+            raise ConfigError(f"{error}; {pools}") from error
+
+    def bind(
+        self, features: torch.Tensor, mask: torch.Tensor | None = None, **options: Any
+    ) -> AbstractContextManager[None]:
+        """Bind what the bottlenecks read of features [B, L, d]: all tokens, or the mean of those in mask [B, L].
+
+        ``options`` are those of :meth:`~routingvl.bottlenecks.context.VisualContext.bind`.
+        """
+        if self.image_pooling == "mean":
+            features, mask = Tokens(features, mask).mean().features, None
+        return self.context.bind(features, mask=mask, **options)
 
     def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [B, T] -> what stands behind a visual prefix: [B, T, d]."""
@@ -370,9 +416,8 @@ class RoutedVLModel(PretrainedParts):
     def options(self) -> dict[str, Any]:
         """The keyword arguments, beside backbones and routing, that make this model again."""
         options = {name: getattr(self, name) for name in self.option_names() if name != "backend"}
-        if self.vision_layer is None:  # as earlier versions, which do not know it, write and read a model
-            del options["vision_layer"]
-        return options
+        # As earlier versions, which do not know them, write and read a model.
+        return {name: value for name, value in options.items() if name not in LATER or value != LATER[name]}
 
     @classmethod
     def from_pretrained(
@@ -418,7 +463,7 @@ class RoutedVLModel(PretrainedParts):
         )
         saved = checkpoint.read_adapter_config(directory, cls.__name__, *cls.former_names)
         source = Path(directory) / checkpoint.CONFIG
-        saved["model"].setdefault("vision_layer", None)  # see options
+        saved["model"] = LATER | saved["model"]  # see options
         if saved["model"].keys() != (known := set(cls.option_names()) - {"backend"}):
             keys = ", ".join(sorted(known ^ saved["model"].keys()))
             raise checkpoint.CheckpointError(f"{source}: model lacks, or has in excess, {keys}")
@@ -432,15 +477,6 @@ class RoutedVLModel(PretrainedParts):
             raise checkpoint.CheckpointError(f"{source}: {error}") from error
         checkpoint.load_adapter(model, directory, saved)
         return place(model.eval(), device_map)
-
-
-def _check_tokens(routing: RoutingConfig, visual_tokens: int) -> None:
-    if source_of(routing.routed_by) == "text":  # no bottleneck reads them
-        return
-    try:
-        ROUTINGS[routing.routing].check(visual_tokens, routing.relu)
-    except ValueError as error:
-        raise ConfigError(f"{error}; vision_features='mean' pools them") from error
 
 
 def _resolve(backbone: str | Path | nn.Module | None, load: Any) -> tuple[nn.Module | None, str | None]:

@@ -99,7 +99,7 @@ class VisionTextForClassification(RoutedVLModel):
             inputs["decoder_input_ids"] = self._shifted(input_ids, attention_mask)
         if self.text_kind != ENCODER:
             inputs["use_cache"] = False
-        with self.context.bind(features):
+        with self.bind(features):
             output = self.language_model(**inputs)
         logits = self.classifier(self._pooled(output, inputs["attention_mask"], input_ids, attention_mask))
         return ModelOutput(None if labels is None else self.loss(logits, labels), logits)

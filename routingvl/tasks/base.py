@@ -209,12 +209,12 @@ class Task(ABC):
     def build_model(self, vision: nn.Module | None = None, text: nn.Module | None = None) -> RoutedVLModel:
         """A new model as the config describes it; from these backbones where they are given."""
         settings = self.config.model
-        names = ("vision_features", "vision_layer", "visual_prefix", "backend", *self.model_settings)
+        shared = ("vision_features", "vision_layer", "visual_prefix", "image_pooling", "project_features", "backend")
         return self.model_class.from_backbones(
             vision or settings.vision,
             text or settings.text or self.text_model,
             self.config.routing,
-            **{name: getattr(settings, name) for name in names},
+            **{name: getattr(settings, name) for name in (*shared, *self.model_settings)},
             **self.model_options(),
         )
 

@@ -7,20 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from routingvl.config import ConfigError
 from routingvl.data.coco import CaptionDataset, CaptionSplit, load_captions
 from routingvl.data.collate import IGNORED, IMAGE_INPUTS, CaptionCollator
-from routingvl.data.files import DataError, one_line
+from routingvl.data.files import DataError
 from routingvl.metrics import caption_scores, coco_results_name, write_coco_results
 from routingvl.metrics.ptb import find_java
 from routingvl.models import VisionTextForCaptioning
-from routingvl.tasks.base import Batch, Task, register
+from routingvl.tasks.base import Batch, register
+from routingvl.tasks.writing import WritingTask
 
 
 @register
-class CaptionTask(Task):
+class CaptionTask(WritingTask):
     """Write a caption."""
 
     name = "caption"
@@ -39,20 +38,9 @@ class CaptionTask(Task):
     def use_model(self, model: VisionTextForCaptioning) -> None:
         """Take ``model``; ConfigError unless it begins and ends captions with the tokens that the tokenizer gives."""
         super().use_model(model)
-        if (longest := self.config.eval.max_new_tokens) > model.max_positions:
-            known = model.max_positions
-            raise ConfigError(f"eval.max_new_tokens={longest} is more than the language model's {known} positions")
-        end, start = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
-        pairs = [("end", "eos_token_id", end, model.end_tokens)]
+        start = self.tokenizer.bos_token_id
         if not model.written_behind and start is not None:
-            pairs.append(("begin", "bos_token_id", start, [model.start_token]))
-        for verb, key, taught, known in pairs:
-            if taught not in known:
-                written = " or ".join(map(str, known))
-                raise ConfigError(
-                    f"captions {verb} with token {taught} of the tokenizer, but with {key} {written} of the language "
-                    "model's config: set model.tokenizer to the one that belongs to it, or correct that config"
-                )
+            self.check_token("begin", "bos_token_id", start, [model.start_token])
 
     def load_split(self, split: str, limit: int | None = None, training: bool = False) -> CaptionSplit:
         """Read images and captions; ``limit`` counts captions for training, else images."""
@@ -84,26 +72,17 @@ class CaptionTask(Task):
         """The tokens that count."""
         return int((self.model.next_tokens(batch["labels"]) != IGNORED).sum())
 
-    def training_inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        """No logits, and the labels stay on the host, where choosing the positions that count waits for nothing."""
-        rest = {key: value for key, value in batch.items() if key != "labels"}
-        return self.model_inputs(rest, device) | {"labels": batch["labels"], "return_logits": False}
-
     def predict(self, batch: Batch, num_beams: int) -> dict[int, str]:
         """Captions by image id."""
-        return dict(zip(batch["image_ids"], self.write(batch, num_beams), strict=True))
+        return dict(zip(batch["image_ids"], self._write(batch, num_beams), strict=True))
 
     def predict_single(self, batch: Batch, num_beams: int, top: int) -> list[dict[str, Any]]:
         """The ``caption`` of each image."""
-        return [{"caption": text} for text in self.write(batch, num_beams)]
+        return [{"caption": text} for text in self._write(batch, num_beams)]
 
-    def write(self, batch: Batch, num_beams: int) -> list[str]:
-        """Captions of the images of a batch."""
-        settings = self.config.eval
-        inputs = self.model_inputs({key: batch[key] for key in IMAGE_INPUTS if key in batch}, self.model.device)
-        beams = {"length_penalty": settings.length_penalty} if num_beams > 1 else {}
-        tokens = self.model.generate(**inputs, num_beams=num_beams, max_new_tokens=settings.max_new_tokens, **beams)
-        return [one_line(text) for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    def _write(self, batch: Batch, num_beams: int) -> list[str]:
+        """From the images alone: batches of the training set have captions too."""
+        return self.write({key: batch[key] for key in IMAGE_INPUTS if key in batch}, num_beams)
 
     def selection_metric(self, split: CaptionSplit) -> str:
         """CIDEr; DataError when the split has no captions."""

@@ -34,7 +34,7 @@ def tiny(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("name", ["vqa", "caption", "classify"])
+@pytest.mark.parametrize("name", ["vqa", "vqa-generate", "caption", "classify"])
 def test_members(name):
     task = find_task(name)
     assert task.name == name
@@ -62,6 +62,7 @@ def test_no_module_outside_of_its_file_knows_a_task():
         "base",
         "predictions",
         "choice",
+        "writing",
         "controls",
     }
     assert files >= {"vqa", "captioning", "classify"}

@@ -20,7 +20,7 @@ from routingvl.train import train
 FAST = {"eval.metrics": ["CIDEr"], "eval.caption_tokenizer": "python", "max_steps": 3}
 RUNS = [(kind, "caption") for kind in ("llama", "opt", "gemma", "t5", "bart")]
 RUNS += [(kind, "vqa") for kind in ("bert", "deberta-v3", "modernbert", "llama", "bart")]
-RUNS += [("bert", "classify"), ("t5", "classify")]
+RUNS += [("bert", "classify"), ("t5", "classify"), ("t5", "vqa-generate"), ("bart", "vqa-generate")]
 SLOW = [(kind, task) for kind in KINDS for task in ("caption", "vqa") if (kind, task) not in RUNS]
 SLOW = [(kind, task) for kind, task in SLOW if task == "vqa" or KINDS[kind][0].endswith(("CausalLM", "Generation"))]
 
@@ -55,10 +55,10 @@ def check_run(tiny, folder, tmp_path, kind, task):
     metrics = evaluate(whole.run_dir, limit=3, log="quiet")
     assert metrics["missing"] == {}
     images = [str(path) for path in sorted((tiny / "data" / "val2014").iterdir())[:2]]
-    text = {"caption": None, "vqa": QUESTION, "classify": (QUESTION, STATEMENT)}[task]
+    text = {"caption": None, "vqa": QUESTION, "vqa-generate": QUESTION, "classify": (QUESTION, STATEMENT)}[task]
     rows = Predictor(whole.run_dir).predict(images, text)
-    if task == "caption":
-        assert all(isinstance(row["caption"], str) for row in rows)
+    if task in ("caption", "vqa-generate"):
+        assert all(isinstance(row["caption" if task == "caption" else "answer"], str) for row in rows)
     else:
         for row in rows:
             assert all(0 <= p <= 1 for p in row["probabilities"].values())
