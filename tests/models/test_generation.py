@@ -164,3 +164,24 @@ def test_what_does_not_fit_is_refused(arguments, message):
 def test_a_decoder_is_refused():
     with pytest.raises(ConfigError, match=r"generated answers need an encoder-decoder, such as BART or T5, .*'gpt2'"):
         VisionTextForGeneration.from_backbones(None, small_gpt2(), RoutingConfig(rank=4))
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize(("routed_by", "routing"), [("encoder", "mul"), ("encoder_tokens", "vllora")])
+def test_the_decoder_may_be_routed_by_the_encoders_states(kind, routed_by, routing):
+    """Beams, padding and the image in the encoder as before; the decoder's bottlenecks read no image of their own."""
+    config = RoutingConfig(rank=4, alpha=8, routing=routing, targets=KINDS[kind][4], routed_by=routed_by)
+    model = VisionTextForGeneration.from_backbones(None, text_model(kind), config).eval()
+    model, inputs, images = randomise(model), texts(), features(3, 1)
+    read = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    written = model.generate(vision_features=images, **read, num_beams=3, max_new_tokens=5, eos_token_id=None)
+    for i, row in enumerate(written):
+        length = int(read["attention_mask"][i].sum())
+        one = {key: value[i : i + 1, :length] for key, value in read.items()}
+        alone = model.generate(
+            vision_features=images[i : i + 1], **one, num_beams=3, max_new_tokens=5, eos_token_id=None
+        )
+        assert torch.equal(row, alone[0])
+    model.train()
+    model(vision_features=images, **inputs).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
