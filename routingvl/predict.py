@@ -12,7 +12,7 @@ import torch
 from routingvl.backbones.loading import hide_loading_bars
 from routingvl.config import ConfigError
 from routingvl.data.files import one_line
-from routingvl.data.images import ImageError
+from routingvl.data.images import ImageError, stack_pictures
 from routingvl.evaluate import evaluation_config, load_run
 from routingvl.training.run_folder import RunFolder
 
@@ -44,12 +44,13 @@ class Predictor:
         """What the task of the run says of each image file, in plain values.
 
         Args:
-            images: any number of image files.
+            images: any number of image files; where an example has two (NLVR2), each two in turn belong together.
             text: the question or statement about each of them, or a pair of sentences; None for a captioning run.
             top: how many of the choices are listed with their probabilities.
 
         Returns:
-            For each image ``{"caption": str}``, ``{"answer": str, "probabilities": {answer: probability}}`` or
+            For each image, or all images of an example, ``{"caption": str}``,
+            ``{"answer": str, "probabilities": {answer: probability}}`` or
             ``{"label": str, "probabilities": {label: probability}}``, the likeliest first.
 
         Raises:
@@ -76,15 +77,36 @@ class Predictor:
             raise ConfigError(f"the text holds bytes that are no UTF-8: {text!r}")
         if top < 1:
             raise ConfigError(f"top={top} must be at least 1")
-        item, size, collate = self.task.single_item(*sentences), self.config.eval.batch_size, self.task.collator()
-        for start in range(0, len(images), size):
-            pictures = self._encode(images[start : start + size])
+        groups, size = self.groups(images), self.config.eval.batch_size
+        item, collate = self.task.single_item(*sentences), self.task.collator()
+        for start in range(0, len(groups), size):
+            pictures = self._inputs(groups[start : start + size])
             rows: Iterator[dict[str, Any]] = iter(())
             if batch := collate([item | picture for picture in pictures if not isinstance(picture, ImageError)]):
                 with torch.inference_mode(), self.accelerator.autocast():
                     rows = iter(self.task.predict_single(batch, self.config.eval.num_beams, top))
             for picture in pictures:
                 yield picture if isinstance(picture, ImageError) else next(rows)
+
+    def groups(self, images: Sequence[str | Path]) -> list[tuple[str | Path, ...]]:
+        """The images of each example; ConfigError when there are too few for the last one."""
+        count = self.task.images
+        if len(images) % count:
+            raise ConfigError(
+                f"an example of task {self.task.name!r} has {count} images, in their order: give so many, not "
+                f"{len(images)}"
+            )
+        return [tuple(images[start : start + count]) for start in range(0, len(images), count)]
+
+    def _inputs(self, groups: Sequence[tuple[str | Path, ...]]) -> list[dict[str, torch.Tensor] | ImageError]:
+        """The model's input of the images of each example, or why there is none."""
+        encoded = iter(self._encode([image for images in groups for image in images]))
+        rows = []
+        for images in groups:
+            found = [next(encoded) for _ in images]
+            error = next((picture for picture in found if isinstance(picture, ImageError)), None)
+            rows.append(error or stack_pictures(found))
+        return rows
 
     def _encode(self, images: Sequence[str | Path]) -> list[dict[str, torch.Tensor] | ImageError]:
         """The model's input of each image, or why there is none."""

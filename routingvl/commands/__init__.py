@@ -38,7 +38,8 @@ class RunParser(CommandParser):
 def print_predictions(
     predictor: Any, images: Sequence[str], text: Any = None, top: int = 5, plain: Callable | None = None
 ) -> int:
-    """Print a line per image, ``plain(path, row)`` or JSON, and on stderr each file that cannot be read.
+    """Print a line per image (or per example, where it has several), ``plain(path, row)`` or JSON, and on stderr each
+    file that cannot be read.
 
     Where a name could be mistaken in a plain line (a tab, a line break, bytes that are no UTF-8), all lines are JSON.
 
@@ -49,12 +50,13 @@ def print_predictions(
     if plain is not None and not all(image.isprintable() for image in images):
         plain = None
         print("routingvl: a file name holds unprintable characters, so the lines are JSON", file=sys.stderr)
-    for image, row in zip(images, predictor.predict_each(images, text, top), strict=True):
+    for names, row in zip(predictor.groups(images), predictor.predict_each(images, text, top), strict=True):
+        image, key = (names[0], "image") if len(names) == 1 else (list(names), "images")
         if isinstance(row, ValueError):
             status = 2
             print(f"routingvl: {' '.join(str(row).split())}", file=sys.stderr)
         else:
-            say(json_text({"image": image, **row}) if plain is None else plain(image, row))
+            say(json_text({key: image, **row}) if plain is None else plain(image, row))
     return status
 
 

@@ -82,7 +82,7 @@ class DataConfig:
     Attributes:
         annotations: folder (or file) of questions, captions or labelled texts, in a form of docs/data.md.
         images: folder that holds train2014/, val2014/ and test2015/.
-        answers: JSON list of the answers (vqa) or labels (classify) to choose from; null takes the one of the
+        answers: JSON list of the answers (vqa, gqa) or labels (classify) to choose from; null takes the one of the
             annotations folder (trainval_label2ans.json, labels.json).
         train_split: examples to train on.
         val_split: examples that choose the best checkpoint; null does not validate.
@@ -221,7 +221,7 @@ class RunConfig:
 
     Attributes:
         task: vqa (choose an answer to a question), vqa-generate (write it), caption (write one), classify (choose one
-            of n labels), or another one of routingvl/tasks.
+            of n labels), gqa, nlvr2, or another one of routingvl/tasks.
         output_dir: run folder: config, environment, logs, adapters, metrics.
         device: auto (a GPU when there is one) or cpu.
         model: backbones and head.

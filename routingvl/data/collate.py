@@ -1,6 +1,7 @@
 """Collators: a list of dataset items in, one padded batch out.
 
-A batch has the visual input, pixel_values float32 [B, 3, H, W] or vision_features [B, L, d], and image_ids; with texts
+A batch has the visual input, pixel_values float32 [B, 3, H, W] or vision_features [B, L, d], and image_ids (of examples
+with N images each, [B, N, 3, H, W] or [B, N, L, d]); with texts
 input_ids and attention_mask [B, T] int64, and labels where every item's are known. Items that are None (skipped images)
 are left out; a batch in which every item is None is None itself: ``if batch is None: continue``. A text is tokenised
 here, in the DataLoader's workers, unless its item brings ``token_ids`` that the collator's own ``encode`` made before.

@@ -68,9 +68,13 @@ class ExampleDataset(PictureSource, Dataset):
         """The image of an example, by default the one with its ``image_id``."""
         return self._images[example["image_id"]]
 
+    def images_of(self, index: int, example: dict[str, Any]) -> tuple[ImageRecord, ...]:
+        """All images of an example, by default the one of :meth:`image`; as many for each example."""
+        return (self.image(index, example),)
+
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         example = self.example(index)
-        picture = self.picture(self.image(index, example))
+        picture = self.pictures(self.images_of(index, example))
         if picture is None:
             return None
         tokens = {} if self.tokens is None else {"token_ids": self.tokens[index]}

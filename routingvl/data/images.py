@@ -88,6 +88,15 @@ class PictureSource:
             self._skipped[0 if worker is None else 1 + worker.id % (_WORKER_SLOTS - 1)] += 1
             return None
 
+    def pictures(self, images: Sequence[ImageRecord]) -> dict[str, Any] | None:
+        """As :meth:`picture`; of several images in one tensor, [N, L, d] or [N, 3, H, W]. None if one is skipped."""
+        found = []
+        for image in images:
+            if (picture := self.picture(image)) is None:
+                return None
+            found.append(picture)
+        return stack_pictures(found)
+
     def _read(self, image: ImageRecord) -> dict[str, Any]:
         if self.features is not None:
             try:
@@ -101,6 +110,13 @@ class PictureSource:
 
     def _from_file(self, path: Path) -> dict[str, Any]:
         return {"pixel_values": self.preprocessor(path)}
+
+
+def stack_pictures(pictures: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The pictures of one example as its input: a single one as it is, several stacked in their order."""
+    if len(pictures) == 1:
+        return pictures[0]
+    return {name: torch.stack([picture[name] for picture in pictures]) for name in pictures[0]}
 
 
 class ImageDataset(PictureSource, Dataset):

@@ -6,17 +6,20 @@ The same input gives the same bytes. All files of one call are written, or none.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from routingvl.data.coco import DATASET_FILE, SPLITS, CaptionSplit, caption_file, load_captions
 from routingvl.data.files import DataError, collection_paused, write_json_files
-from routingvl.data.vocabulary import MIN_QUESTIONS, AnswerVocabulary, soft_scores
+from routingvl.data.gqa import load_gqa_file
+from routingvl.data.vocabulary import MIN_GQA_QUESTIONS, MIN_QUESTIONS, AnswerVocabulary, soft_scores
 from routingvl.data.vqa import Question, answer_entries, by_karpathy_split, join_official
 
 CAPTIONS_MANIFEST = "captions_manifest.json"
 VQA_MANIFEST = "vqa_manifest.json"
+GQA_MANIFEST = "gqa_manifest.json"
 
 
 @collection_paused()
@@ -97,6 +100,39 @@ def prepare_vqa(
     facts = {"files": counts, "vocabulary": {"answers": len(answers), "sha256": answers.sha256, "origin": origin}}
     inputs = [*questions, *annotations, dataset_coco_json]
     return _write(output_dir, files | answers.to_files(), VQA_MANIFEST, inputs, facts)
+
+
+@collection_paused()
+def prepare_gqa(
+    questions: Sequence[str | Path], output_dir: str | Path, min_questions: int = MIN_GQA_QUESTIONS
+) -> dict[str, Any]:
+    """Write the vocabulary of all answers of official GQA question files; the files themselves are read as they are.
+
+    Args:
+        questions: question files, such as train_balanced_questions.json and val_balanced_questions.json.
+        output_dir: folder for the results; made if needed.
+        min_questions: answers of fewer questions are left out.
+
+    Returns:
+        The manifest, also written: inputs with their SHA-256, the numbers of questions of each, and the vocabulary's
+        size, origin and SHA-256.
+
+    Raises:
+        DataError: an input is missing, broken or has no answers, or no answer is frequent enough; nothing is written
+            then.
+    """
+    counts: Counter[str] = Counter()
+    sizes: dict[str, Any] = {}
+    for path in map(Path, questions):
+        found = [question.item.answer for question in load_gqa_file(path) if question.item is not None]
+        if not found:
+            raise DataError(f"{path} has no answers; give question files of train or val")
+        counts.update(found)
+        sizes[path.name] = {"questions": len(found)}
+    answers = AnswerVocabulary.of_counts(counts, min_questions)
+    origin = f"derived: answers of at least {min_questions} questions"
+    facts = {"files": sizes, "vocabulary": {"answers": len(answers), "sha256": answers.sha256, "origin": origin}}
+    return _write(output_dir, answers.to_files(), GQA_MANIFEST, questions, facts)
 
 
 def _coco_form(split: CaptionSplit) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from routingvl.metrics.answers import normalize_answer
 
 LABEL2ANS_FILE = "trainval_label2ans.json"
 ANS2LABEL_FILE = "trainval_ans2label.json"
-MIN_QUESTIONS = 9
+MIN_QUESTIONS, MIN_GQA_QUESTIONS = 9, 1
 # Score of an answer that 0, 1, 2, 3 annotators gave; 1 from four on. The official accuracy with ten annotators.
 _SCORES = (0.0, 0.3, 0.6, 0.9)
 
@@ -83,6 +83,12 @@ class AnswerVocabulary:
             raise DataError(f"{path}: {error}") from error
 
     @classmethod
+    def find(cls, path: str | Path | None, folder: str | Path) -> AnswerVocabulary | None:
+        """That of the file ``path`` or, without one, of a file in ``folder``; None when there is none."""
+        present = any((Path(folder) / name).is_file() for name in (LABEL2ANS_FILE, ANS2LABEL_FILE))
+        return cls.load(path or folder) if path or present else None
+
+    @classmethod
     def derive(cls, questions: Iterable[Question], min_questions: int = MIN_QUESTIONS) -> AnswerVocabulary:
         """Take the answers that are the official answer of at least ``min_questions`` distinct questions.
 
@@ -92,19 +98,27 @@ class AnswerVocabulary:
 
         Raises :class:`DataError` when no answer is frequent enough, or ``min_questions`` is below 1.
         """
-        if min_questions < 1:
-            raise DataError(f"min_questions={min_questions} must be at least 1")
         asked: dict[str, set[int | str]] = {}
         for question in questions:
             if question.top_answer is not None:
                 answer = normalize_answer(question.top_answer).replace(",", "")
                 asked.setdefault(answer, set()).add(question.question_id)
-        counts = {answer: len(ids) for answer, ids in asked.items() if len(ids) >= min_questions}
-        if not counts:
+        return cls.of_counts({answer: len(ids) for answer, ids in asked.items()}, min_questions)
+
+    @classmethod
+    def of_counts(cls, counts: Mapping[str, int], min_questions: int = 1) -> AnswerVocabulary:
+        """The answers with that many questions, by falling number of theirs, then by the alphabet.
+
+        Raises :class:`DataError` as :meth:`derive` does.
+        """
+        if min_questions < 1:
+            raise DataError(f"min_questions={min_questions} must be at least 1")
+        kept = [answer for answer, count in counts.items() if count >= min_questions]
+        if not kept:
             raise DataError(
                 f"no answer belongs to at least {min_questions} questions; lower min_questions or give a vocabulary"
             )
-        return cls(tuple(sorted(counts, key=lambda answer: (-counts[answer], answer))))
+        return cls(tuple(sorted(kept, key=lambda answer: (-counts[answer], answer))))
 
     def to_files(self) -> dict[str, Any]:
         """Contents of the two public files, by name."""

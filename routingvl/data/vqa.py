@@ -39,7 +39,7 @@ class Question:
 
     Attributes:
         question_id: an integer, as COCO's, or a string, as GQA's.
-        image_id: COCO's number of the image; the file name, not this number, tells images apart.
+        image_id: COCO's number of the image, or GQA's name; the file name, not this, tells images apart.
         text: the question, on one line.
         answers: the annotators' answers (ten, as a rule), raw.
         label: answer -> soft score, when the file gives it; otherwise it follows from ``answers``.
@@ -49,7 +49,7 @@ class Question:
     """
 
     question_id: int | str
-    image_id: int
+    image_id: int | str
     text: str
     answers: tuple[str, ...] | None = None
     label: Mapping[str, float] | None = None

@@ -1,7 +1,8 @@
 """Scores of the published tasks and the files that results are handed in with.
 
-``vqa`` is the official VQA accuracy, ``captions`` BLEU, ROUGE-L, CIDEr, METEOR and SPICE, ``results`` the COCO and
-EvalAI files. Nothing here needs torch; the caption scorers load on first use.
+``vqa`` is the official VQA accuracy, ``captions`` BLEU, ROUGE-L, CIDEr, METEOR and SPICE, ``gqa`` and ``nlvr2`` the
+scores of their authors' programs, ``results`` the files of all. Nothing here needs torch; the caption scorers load on
+first use.
 """
 
 from __future__ import annotations
@@ -22,6 +23,14 @@ _PUBLIC = {
     "read_vqa_results": "results",
     "coco_results_name": "results",
     "vqa_results_name": "results",
+    "gqa_report": "gqa",
+    "write_gqa_results": "results",
+    "read_gqa_results": "results",
+    "gqa_results_name": "results",
+    "nlvr2_report": "nlvr2",
+    "write_nlvr2_results": "results",
+    "read_nlvr2_results": "results",
+    "nlvr2_results_name": "results",
 }
 __all__ = list(_PUBLIC)
 

@@ -1,8 +1,10 @@
-"""Result files that evaluation servers take: COCO captions and EvalAI's VQA, both a JSON list with one entry per item.
+"""Result files that evaluation servers and programs take.
 
-COCO: ``[{"image_id": 74, "caption": "a dog on a rug"}]``, VQA: ``[{"question_id": 458752000, "answer": "net"}]``.
-Writers check completeness when told what is expected, since servers refuse files that lack an item; readers refuse
-duplicates. Ids are integers there; other data sets (GQA) have strings, which are written and read as they are.
+COCO captions, EvalAI's VQA and GQA have a JSON list with one entry per item:
+``[{"image_id": 74, "caption": "a dog on a rug"}]``, ``[{"question_id": 458752000, "answer": "net"}]`` and
+``[{"questionId": "07333408", "prediction": "pipe"}]``. NLVR2 has lines ``dev-850-0-0,True``. Writers check
+completeness when told what is expected, since servers refuse files that lack an item; readers refuse duplicates. Ids
+are integers in COCO and VQA; other data sets have strings, which are written and read as they are.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from routingvl.atomic_files import write_text
-from routingvl.json_files import read_json
+from routingvl.json_files import read_json, read_text
 from routingvl.metrics.coverage import difference
 
 Id = int | str
@@ -30,6 +32,16 @@ def coco_results_name(split: str, algorithm: str) -> str:
 def vqa_results_name(subtype: str, method: str) -> str:
     """File name of VQA results, such as ``v2_OpenEnded_mscoco_test2015_routed_results.json``."""
     return f"v2_OpenEnded_mscoco_{subtype}_{method}_results.json"
+
+
+def gqa_results_name(split: str, method: str) -> str:
+    """File name of GQA predictions, such as ``gqa_testdev_routed_results.json``; their program takes any name."""
+    return f"gqa_{split}_{method}_results.json"
+
+
+def nlvr2_results_name(split: str, method: str) -> str:
+    """File name of NLVR2 predictions, such as ``nlvr2_test1_routed_results.csv``; their program takes any name."""
+    return f"nlvr2_{split}_{method}_results.csv"
 
 
 def _is_id(item: object) -> bool:
@@ -101,6 +113,19 @@ def write_vqa_results(path: str | Path, answers: Mapping[Id, str], expected: Ite
     return _write_results(path, answers, expected, "question_id", "answer")
 
 
+def write_gqa_results(path: str | Path, answers: Mapping[str, str], expected: Iterable[Id] | None = None) -> Path:
+    """As :func:`write_coco_results`, answers {question id: answer} in the form of GQA's server and program."""
+    return _write_results(path, answers, expected, "questionId", "prediction")
+
+
+def write_nlvr2_results(path: str | Path, labels: Mapping[str, str], expected: Iterable[Id] | None = None) -> Path:
+    """As :func:`write_coco_results`, labels {identifier: "True" or "False"}, a line ``identifier,label`` for each."""
+    _check_complete(labels, expected, "identifier")
+    path = Path(path)
+    write_text(path, "".join(f"{identifier},{labels[identifier]}\n" for identifier in in_order(labels)))
+    return path
+
+
 def read_coco_results(path: str | Path) -> dict[Id, str]:
     """Captions {image_id: caption} of a COCO result file, or of the published code's ``{"pred_sent": [...]}``.
 
@@ -114,3 +139,27 @@ def read_coco_results(path: str | Path) -> dict[Id, str]:
 def read_vqa_results(path: str | Path) -> dict[Id, str]:
     """Answers {question_id: answer} of an EvalAI result file; raises as :func:`read_coco_results` does."""
     return _read_results(path, "question_id", "answer")
+
+
+def read_gqa_results(path: str | Path) -> dict[Id, str]:
+    """Answers {question id: answer} of a file of GQA predictions; raises as :func:`read_coco_results` does."""
+    return _read_results(path, "questionId", "prediction")
+
+
+def read_nlvr2_results(path: str | Path) -> dict[str, str]:
+    """Labels {identifier: label} of a file of NLVR2 predictions.
+
+    Raises:
+        ResultFileError: there is no such file, a line has another form, or an identifier comes twice.
+    """
+    results: dict[str, str] = {}
+    for number, line in enumerate(read_text(path, ResultFileError).split("\n"), start=1):
+        if not line.strip():
+            continue
+        identifier, comma, label = map(str.strip, line.partition(","))
+        if not identifier or not comma or label.lower() not in ("true", "false"):
+            raise ResultFileError(f"{path}, line {number}: needs identifier,True or identifier,False, got {line!r:.80}")
+        if identifier in results:
+            raise ResultFileError(f"{path}, line {number}: {identifier} comes twice; keep one result an item")
+        results[identifier] = label
+    return results

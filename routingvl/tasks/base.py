@@ -58,6 +58,7 @@ class Task(ABC):
         max_text_length: longest text in tokens when ``data.max_text_length`` is null.
         command: sub-command that answers for single images.
         takes_text: whether a single image comes with a text.
+        images: how many images an example has.
 
     Attributes:
         model: set by :func:`build_task` or :func:`load_task`.
@@ -72,6 +73,7 @@ class Task(ABC):
     max_text_length: ClassVar[int]
     command: ClassVar[str] = "predict"
     takes_text: ClassVar[bool] = True
+    images: ClassVar[int] = 1
 
     model: RoutedVLModel
 
@@ -235,7 +237,7 @@ class Task(ABC):
     def check_length(self, longest: int) -> None:
         """ConfigError when texts of ``longest`` tokens do not fit the model's position embeddings."""
         length = self.text_length if self.config.data.padding == "max_length" else longest
-        room = self.model.max_positions - self.model.visual_prefix  # one token of the image at least
+        room = self.model.max_positions - self.images * self.model.visual_prefix  # one token of an image at least
         if length > room:
             raise ConfigError(
                 f"texts have up to {length} tokens, and the language model has positions for {room}: set "

@@ -107,5 +107,5 @@ def first_examples(split: Split, part: str, limit: int | None) -> Split:
     if limit is None:
         return split
     kept = getattr(split, part)[:limit]
-    wanted = {example.image_id for example in kept}
+    wanted = {image_id for example in kept for image_id in getattr(example, "image_ids", None) or (example.image_id,)}
     return replace(split, **{part: kept}, images=[image for image in split.images if image.image_id in wanted])

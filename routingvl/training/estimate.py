@@ -72,7 +72,7 @@ def estimate(config: RunConfig) -> dict[str, Any]:
         }
         step = measured["step_seconds"] * share * settings.accumulation
         if not config.data.keeps_features:
-            step += measured["image_seconds"] * settings.batch_size
+            step += measured["image_seconds"] * settings.batch_size * task.images
         features = size.images and measured["image_seconds"] * size.images if config.data.keeps_features else 0
         whole = None if steps is None or features is None else step * steps + features
         return {
@@ -124,7 +124,7 @@ def measure(task: Task, model: RoutedVLModel, accelerator: Accelerator) -> dict[
     if micro < 1:
         raise ConfigError(f"train.batch_size={settings.batch_size} is below train.accumulation={settings.accumulation}")
     rows = min(micro, ROWS_ON_A_CPU) if device.type == "cpu" else micro
-    room = model.max_positions - model.visual_prefix
+    room = model.max_positions - task.images * model.visual_prefix
     tokens = min(task.text_length, room)
     pixels = torch.zeros(min(IMAGES, rows), 3, *(config_image_size(model.vit) or (224, 224)), device=device)
     with accelerator.autocast():
@@ -133,7 +133,8 @@ def measure(task: Task, model: RoutedVLModel, accelerator: Accelerator) -> dict[
         shape = model.encode_images(pixels[:1]).shape[1:]
     ids = torch.randint(3, model.vocabulary_size, (rows, tokens))
     labels = task.made_up_labels(ids, model)
-    batch = {"vision_features": torch.randn(rows, *shape), "input_ids": ids, "labels": labels}
+    several = (task.images,) if task.images > 1 else ()
+    batch = {"vision_features": torch.randn(rows, *several, *shape), "input_ids": ids, "labels": labels}
     inputs = task.training_inputs(batch, device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     model.train()

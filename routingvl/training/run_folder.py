@@ -21,7 +21,8 @@ from routingvl.training.identity import Identity, ImageFile, changed_settings, f
 WRITTEN = (
     "state/training_state.* run.json images.jsonl config.yaml environment.json metrics.jsonl train.log "
     "best/adapter_model.safetensors best/adapter_config.json last/adapter_model.safetensors last/adapter_config.json "
-    "tensorboard/**/* wandb/**/* eval-*/metrics.json eval-*/*results.json*"
+    "tensorboard/**/* wandb/**/* eval-*/metrics.json eval-*/*results.json* "
+    "eval-*/*results.csv"
 ).split()
 PARTS = ("", "best", "last", "state", "tokenizer")  # folders in which a killed run may leave temporary files
 MADE_BY = {"made_by": "routingvl", "format": 1}

@@ -28,6 +28,8 @@ RECIPES = {
     "vqa-lora": ("lora", 128, 128, 3e-4, 0.05, 512, 20, 20, "roberta-base"),
     "vqa-adapter": ("adapter", 64, 64, 3e-4, 0.05, 512, 20, 20, "roberta-base"),
     "classify-lora": ("lora", 128, 128, 3e-4, 0.05, 512, 20, 64, "roberta-base"),  # VQA's: none is published
+    "gqa-lora": ("lora", 128, 128, 3e-4, 0.05, 512, 20, 20, "roberta-base"),  # the same
+    "nlvr2-lora": ("lora", 128, 128, 3e-4, 0.05, 512, 20, 64, "roberta-base"),  # the same
     "caption-lora": ("lora", 128, 128, 3e-5, 5000, 40, 20, 50, "gpt2"),
     "caption-adapter": ("adapter", 128, 128, 3e-5, 5000, 40, 20, 50, "gpt2"),
     # Larger and newer models with settings of ours.
