@@ -69,7 +69,9 @@ class BackboneReference:
     __post_init__ = check_settings
 
 
-BOTTLENECK = re.compile(r"(?:^|\.)(?:lora_[AB]|lora_A_image|(?:down|up|image_down)_sampler\.(?:weight|bias))$")
+BOTTLENECK = re.compile(
+    r"(?:^|\.)(?:lora_[AB]|lora_A_image|(?:two_step\.\w+|(?:down|up|image_down)_sampler)\.(?:weight|bias))$"
+)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,7 +13,7 @@ from routingvl.bottlenecks.layers import RoutedLoRALinear, is_conv1d
 
 # What belongs to bottlenecks, ours and PEFT's, and to what trains beside them: frozen or not, its type is its own.
 OWNED = re.compile(
-    r"\.(?:lora_\w+|modules_to_save|trainable_tokens_\w+|image_projections?|(?:image_)?down_sampler|up_sampler)\."
+    r"\.(?:lora_\w+|modules_to_save|trainable_tokens_\w+|image_projections?|(?:image_)?down_sampler|up_sampler|two_step)\."
 )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from routingvl.config import RoutingConfig
 from routingvl.config.routing import by_pattern, named
 from routingvl.tensor_files import listed
 
+SHARED = ("routing", "dropout", "relu", "two_step", "heads")  # settings that every bottleneck has from the config
 PROJECTIONS = "image_projections"  # nn.ModuleDict of the model: {input width: nn.Linear from the image's}
 
 
@@ -87,10 +89,10 @@ def inject(
     earlier = [module for module in model.modules() if isinstance(module, RoutedLayer)]
     context = _shared_context(earlier) if context is None else context
     plan = _plan_lora if config.method == "lora" else _plan_adapters
-    shared = {"backend": backend} | {key: getattr(config, key) for key in ("routing", "dropout", "relu")}
+    shared = {"backend": backend} | {key: getattr(config, key) for key in SHARED}
     skipped: list[str] = []
     sources = Sources(model, config, context)
-    if config.image_projection == "own":
+    if config.has_own_projection:
         widths = _input_widths(model, config)
         image_width = _image_width(model, widths, image_width)
         sources.widths = {"image": image_width, "encoder": default_image_width(model, widths), "text": None}
@@ -214,10 +216,10 @@ def _plan_lora(
             "slices": place.slices,
             "parts": place.parts,
         }
-        unrouted = {"context": sources.context, "routing": "none", "relu": False}
+        unrouted = {"context": sources.context, "routing": "none", "relu": False, "two_step": None}
         routed = shared | (unrouted if place.unrouted else sources.of(place.name))
-        make = RoutedLoRALinear if is_dense(base) else RoutedLoRABeside
-        changes[place.name] = make(base, dtype=_bottleneck_dtype(base, config), **options, **routed)
+        make = partial(RoutedLoRALinear if is_dense(base) else RoutedLoRABeside, base)
+        changes[place.name] = _made(make, place.name, dtype=_bottleneck_dtype(base, config), **options, **routed)
     skipped += [f"{name}: {why}" for name, why in passed]
     if config.layers is None:
         skipped += _left_out(model, config, changes)
@@ -246,8 +248,10 @@ def _plan_adapters(
         if place.home not in changes:
             layer = model.get_submodule(place.layer)
             like = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
-            changes[place.home] = RoutedAdapter(
-                place.width,
+            changes[place.home] = _made(
+                RoutedAdapter,
+                place.home,
+                width=place.width,
                 activation=place.activation,
                 residual=place.residual,
                 rank=by_pattern(config.rank_pattern, place.home, config.rank),
@@ -257,6 +261,14 @@ def _plan_adapters(
                 **sources.of(place.home),
             ).train(layer.training)
     return changes
+
+
+def _made(make: Callable[..., nn.Module], name: str, **options: Any) -> nn.Module:
+    """The bottleneck at the module called ``name``; SurgeryError where it cannot have these options."""
+    try:
+        return make(**options)
+    except ValueError as error:
+        raise SurgeryError(f"{name}: {error}") from error
 
 
 def _check_free(name: str, module: nn.Module) -> None:

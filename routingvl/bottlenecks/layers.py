@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.float32 import HALF
 from routingvl.bottlenecks.parts import Parts
 from routingvl.bottlenecks.sharding import is_sharded
-from routingvl.config.routing import POOLED, source_of
+from routingvl.bottlenecks.two_step import TwoStep
+from routingvl.config.routing import POOLED, TWO_STEP, source_of
 from routingvl.kernels import (
     ImageCode,
     can_project_jointly,
@@ -33,7 +35,9 @@ from routingvl.kernels import (
     routed_lora,
     routed_lora_linear,
 )
-from routingvl.kernels.routing import find_routing
+from routingvl.kernels.activations import find_activation
+from routingvl.kernels.attention import ATTENTION, find_function
+from routingvl.kernels.reference import grouped_linear
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -74,6 +78,7 @@ class RoutedLayer(nn.Module):
     Attributes:
         enabled: False makes the layer do what the model did without it.
         has_own: whether the image has a down-projection of its own.
+        two_step: what makes z, where the way down is in two steps or by attention; None: one down-projection does.
         kind: the method that the layer belongs to, "lora" or "adapter".
         routing: the routing function's row of :data:`routingvl.kernels.ROUTINGS`.
         routed_by: what v is, see :class:`~routingvl.config.RoutingConfig`.
@@ -108,7 +113,8 @@ class RoutedLayer(nn.Module):
         super().__init__()
         self.routed_by, self._source = routed_by, source_of(routed_by)
         self._image_projection: tuple[nn.Module, ...] = ()
-        self.routing = find_routing(routing)
+        self.routing = find_function(routing)
+        self.two_step: TwoStep | None = None
         self.dropout, self.relu, self.context, self.backend = dropout, relu, context, backend
         if context is not None:
             context.add(self)
@@ -124,14 +130,26 @@ class RoutedLayer(nn.Module):
         mixed = torch.float64 in (dtypes := {v.dtype, *(w.dtype for w in weights)}) and len(dtypes) > 1
         return v.shape[2] == self.image_width and v.device == weights[0].device and not mixed
 
-    def _take_image(self, image_projection: str | None, image_width: int | None, width: int) -> None:
+    def _take_image(
+        self, width: int, image_projection: str | None, image_width: int | None, two_step: str | None, heads: int
+    ) -> None:
         """Set what the options say of the image, for a layer whose text is ``width`` wide."""
+        attends = self.routing is ATTENTION
         if image_projection not in (None, "own"):
             raise ValueError(f"image_projection={image_projection!r} is not one of None and 'own' in a layer")
-        if image_width is not None and image_projection is None:
+        if two_step not in (None, *TWO_STEP):
+            raise ValueError(f"two_step={two_step!r} is not one of None, {', '.join(map(repr, TWO_STEP))}")
+        if two_step is not None and (attends or not self.routing.uses_image):
+            raise ValueError(f"two_step={two_step!r} is for a routing function of the image, not {self.routing.name!r}")
+        apart = attends or two_step is not None
+        if image_width is not None and image_projection is None and not apart:
             raise ValueError(f"image_width={image_width} is the width of an image_projection='own'")
-        self.has_own = image_projection == "own" and self.routing.uses_image
+        self.has_own = (image_projection == "own" or apart) and self.routing.uses_image
         self.image_width = image_width if self.has_own and image_width is not None else width
+        self._make_two_step = None
+        if apart:
+            options = {"form": two_step, "routing": self.routing, "relu": self.relu, "heads": heads}
+            self._make_two_step = partial(TwoStep, (width, self.image_width), **options)
 
     @property
     def drops(self) -> bool:
@@ -198,7 +216,7 @@ class RoutedLayer(nn.Module):
         return self.context.own_text(x, pooled=self.pooled)
 
     def _checked(self, reading: Reading) -> Reading:
-        if reading.counted is not None and not self.routing.inner_product:
+        if reading.counted is not None and not (self.routing.inner_product or self.routing is ATTENTION):
             raise ValueError(
                 f"routing {self.routing.name!r} may read something in zero padding: bind as many visual tokens for "
                 "every image, without mask="
@@ -231,6 +249,7 @@ class RoutedLoRA(RoutedLayer):
         parts: instead of slices, the columns of each part, which need not be equally many nor stand side by side.
         image_projection: "own" gives the image a down-projection A_v of its own, ``lora_A_image``; None: A projects it.
         image_width: K_v of the image's own down-projection; None: K.
+        two_step, heads: see :class:`~routingvl.config.RoutingConfig`; both run as torch operations on any backend.
         context: where the visual features come from when they are not passed to the call.
         backend: None, "eager" or "triton", see :func:`routingvl.kernels.lora.api`.
 
@@ -254,13 +273,15 @@ class RoutedLoRA(RoutedLayer):
         parts: Sequence[Sequence[int]] | None = None,
         image_projection: str | None = None,
         image_width: int | None = None,
+        two_step: str | None = None,
+        heads: int = 4,
         context: VisualContext | None = None,
         backend: str | None = None,
         routed_by: str = "image",
     ) -> None:
         super().__init__(routing, dropout, relu, context, backend, routed_by)
         self.in_features, self.out_features = widths
-        self._take_image(image_projection, image_width, self.in_features)
+        self._take_image(self.in_features, image_projection, image_width, two_step, heads)
         self.rank = rank
         self.scaling = (rank if alpha is None else alpha) / rank
         self.placement = placement
@@ -269,26 +290,40 @@ class RoutedLoRA(RoutedLayer):
         self.groups = 1 if self.columns is None else len(self.columns)  # G, how many slices share the bottleneck
         if parts is not None:
             self.groups = len(parts)
+        if self._make_two_step is not None and placement != "bottleneck":
+            raise ValueError(f"placement={placement!r}: two steps and attention are in the bottleneck")
 
     def _make_weights(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.lora_A = nn.Parameter(torch.empty(self.groups * self.rank, self.in_features, device=device, dtype=dtype))
         rows = self.groups * self.width if self.parts is None else sum(self.parts.sizes)
-        self.lora_B = nn.Parameter(torch.empty(rows, self.rank, device=device, dtype=dtype))
-        if self.has_own:
-            own = torch.empty(self.groups * self.rank, self.image_width, device=device, dtype=dtype)
-            self.lora_A_image = nn.Parameter(own)
+        shapes = {"lora_B": (rows, self.rank)}
+        if self._make_two_step is not None:
+            self.two_step = self._make_two_step(self.rank, self.groups, device=device, dtype=dtype)
+        else:
+            shapes = {"lora_A": (self.groups * self.rank, self.in_features), **shapes}
+            shapes |= {"lora_A_image": (self.groups * self.rank, self.image_width)} if self.has_own else {}
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.empty(*shape, device=device, dtype=dtype)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A ~ U(-1/sqrt(K), 1/sqrt(K)), A_v likewise with K_v, B = 0."""
+        """A ~ U(-1/sqrt(K), 1/sqrt(K)), A_v likewise with K_v, B = 0; two steps start as nn.Linear and LayerNorm do."""
         a, b, *own = self.projection
-        for down in (a, *own):
+        if self.two_step is not None:
+            for part in self.two_step.children():
+                part.reset_parameters()
+        for down in (a, *own) if self.two_step is None else ():
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
         nn.init.zeros_(b)
 
     @property
     def projection(self) -> tuple[torch.Tensor, ...]:
-        """A [G*R, K], B [G*n, R] and, where the image has its own down-projection, A_v [G*R, K_v]."""
+        """A [G*R, K], B [G*n, R] and, where the image has its own down-projection, A_v [G*R, K_v].
+
+        In place of A and A_v stand those of two steps down.
+        """
+        if self.two_step is not None:
+            first, *others = self.two_step.parameters()
+            return first, self.lora_B, *others
         return (self.lora_A, self.lora_B, self.lora_A_image) if self.has_own else (self.lora_A, self.lora_B)
 
     def add_to(self, base_output: torch.Tensor, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
@@ -298,15 +333,17 @@ class RoutedLoRA(RoutedLayer):
         """
         if not self.enabled:
             return base_output
-        v, image, keep, _, index = self.read_image(x, v)
+        v, image, keep, counted, index = self.read_image(x, v)
         rows = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
         base = base_output.reshape(*rows.shape[:-1], self.out_features)
-        v, a, b, *own = in_dtype(rows, v, *self.projection)
+        v, a, b, *own = in_dtype(rows, v, *self.projection[: None if self.two_step is None else 2])
         mixed = base.dtype != rows.dtype and not torch.is_autocast_enabled(rows.device.type)
         if self.drops:
             rows, v = F.dropout(rows, self.dropout), None if v is None else F.dropout(v, self.dropout)
         options = {"image": image, "image_index": index, **_named(own), **self._options()}
-        if self.parts is not None:
+        if self.two_step is not None:
+            y = self._add_to_columns(base, self.two_step(rows, v, counted, index), b)
+        elif self.parts is not None:
             y = self.parts.add(base, routed_lora(rows, v, a, self.parts.even(b), **options))
         else:
             start = torch.zeros_like(base, dtype=rows.dtype) if mixed else base
@@ -316,9 +353,17 @@ class RoutedLoRA(RoutedLayer):
         self._watch(y)
         return y.reshape(*x.shape[:-1], self.out_features)
 
+    def _add_to_columns(self, base: torch.Tensor, z: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """base [B, T, N] plus s z Bᵀ of z [B, T, G*R] and B [G*n, R], where its columns are."""
+        parts = self.parts
+        if parts is None and self.columns is not None:
+            parts = Parts([range(start, start + self.width) for start in self.columns], self.out_features)
+        update = self.scaling * grouped_linear(z, b if parts is None else parts.even(b), self.groups)
+        return base + update if parts is None else parts.add(base, update)
+
     def project(self, v: torch.Tensor) -> ImageCode | None:
         """See :class:`RoutedLayer`."""
-        if self.parts is not None and not self.parts.is_even:
+        if self.two_step is not None or (self.parts is not None and not self.parts.is_even):
             return None
         v, a, b, *own = in_dtype(v, v, *self.projection)
         return project_lora_image(v, a, b, decoding=True, **_named(own), **self._options())
@@ -342,7 +387,8 @@ class RoutedLoRA(RoutedLayer):
         """What print shows."""
         columns = "" if self.columns is None else f", columns={self.columns}"
         columns += "" if self.parts is None else f", parts of {self.parts.sizes} columns"
-        columns += f", image {self.image_width} -> {self.groups * self.rank}" if self.has_own else ""
+        if self.has_own and self.two_step is None:
+            columns += f", image {self.image_width} -> {self.groups * self.rank}"
         return f"{self.in_features} -> {self.out_features}, {super().extra_repr()}{columns}, placement={self.placement}"
 
 
@@ -378,7 +424,7 @@ class RoutedLoRALinear(RoutedLoRA):
         """x [..., K] (three dimensions when an image is routed in), v [B, L, K] or the context's -> y [..., N]."""
         if not self.enabled:
             return self.restore()(x)
-        if self.parts is not None:
+        if self.parts is not None or self.two_step is not None:
             weight = self.weight if self.weight_layout == "nk" else self.weight.t()
             return self.add_to(F.linear(x, *in_dtype(x, weight, self.bias)), x, v)
         v, image, keep, _, index = self.read_image(x, v)
@@ -423,7 +469,8 @@ class RoutedAdapter(RoutedLayer):
         rank: R.
         activation: "gelu", "gelu_new", "relu", "silu" or "identity", applied after routing.
         residual: add the input to the output.
-        image_projection, image_width: as for :class:`RoutedLoRA`; the image's own is ``image_down_sampler``.
+        image_projection, image_width, two_step, heads: as for :class:`RoutedLoRA`; the image's own down-projection is
+            ``image_down_sampler``.
         routing, dropout, relu, context, backend, routed_by: as for :class:`RoutedLoRALinear`.
 
     Weights are drawn from N(0, 0.02²), biases start at 0. :meth:`hang_on` puts it behind or in front of other modules,
@@ -444,6 +491,8 @@ class RoutedAdapter(RoutedLayer):
         relu: bool = False,
         image_projection: str | None = None,
         image_width: int | None = None,
+        two_step: str | None = None,
+        heads: int = 4,
         context: VisualContext | None = None,
         backend: str | None = None,
         routed_by: str = "image",
@@ -452,22 +501,25 @@ class RoutedAdapter(RoutedLayer):
     ) -> None:
         super().__init__(routing, dropout, relu, context, backend, routed_by)
         self.rank = rank
-        self._take_image(image_projection, image_width, width)
+        self._take_image(width, image_projection, image_width, two_step, heads)
         self.activation = activation
         self.residual = residual
         self._handles: list[RemovableHandle] = []
-        self.down_sampler = nn.Linear(width, rank, device=device, dtype=dtype)
+        if self._make_two_step is not None:
+            self.two_step = self._make_two_step(rank, 1, device=device, dtype=dtype)
+        else:
+            self.down_sampler = nn.Linear(width, rank, device=device, dtype=dtype)
         self.up_sampler = nn.Linear(rank, width, device=device, dtype=dtype)
-        if self.has_own:
+        if self.has_own and self.two_step is None:
             self.image_down_sampler = nn.Linear(self.image_width, rank, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights ~ N(0, 0.02²), biases 0."""
-        own = (self.image_down_sampler,) if self.has_own else ()
-        for linear in (self.down_sampler, self.up_sampler, *own):
+        """Weights ~ N(0, 0.02²), biases 0, those of two steps too."""
+        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
             nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
 
     def forward(self, x: torch.Tensor, v: torch.Tensor | None = None) -> torch.Tensor:
         """x [B, T, K], v [B, L, K] or the context's -> y [B, T, K]."""
@@ -477,6 +529,11 @@ class RoutedAdapter(RoutedLayer):
         dropped = x
         if self.drops:
             dropped, v = F.dropout(x, self.dropout), None if v is None else F.dropout(v, self.dropout)
+        if self.two_step is not None:
+            z = self.two_step(dropped, *in_dtype(x, v), counted, index)
+            up = in_dtype(x, self.up_sampler.weight, self.up_sampler.bias)
+            y = F.linear(find_activation(self.activation).forward(z), *up)
+            return self._finished(x + y if self.residual else y, x, keep)
         if counted is not None:  # the bias would stand where there is no token
             image = ImageCode(self.project(v).u.masked_fill(~counted.unsqueeze(2), 0))
         up = self.up_sampler
@@ -499,9 +556,11 @@ class RoutedAdapter(RoutedLayer):
             image_index=index,
             **_named(own),
         )
-        self._watch(y)
         # The residual path carries the input itself, without the bottleneck's dropout.
-        y = y + x if self.residual and dropped is not x else y
+        return self._finished(y + x if self.residual and dropped is not x else y, x, keep)
+
+    def _finished(self, y: torch.Tensor, x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+        self._watch(y)
         return y if keep is None else torch.where(keep, y, x)
 
     def hang_on(self, module: nn.Module, before: bool = False) -> None:
@@ -522,12 +581,19 @@ class RoutedAdapter(RoutedLayer):
 
     @property
     def projection(self) -> tuple[torch.Tensor, ...]:
-        """A [R, K], b_down [R] and, where the image has its own down-projection, that and its bias."""
+        """A [R, K], b_down [R] and, where the image has its own down-projection, that and its bias.
+
+        In place of A and all others stand those of two steps down.
+        """
+        if self.two_step is not None:
+            return tuple(self.two_step.parameters())
         shared = (self.down_sampler.weight, self.down_sampler.bias)
         return (*shared, self.image_down_sampler.weight, self.image_down_sampler.bias) if self.has_own else shared
 
     def project(self, v: torch.Tensor) -> ImageCode | None:
         """See :class:`RoutedLayer`."""
+        if self.two_step is not None:
+            return None
         a, bias, *own = in_dtype(v, *self.projection)
         return project_adapter_image(v, a, bias, routing=self.routing, relu=self.relu, decoding=True, **_named(own))
 

@@ -54,16 +54,7 @@ def trainable_report(model: nn.Module, exclude: str | None = None) -> TrainableR
     layers = []
     for name, module in model.named_modules():
         if isinstance(module, RoutedLayer):
-            a = module.projection[0]
-            placement = getattr(module, "placement", "bottleneck")  # Adapters have no other
-            options = {"routing": module.routing, "relu": module.relu, "placement": placement}
-            options["products"] = module.kind == "adapter" or module.relu or module.routing.probe is None
-            try:
-                backend, reason = select_backend(
-                    a.device.type, module.backend, dtype=a.dtype, width=a.shape[0], **options
-                )
-            except RuntimeError as error:  # a model is often built on the CPU and moved to its GPU afterwards
-                backend, reason = "triton", str(error)
+            backend, reason = _backend_of(module)
             described = name, module.kind, module.routing.name, module.rank, backend, reason, module.routed_by
             layers.append(LayerReport(*described))
     return TrainableReport(
@@ -72,3 +63,18 @@ def trainable_report(model: nn.Module, exclude: str | None = None) -> TrainableR
         names=tuple(name for name, _ in trainable),
         layers=tuple(layers),
     )
+
+
+def _backend_of(layer: RoutedLayer) -> tuple[str, str]:
+    """Which backend runs a bottleneck, and why."""
+    if layer.two_step is not None:
+        what = "two steps down have" if layer.two_step.form else "attention has"
+        return "eager", f"{what} no Triton kernel"
+    a = layer.projection[0]
+    placement = getattr(layer, "placement", "bottleneck")  # Adapters have no other
+    options = {"routing": layer.routing, "relu": layer.relu, "placement": placement}
+    options["products"] = layer.kind == "adapter" or layer.relu or layer.routing.probe is None
+    try:
+        return select_backend(a.device.type, layer.backend, dtype=a.dtype, width=a.shape[0], **options)
+    except RuntimeError as error:  # a model is often built on the CPU and moved to its GPU afterwards
+        return "triton", str(error)

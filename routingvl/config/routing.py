@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from routingvl.config.checks import ConfigError, check_choice, check_settings, check_value, setting
-from routingvl.kernels import ROUTINGS
+from routingvl.kernels import ROUTINGS, Routing
+from routingvl.kernels.attention import ATTENTION, FUNCTIONS, find_function
 from routingvl.kernels.lora.options import PLACEMENTS
 
 METHODS = ("lora", "adapter")
 POSITIONS = ("post_module", "pre_norm", "post_norm")
 IMAGE_PROJECTIONS = ("linear", "own")
+TWO_STEP = ("before", "after", "residual")  # where the second step down stands: before routing or after it
 BOTTLENECK_DTYPES = ("float32", "model")
 # What a bottleneck is routed by -> what of it: "image", the "text" that it is in, or the states of an "encoder".
 ROUTED_BY = {
@@ -26,7 +28,7 @@ T = TypeVar("T")
 
 
 # Settings that came after the format of saved adapters, which leave them out where they are what all were before.
-NEWER = ("routed_by",)
+NEWER = ("routed_by", "two_step", "heads")
 
 
 def named(patterns: Iterable[str], name: str) -> bool:
@@ -60,7 +62,8 @@ class RoutingConfig:
 
     Attributes:
         method: "lora" adds a bottleneck beside a projection, "adapter" puts one behind a sublayer.
-        routing: the function that mixes the image into the text's activation, a name of ``routingvl.kernels.ROUTINGS``.
+        routing: the function that mixes the image into the text's activation, a name of ``routingvl.kernels.ROUTINGS``;
+            or "attention", low-rank cross-attention, which has weights of its own (a comparison).
         rank: width r of the bottleneck, at most 16,384; GPT-2's joined query and value LoRA has 2 r components.
         alpha: LoRA output is scaled by alpha / rank (adapters are not scaled).
         dropout: probability in [0, 1) of dropping an input component, drawn separately for text and image.
@@ -79,6 +82,10 @@ class RoutingConfig:
             positions that are no padding, or "text_tokens", all of them (encoders only); in a decoder that reads an
             encoder's states "encoder", their mean, or "encoder_tokens", all of them, while the encoder's own layers
             are routed by the image.
+        two_step: down-projections in two steps, to a quarter of the rank and up to it, for text and image each (an
+            ablation): "before" routing goes up, "after" it, or "residual", after it and a LayerNorm of it plus the
+            text's; None for one step.
+        heads: of routing "attention"; they divide its width, a quarter of the rank (for all slices together).
         placement: where a LoRA routes, "bottleneck" (before the up-projection) or "output" (after it).
         position: where an adapter sits, "post_module" (on the sublayer's output), "pre_norm" or "post_norm".
         relu: ReLU on both factors of vllora's inner product.
@@ -91,7 +98,7 @@ class RoutingConfig:
     """
 
     method: str = setting("lora", choices=METHODS)
-    routing: str = setting("add", choices=ROUTINGS)
+    routing: str = setting("add", choices=FUNCTIONS)
     rank: int = setting(128, least=1, most=16384)
     alpha: float = setting(128, above=0, most=1e6)
     dropout: float = setting(0.0, least=0, below=1)
@@ -110,6 +117,8 @@ class RoutingConfig:
     train_modules: tuple[str, ...] | None = None
     bottleneck_dtype: str = setting("float32", choices=BOTTLENECK_DTYPES)
     routed_by: str = setting("image", choices=ROUTED_BY)
+    two_step: str | None = setting(None, choices=TWO_STEP)
+    heads: int = setting(4, least=1, most=1024)
 
     def __post_init__(self) -> None:
         for key in ("targets", "exclude", "train_modules"):
@@ -117,10 +126,11 @@ class RoutingConfig:
                 object.__setattr__(self, key, (value,))
         check_settings(self)
         self._check_patterns()
-        if self.relu and not ROUTINGS[self.routing].supports_relu:
+        if self.relu and not self.function.supports_relu:
             able = [name for name, row in ROUTINGS.items() if row.supports_relu]
             raise ConfigError(f"relu=True is defined for routing {', '.join(able)}, not for {self.routing!r}")
         self._check_routed_by()
+        self._check_two_step()
         # A setting that belongs to the other method would silently do nothing.
         other = "adapter" if self.method == "lora" else "lora"
         default = {f.name: f.default for f in dataclasses.fields(self)}
@@ -131,8 +141,37 @@ class RoutingConfig:
             if (value := getattr(self, key)) != default[key]:
                 raise ConfigError(f"{key}={value!r} is defined for method={other!r} only")
 
+    @property
+    def function(self) -> Routing:
+        """The routing function's row, or what stands for attention."""
+        return find_function(self.routing)
+
+    @property
+    def has_own_projection(self) -> bool:
+        """Whether each bottleneck has a down-projection for the image alone."""
+        return self.image_projection == "own" or self.two_step is not None or self.function is ATTENTION
+
+    def _check_two_step(self) -> None:
+        attends = self.function is ATTENTION
+        if self.heads != 4 and not attends:
+            raise ConfigError(f"heads={self.heads} is defined for routing='attention' only")
+        if not (attends or self.two_step is not None):
+            return
+        what = "routing='attention'" if attends else f"two_step={self.two_step!r}"
+        if attends and self.two_step is not None:
+            raise ConfigError(f"two_step={self.two_step!r} is for routing functions: attention has its own way down")
+        if not self.function.uses_image:
+            raise ConfigError(f"{what} projects the image, which routing {self.routing!r} does not read")
+        if self.image_projection == "linear":
+            raise ConfigError(f"{what} projects an image of any width: leave image_projection='linear' out")
+        if self.placement != "bottleneck":
+            raise ConfigError(f"{what} is in the bottleneck, so placement={self.placement!r} is not defined for it")
+        for rank in (self.rank, *(self.rank_pattern or {}).values()):
+            if rank < 4:
+                raise ConfigError(f"{what} goes down to a quarter of the rank, so rank={rank} must be at least 4")
+
     def _check_routed_by(self) -> None:
-        row = ROUTINGS[self.routing]
+        row = self.function
         if self.routed_by == "image":
             return
         if not row.uses_image:

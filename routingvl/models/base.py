@@ -34,7 +34,6 @@ from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict
 from routingvl.config.checks import check_value, types_of
 from routingvl.config.routing import source_of
 from routingvl.config.schema import IMAGE_POOLINGS
-from routingvl.kernels import ROUTINGS
 from routingvl.models import hub
 from routingvl.models.checks import check_finite, check_padding, check_tensor, check_values, check_zeros_and_ones
 from routingvl.models.output import ModelOutput
@@ -105,7 +104,7 @@ class RoutedVLModel(PretrainedParts):
         self.text_kind = text_kind(text)
         self.language_model_name = text_model(text).attribute
         setattr(self, self.language_model_name, text)
-        own = routing.image_projection == "own"
+        own = routing.has_own_projection
         inject(text, routing, self.context, backend, image_width=self.vision_width if own else None)
         lighten_dropout(text)
         for weight in drawn_weights(text):
@@ -257,12 +256,12 @@ class RoutedVLModel(PretrainedParts):
         if vision_features.dim() == 4:
             vision_features = vision_features.flatten(1, 2)
         features = vision_features.to(self.device, self.dtype)
-        own = self.routing.image_projection == "own"
+        own = self.routing.has_own_projection
         return features if self.visual_projection is None or own else self.visual_projection(features)
 
     def prefix(self, features: torch.Tensor) -> torch.Tensor:
         """What :meth:`visual_features` gave as the visual tokens in front of the text, [B, L, width of the text]."""
-        apart = self.routing.image_projection == "own" and self.visual_projection is not None
+        apart = self.routing.has_own_projection and self.visual_projection is not None
         return self.visual_projection(features) if apart else features
 
     def _check_tokens(self, visual_tokens: int) -> None:
@@ -270,7 +269,7 @@ class RoutedVLModel(PretrainedParts):
         if source_of(self.routing.routed_by) == "text":  # no bottleneck reads them
             return
         try:
-            ROUTINGS[self.routing.routing].check(1 if self.image_pooling else visual_tokens, self.routing.relu)
+            self.routing.function.check(1 if self.image_pooling else visual_tokens, self.routing.relu)
         except ValueError as error:
             pools = "vision_features='mean' pools them, image_pooling='mean' for the bottlenecks alone"
             raise ConfigError(f"{error}; {pools}") from error

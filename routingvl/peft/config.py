@@ -12,6 +12,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 
 from routingvl.kernels import ROUTINGS
+from routingvl.kernels.attention import ATTENTION
 from routingvl.kernels.lora.options import PLACEMENTS
 from routingvl.peft.card import write_note
 
@@ -102,6 +103,11 @@ class RoutedLoraConfig(LoraConfig):
         # No settings, but what the tuner finds out: about the target modules, by name, and which of them hold the
         # projection of the image to their width.
         self.places, self.projecting = {}, ()
+        if self.routing == ATTENTION.name:
+            raise PeftMethodError(
+                "routing='attention' has weights of its own, which PEFT's LoRA has no place for: put it in with "
+                "routingvl.inject"
+            )
         for key, known in (
             ("routing", tuple(ROUTINGS)), ("placement", PLACEMENTS), ("image_pooling", POOLINGS),
             ("text_only", TEXT_ONLY), ("image_projection", PROJECTIONS), ("init_lora_weights", INITS),

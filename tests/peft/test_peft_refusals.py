@@ -28,6 +28,7 @@ REFUSED = {
     "orthogonal": (dict(init_lora_weights="orthogonal"), "'orthogonal' cannot .*start at 0"),
     "mica": (dict(init_lora_weights="mica"), "'mica' cannot .*another formula"),
     "a routing": (dict(routing="mull"), "routing='mull' is not one of 'none', 'add'"),
+    "attention": (dict(routing="attention"), "routing='attention' has weights of its own, .* with routingvl.inject"),
     "relu": (dict(relu=True), "relu=True is defined for routing vllora, not for 'mul'"),
     "placement": (dict(placement="up"), "placement='up' is not one of 'bottleneck', 'output'"),
     "pooling": (dict(image_pooling="max"), "image_pooling='max' is not one of 'mean', 'tokens'"),
