@@ -15,13 +15,15 @@ from typing import Any
 
 from routingvl.backbones.vision import FEATURES
 from routingvl.config.checks import ConfigError, check_settings, check_value, from_dict, nearest, setting, types_of
-from routingvl.config.routing import RoutingConfig
+from routingvl.config.routing import NEWER, RoutingConfig
 from routingvl.kernels.dispatch import BACKENDS
 
 DEFAULT_VISION = "google/vit-base-patch16-224-in21k"
 
 # Names of choices that other modules look up; each is declared here and nowhere else.
 IMAGE_POOLINGS = ("mean",)
+# Settings that runs of before did not record; by default they ask for what all of these did.
+NEWER_KEYS = ("model.image_pooling", "model.project_features", *(f"routing.{name}" for name in NEWER))
 TEXT_EMBEDDINGS = ("published", "single")
 CAPTION_LOSSES = ("sound", "reference")
 CLASSIFIER_LAYERS = (1, 2)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from routingvl.config.schema import RunConfig, flatten
+from routingvl.config.schema import NEWER_KEYS, RunConfig, flatten
 from routingvl.digests import value_digest
 from routingvl.environment import environment
 
@@ -57,7 +57,7 @@ class Identity:
 
     def changes(self, now: Identity) -> list[str]:
         """What of ``now`` makes it another run, each with its name."""
-        found = _changed(self.config, now.config, lambda key: key not in FREE_ON_RESUME)
+        found = _changed(_whole(self.config), now.config, lambda key: key not in FREE_ON_RESUME)
         if self.processes != now.processes:
             found.append(f"the number of processes was {self.processes} and is now {now.processes}")
         for name in dict.fromkeys([*self.content, *now.content]):
@@ -72,7 +72,7 @@ class Identity:
 
     def differences(self, now: Identity) -> list[str]:
         """What differs but may: it is told, because results can depend on it in their last bits."""
-        found = _changed(self.config, now.config, FREE_ON_RESUME.__contains__)
+        found = _changed(_whole(self.config), now.config, FREE_ON_RESUME.__contains__)
         for part in ("packages", "hardware"):
             found += _changed(self.environment.get(part, {}), now.environment[part], lambda name: True)
         return found
@@ -91,7 +91,13 @@ class Identity:
 
 def changed_settings(recorded: Mapping[str, Any], config: RunConfig) -> list[str]:
     """What of ``config`` would make it another run than one that began with the ``recorded`` settings."""
-    return _changed(recorded, flatten(config), lambda key: key not in FREE_ON_RESUME)
+    return _changed(_whole(recorded), flatten(config), lambda key: key not in FREE_ON_RESUME)
+
+
+def _whole(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that may be older than some of them: what it did then is what they are by default now."""
+    defaults = flatten(RunConfig())
+    return {**{key: defaults[key] for key in NEWER_KEYS}, **recorded}
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any], chosen: Callable[[str], bool]) -> list[str]:
