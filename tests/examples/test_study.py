@@ -9,14 +9,16 @@ import pytest
 import torch
 from tiny import small_roberta, write_backbones, write_data
 
-from examples.study import data
+from examples.study import data, report
 from examples.study.arms import ARMS, STUDIES, Arm, Job, Study, find_arm
-from examples.study.rows import Rows, best_rate, read_rows, results, study_table
+from examples.study.rows import COMMITTED, Rows, best_rate, read_rows, results, study_table
 from examples.study.run import Runner, check, main, make_runner
 from routingvl import VisualContext, inject
 
 TAGS = tuple("red round large old flat bright soft thin".split())
-STUDY = Study("tags", "classify", "accuracy", "roberta", rates=(0.1, 0.2, 0.3), steps=2, batch=4, arms=())
+STUDY = Study(
+    "tags", "made up", "%", "classify", "accuracy", "roberta", rates=(0.1, 0.2, 0.3), steps=2, batch=4, arms=()
+)
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +185,20 @@ def test_check_compares_with_the_committed_spread(tmp_path, moved, fine):
     assert check(runner, find_arm("lora-mul"), rows) is fine
     assert ("equal" if moved == 0 else "outside" if not fine else "within") in lines[0]
     assert again.trained == [Job(find_arm("lora-mul"), 0.3, 0)]
+
+
+def test_the_pages_hold_the_committed_rows():
+    for page, text in report.pages(read_rows(COMMITTED)).items():
+        assert page.read_text(encoding="utf-8") == text, "run python -m examples.study.report"
+
+
+def test_the_readme_has_the_routing_functions_side_by_side(tmp_path):
+    rows = list(Trials().search(tmp_path / "rows.jsonl").known.values())
+    assert report.method_lines(rows, STUDY, "LoRA", "lora") == [
+        "| made up, LoRA, % | 61.0 ± 1.0 |  | 71.0 ± 1.0 |" + "  |" * (len(report.COLUMNS) - 3),
+        "| with another's picture | 50.0 ± 0.0 |  | 50.0 ± 0.0 |" + "  |" * (len(report.COLUMNS) - 3),
+    ]
+    assert report.method_lines(rows, STUDY, "Adapter", "adapter") == []
 
 
 def test_wrong_arguments_end_the_program(capsys):
