@@ -102,6 +102,7 @@ _DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "WRITE_DZ": False,
         "WRITE_Z": True,
         "ONE_ROW": False,
+        "APART": False,
     }
 )
 
@@ -137,6 +138,7 @@ def _is_representative(row: Routing) -> bool:
 
 REPRESENTATIVE = next(row for row in ROUTINGS.values() if _is_representative(row))
 _LORA = _routing_variants({"dropout": {"DROPOUT": True}, "grouped": {"GROUPS": 2}})
+_APART = {f"{REPRESENTATIVE.name} grouped apart": {"ROUTING": REPRESENTATIVE.code, "GROUPS": 2, "APART": True}}
 _ADAPTER = {
     **{f"{name} gelu": given for name, given in _routing_variants({}).items()},
     **{
@@ -150,7 +152,7 @@ _RANK_ONE = {"plain": {}, "dropout": {"DROPOUT": True}, "grouped dropout": {"DRO
 # {kernel: {variant: constants}}; the first variant is compiled at every rank, the others at ranks 128 and 256.
 VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
-        "lora_forward": _LORA,
+        "lora_forward": {**_LORA, **_APART},
         "lora_backward": _LORA,
         "dropped_gradient": {"dropout": {"DROPOUT": True}},
         "rank_one_forward": _RANK_ONE,
@@ -184,6 +186,8 @@ def _ranks(kernel: str, variant: str) -> tuple[int, ...]:
         return RANKS[:1]  # the rank plays no part
     if "gram" in variant:
         return (MAX_GRAM_WIDTH,)
+    if kernel == "lora_forward" and "grouped" in variant:  # wider groups are taken apart
+        return (128,)
     return RANKS if variant == next(iter(VARIANTS[kernel])) else RANKS[-2:]
 
 

@@ -57,6 +57,8 @@ class Routing:
         image_factor: for z = t + c u (at most one visual token), c; None for any other function.
         inner_product: whether for any L z is exactly (t uᵀ) u, with ReLU (relu(t) relu(u)ᵀ) u, so that what is built
             for that form may compute it: the kernels for several visual tokens, and z = t (uᵀ u).
+        elementwise: whether each component of z depends on that component of t and u alone, so that the components of
+            several projections need not meet in one program.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Routing:
     probe_backward: ProbeBackward | None = None
     image_factor: float | None = None
     inner_product: bool = False
+    elementwise: bool = False
 
     def __post_init__(self) -> None:
         if self.image_factor is not None and self.max_visual_tokens not in (0, 1):
@@ -196,13 +199,13 @@ def inner_product_image_gradient(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -
 _ROWS = (
     Routing("none", 0, "z = t", 0, False,
             route=lambda t, u, relu: t,
-            route_backward=lambda dz, t, u, relu: (dz, None), image_factor=0.0),
+            route_backward=lambda dz, t, u, relu: (dz, None), image_factor=0.0, elementwise=True),
     Routing("add", 1, "z = t + u", 1, False,
             route=lambda t, u, relu: t + u,
-            route_backward=lambda dz, t, u, relu: (dz, dz.sum(1, keepdim=True)), image_factor=1.0),
+            route_backward=lambda dz, t, u, relu: (dz, dz.sum(1, keepdim=True)), image_factor=1.0, elementwise=True),
     Routing("mul", 2, "z = t * u", 1, False,
             route=lambda t, u, relu: t * u,
-            route_backward=lambda dz, t, u, relu: (dz * u, (dz * t).sum(1, keepdim=True))),
+            route_backward=lambda dz, t, u, relu: (dz * u, (dz * t).sum(1, keepdim=True)), elementwise=True),
     # t times u repeated to [R, R] is (sum of t) u: the square matrix is never needed.
     Routing("expand", 3, "z = (sum_j t_j) u", 1, False,
             route=lambda t, u, relu: t.sum(-1, keepdim=True) * u,

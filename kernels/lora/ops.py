@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..routing import ROUTINGS
 from ..triton_common.cached_launcher import CachedKernel
 from ..triton_common.dropout import dropout_arguments
 from ..triton_common.launch import (
@@ -34,6 +35,9 @@ from .triton import dropped_gradient_kernel, lora_backward_kernel, lora_forward_
 
 SPLIT_ROWS = 512  # least rows for which another split of dropped_gradient pays
 MAX_SPLITS = 32
+# Above so many components each group has programs of its own in the forward kernel, where the function lets it.
+APART_ABOVE = 128
+ELEMENTWISE = frozenset(row.code for row in ROUTINGS.values() if row.elementwise)
 
 launch_lora_forward = CachedKernel(lora_forward_kernel)
 launch_lora_backward = CachedKernel(lora_backward_kernel)
@@ -88,16 +92,20 @@ def lora_forward_(
     if len(x) == 0:
         return t
     pointers = dict(p_y=y, p_x=x, p_a=a, p_image=_or(image, b), p_b=b, p_t=t, p_seed=_or(seed, x))
+    groups, width = options.groups, a.shape[0]
+    apart = groups > 1 and width > APART_ABOVE and options.routing in ELEMENTWISE
+    width = b.shape[1] if apart else width
 
     def prepare(tile: Tile) -> Prepared:
         arguments = dict(
-            **_call_arguments(seed, tokens, accumulate, options),
-            **_dense_arguments(a, image, visual, b, options.groups), stride_ym=y.stride(0), save_t=save_t,
+            **_call_arguments(seed, tokens, accumulate, options), **_dense_arguments(a, image, visual, b, groups),
+            stride_ym=y.stride(0), save_t=save_t, apart=apart,
         )  # fmt: skip
-        return prepare_forward(x, b.shape[0] // options.groups, tile, arguments)
+        arguments["block_r"] = padded_rank(width)
+        return prepare_forward(x, b.shape[0] // groups, tile, arguments, groups if apart else 1)
 
-    dropout, width = seed is not None, a.shape[0]
-    launch_kernel("lora_forward", launch_lora_forward, width, call, pointers, prepare, rows=x, dropout=dropout)
+    traits = dict(dropout=seed is not None, apart=apart)
+    launch_kernel("lora_forward", launch_lora_forward, width, call, pointers, prepare, rows=x, **traits)
     return t
 
 

@@ -47,6 +47,7 @@ def lora_forward_kernel(
     RELU: tl.constexpr,
     VISUAL: tl.constexpr,
     GROUPS: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     SAVE_T: tl.constexpr,
@@ -56,9 +57,16 @@ def lora_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y[:, columns of g] (+)= scaling z_g B_gᵀ. Grid: blocks of rows, splits of the columns of y."""
+    """y[:, columns of g] (+)= scaling z_g B_gᵀ. Grid: blocks of rows, splits of the columns of y.
+
+    APART: each group has programs of its own, so that a program has R components and not G*R; for functions that do
+    not mix components. The second axis is then splits times groups, the groups of a split side by side.
+    """
     width = GROUPS * rank
-    block, i_m, m_m, o_m, i_c, m_c, m_mc = low_rank_rows(rows, span, width, BLOCK_M, BLOCK_R)
+    mine: tl.constexpr = 1 if APART else GROUPS  # groups of a program
+    block, i_m, m_m, o_m, i_c, m_c, m_mc = low_rank_rows(rows, span, mine * rank, BLOCK_M, BLOCK_R)
+    first_group = tl.program_id(1) % (GROUPS // mine)
+    i_c += first_group * rank
 
     t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, width_in, BLOCK_K):
@@ -71,7 +79,8 @@ def lora_forward_kernel(
         t = dot(x, a, t, PRECISION)
     if DROPOUT:
         t *= keep_scale
-    if SAVE_T and tl.program_id(1) == 0:
+    share = tl.program_id(1) // (GROUPS // mine)
+    if SAVE_T and share == 0:
         tl.store(p_t + o_m * width + i_c[None, :], t.to(p_t.dtype.element_ty), mask=m_mc)
 
     if VISUAL == NO_IMAGE:
@@ -86,13 +95,14 @@ def lora_forward_kernel(
         )  # fmt: skip
     z = (z * scaling).to(p_b.dtype.element_ty)
 
-    split = tl.cdiv(tl.cdiv(width_out, BLOCK_N), tl.num_programs(1)) * BLOCK_N
-    first = tl.program_id(1) * split
-    for group in tl.static_range(GROUPS):
-        i_r = i_c - group * rank
+    shares = tl.num_programs(1) // (GROUPS // mine)
+    split = tl.cdiv(tl.cdiv(width_out, BLOCK_N), shares) * BLOCK_N
+    first = share * split
+    for group in tl.static_range(mine):
+        i_r = i_c - (first_group + group) * rank
         m_r = (i_r >= 0) & (i_r < rank)
-        p_b_g = p_b + group * width_out * rank
-        p_y_g = p_y + column + group * column_step
+        p_b_g = p_b + (first_group + group) * width_out * rank
+        p_y_g = p_y + column + (first_group + group) * column_step
         # Stages are asked for because only then the tile of y is loaded ahead like the operands of the product.
         for n in tl.range(first, tl.minimum(first + split, width_out), BLOCK_N, num_stages=4):
             i_n = n + tl.arange(0, BLOCK_N)

@@ -306,12 +306,13 @@ def _key_of(
     return kind, dtype == torch.float32 and tf32_allowed(), *arguments
 
 
-def prepare_forward(x: Tensor, columns: int, tile: Tile, arguments: Mapping[str, Any]) -> Prepared:
-    """A forward kernel on rows x [M, K]; ``columns`` of the output are split among programs."""
+def prepare_forward(x: Tensor, columns: int, tile: Tile, arguments: Mapping[str, Any], groups: int = 1) -> Prepared:
+    """A forward kernel on rows x [M, K]; ``columns`` of the output are split among programs, for each of ``groups``."""
     rows, tokens, one_image = x.shape[0], arguments["tokens"], rows_of_one_image(arguments["visual"])
     span = tokens if one_image else rows
     tile = image_tile(tile, tokens, one_image)
-    grid = blocks_of(rows, span, tile.block_m), column_splits(tile, rows, columns, processors(x.device))
+    splits = groups * column_splits(tile, rows, columns, processors(x.device) // groups)
+    grid = blocks_of(rows, span, tile.block_m), splits
     return grid, {**arguments, **vars(tile), "rows": rows, "span": span, "stride_xm": x.stride(0)}, {}
 
 

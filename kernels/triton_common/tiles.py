@@ -248,6 +248,7 @@ def tiles_for_call(
     dropout: bool = False,
     relu: bool = False,
     two_parts: bool = False,
+    apart: bool = False,
 ) -> tuple[Tile, ...]:
     """:func:`tiles_for`, changed by what the call is like.
 
@@ -261,6 +262,7 @@ def tiles_for_call(
         dropout: the kernel draws a mask.
         relu: it applies ReLU, which takes registers.
         two_parts: of a rank-one kernel whose tile has half as many rows as an image or little more.
+        apart: each group of projections has programs of its own.
     """
     tiles = tiles_for(kind, rank, precision, decode, arch)
     if not arch.startswith("sm_") or decode or _measured(kind, rank, precision, decode, arch):
@@ -270,10 +272,12 @@ def tiles_for_call(
     if family_of(arch) != "sm_90" or precision != "half":
         return tiles
     width = padded_rank(rank)
-    return tuple(dict.fromkeys(_on_hopper(kind, tile, width, few, one_wave, dropout, relu) for tile in tiles))
+    return tuple(dict.fromkeys(_on_hopper(kind, tile, width, few, one_wave, dropout, relu, apart) for tile in tiles))
 
 
-def _on_hopper(kind: str, tile: Tile, rank: int, few: bool, one_wave: bool, dropout: bool, relu: bool) -> Tile:
+def _on_hopper(
+    kind: str, tile: Tile, rank: int, few: bool, one_wave: bool, dropout: bool, relu: bool, apart: bool
+) -> Tile:
     if kind == "rank_one_backward" and few:
         wide = {"block_n": 4 * tile.block_n, "block_k": 4 * tile.block_k}
         tile = replace(tile, **wide, num_warps=4 * tile.num_warps)
@@ -283,7 +287,7 @@ def _on_hopper(kind: str, tile: Tile, rank: int, few: bool, one_wave: bool, drop
             tile = replace(tile, maxnreg=128)
     elif kind == "lora_forward" and dropout and tile.block_m > 16:
         # Programs that share the columns of y would all draw the mask.
-        tile = replace(tile, block_m=16) if few else replace(tile, num_warps=8)
+        tile = replace(tile, block_m=32 if apart else 16) if few else replace(tile, num_warps=8)
     elif kind == "adapter_forward" and one_wave and rank == 128 and tile.block_k >= 64:
         tile = replace(tile, block_m=16, block_n=128, block_k=128)
     return tile

@@ -81,6 +81,13 @@ def test_image_factor_is_all_that_the_image_adds(name: str) -> None:
     torch.testing.assert_close(row.route(T, U if row.uses_image else None, False), T + row.image_factor * U)
 
 
+@pytest.mark.parametrize("name", [name for name, row in ROUTINGS.items() if row.elementwise])
+def test_components_of_an_elementwise_function_may_be_taken_alone(name: str) -> None:
+    row = ROUTINGS[name]
+    whole, parts = row.route(T, U, False), [row.route(T[..., i : i + 1], U[..., i : i + 1], False) for i in range(4)]
+    torch.testing.assert_close(torch.cat(parts, -1), whole)
+
+
 @pytest.mark.parametrize("name", [name for name, row in ROUTINGS.items() if row.probe_backward])
 def test_probe_backward_is_the_gradient(name: str) -> None:
     u, dp = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(3, 4, dtype=torch.float64)

@@ -20,6 +20,7 @@ WIDE = (4, 20, 200, 136, 100)
 ONES = (1, 1, 1, 1, 1)
 LONG = (2, 70, 64, 64, 16)  # parts of an image; as many blocks of rows as processors
 DECODE = (40, 1, 136, 200, 64)
+APART = (2, 20, 72, 72, 72)  # groups too wide for one program
 # Routing, ReLU, visual tokens, with sizes: 9 tokens are taken one by one, 40 of many rows as a matrix.
 DENSE = [(name, relu, 1, (3, 20, 72, 40, 24)) for name, relu in FORMS]
 SEVERAL = [
@@ -30,7 +31,7 @@ SEVERAL = [
 ]
 EVERY = [*DENSE, *SEVERAL]
 FAST = [
-    (90, Case("mul", "c_attn")),
+    (90, Case("mul", "c_attn", sizes=APART)),
     (90, Case("none", dtype="float16", sizes=ODD)),
     (90, Case("vllora")),
     (90, Case("vllora", "c_attn", tokens=40, sizes=(2, 37, 72, 40, 24), relu=True)),
@@ -59,6 +60,9 @@ def _more() -> list[tuple[int, Case]]:
             found.append((next(arches), Case(name, layout, "float32" if sizes == ONES else "bfloat16", sizes)))
     for name, relu in FORMS:
         found.append((next(arches), Case(name, "c_attn", next(dtypes), relu=relu, dropout=0.25)))
+    for arch, name, dropout in ((90, "none", 0.0), (80, "add", 0.25), (80, "mul", 0.0), (90, "mul", 0.25)):
+        found.append((arch, Case(name, "c_attn", sizes=APART, dropout=dropout)))
+    found.append((90, Case("mul", "c_attn", sizes=(40, 1, 136, 200, 72))))
     return [one for one in dict.fromkeys(found) if one not in FAST]
 
 

@@ -154,6 +154,32 @@ def test_programs_that_share_columns(name: str, relu: bool, text: int, monkeypat
     assert all(torch.equal(shared[key], alone[key]) for key in alone)
 
 
+@pytest.mark.parametrize(("name", "dropout"), [("none", 0.0), ("add", 0.0), ("mul", 0.0), ("mul", 0.5)])
+@pytest.mark.parametrize("many", [False, True])
+def test_groups_with_programs_of_their_own(name: str, dropout: float, many: bool, monkeypatch, poisoned_memory) -> None:
+    """Wide groups of a function of single components: the same bits as from programs that have all groups."""
+    drawn = rounded(tensors(1, "c_attn", (3, 7, 50, 70, 70)))
+    op, dy = partial(fused_linear, **options(name, False, "c_attn", n=70), dropout=dropout), torch.randn(3, 7, 210)
+    found = []
+    prepare = ops.prepare_forward
+    monkeypatch.setattr(ops, "prepare_forward", lambda *args: found.append(prepare(*args)) or found[-1])
+    if many:
+        for module in (ops, launch):
+            monkeypatch.setattr(module, "processors", lambda device: 12)
+
+    def both() -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        return run(op, drawn, dy.to(DEVICE))
+
+    apart = both()
+    monkeypatch.setattr(ops, "APART_ABOVE", 256)
+    joined = both()
+    assert all(torch.equal(apart[key], joined[key]) for key in apart)
+    (own, _, _), (shared, _, _) = ((grid[1], *rest) for grid, *rest in found)
+    assert own % 2 == 0
+    assert (own > 2) == many == (shared > 1)
+
+
 @pytest.mark.parametrize(("name", "relu", "tokens"), [("mul", False, 1), ("add", False, 1), ("vllora", True, 1)])
 def test_rows_with_an_image_each(name: str, relu: bool, tokens: int) -> None:
     drawn = tensors(tokens, "c_attn", (50, 1, 20, 24, 5))
