@@ -3,13 +3,17 @@
     routingvl demo --quick --output runs/demo
     python -m benchmarks.convergence runs/demo/runs/vqa-lora-mul-seed0 --output convergence.jsonl --plot convergence.png
     python -m benchmarks.convergence --read convergence.jsonl --plot convergence.png     # draw and judge again
+    python -m benchmarks.convergence RUN --dtype bfloat16 --starts 6 --output convergence.jsonl
 
 A run folder (or its config.yaml) gives model, data, order of examples, optimiser and schedule; bottlenecks are LoRA,
 which the published models have. From the same weights these sides take the same steps, without dropout, because they
-would draw other masks: "published", the published chain; "nudged", the same with its trained weights moved by a
-millionth, which shows how far mere rounding carries a run; "ours". Each in float32, and in bfloat16 under autocast,
-where ours has its frozen weights in bfloat16 as ``routingvl train`` has them. A row (JSON lines) is a side in a dtype,
-with the loss of every step.
+would draw other masks: "published", the published chain; "nudged", the same with its trained weights moved as far as
+their dtype may round them, which shows how far mere rounding carries a run; "ours". Each in float32, and in bfloat16
+under autocast, where ours has its frozen weights in bfloat16 as ``routingvl train`` has them. A row (JSON lines) is a
+side in a dtype, with the loss of every step.
+
+One pair of runs says little where runs that only round differently end apart. ``--starts`` takes further pairs, whose
+weights are moved so, both sides' alike: rows with "start", which decide nothing but the last losses' ratio.
 
 The gap of a side is the root mean square, over all steps, of its loss less the published one, over the published mean.
 Ours must not be further away than rounding may carry it: twice the nudged side's gap in the same dtype, in half
@@ -47,7 +51,7 @@ from .training_steps import make_ours
 
 DTYPES = ("float32", "bfloat16")
 SIDES = ("published", "nudged", "ours")
-NUDGE = 1e-6
+NUDGE = {"float32": 1e-6, "bfloat16": 2.0**-9}  # of a weight: in bfloat16 what its rounding may move it by
 LEAST = 1e-4  # no gap is held to less
 FACTOR = 2.0  # how much further than rounding carried another side
 
@@ -63,16 +67,15 @@ def read_config(path: Path, steps: int, lr: float | None) -> RunConfig:
     return replace(config, routing=replace(config.routing, method="lora", dropout=0.0), train=train)
 
 
-def make_side(name: str, model: RoutedVLModel, dtype: str, device: torch.device) -> RoutedVLModel:
-    """A copy of ``model`` on the device, in evaluation mode, so without dropout."""
-    if name == "ours":
-        return make_ours(copy.deepcopy(model), dtype).to(device).eval()
-    made = published_model(model).to(device).eval()
-    if name == "nudged":
-        random = torch.Generator().manual_seed(0)
+def make_side(name: str, model: RoutedVLModel, dtype: str, device: torch.device, start: int = 0) -> RoutedVLModel:
+    """A copy of ``model`` on the device, in evaluation mode, so without dropout; any ``start`` but 0 is a moved one."""
+    made = make_ours(copy.deepcopy(model), dtype) if name == "ours" else published_model(model)
+    made = made.to(device).eval()
+    if name == "nudged" or start:
+        random = torch.Generator().manual_seed(start)
         with torch.no_grad():
-            for weight in (p for p in made.parameters() if p.requires_grad):
-                weight.mul_(1 + NUDGE * torch.randn(weight.shape, generator=random).to(device))
+            for _, weight in sorted((key, p) for key, p in made.named_parameters() if p.requires_grad):
+                weight.mul_(1 + NUDGE[dtype] * torch.randn(weight.shape, generator=random).to(device))
     return made
 
 
@@ -99,8 +102,8 @@ def train(task: Task, model: RoutedVLModel, config: RunConfig, dtype: str, devic
     return torch.stack(losses).double().tolist()
 
 
-def measure(config: RunConfig, device: torch.device) -> list[dict]:
-    """A row for every side and dtype of one run."""
+def measure(config: RunConfig, device: torch.device, dtypes: Sequence[str] = DTYPES, starts: int = 0) -> list[dict]:
+    """A row for every side and dtype of one run, and for both sides from further starts."""
     torch.manual_seed(config.train.seed)
     task = build_task(config, model=None, tokenizer=None, device=device)
     model = task.model.to(device)
@@ -108,11 +111,13 @@ def measure(config: RunConfig, device: torch.device) -> list[dict]:
     what |= {"B": config.train.batch_size, "lr": config.train.lr, "steps": config.train.max_steps}
     what |= {"backend": select_backend(device.type, config.model.backend)[0]}
     environment, rows = describe_environment(device, torch.get_num_threads()), []
-    for dtype in DTYPES:
-        for name in SIDES:
-            losses = train(task, make_side(name, model, dtype, device), config, dtype, device)
-            print(f"{what['case']} {dtype} {name}: {losses[0]:.4f} to {np.mean(losses[-20:]):.4f}", flush=True)
-            rows.append({**what, "dtype": dtype, "side": name, "losses": [round(loss, 7) for loss in losses]})
+    pairs = [(name, start) for start in range(1, starts + 1) for name in ("published", "ours")]
+    for dtype in dtypes:
+        for name, start in [*((side, 0) for side in SIDES), *pairs]:
+            losses = train(task, make_side(name, model, dtype, device, start), config, dtype, device)
+            side = {"dtype": dtype, "side": name, **({"start": start} if start else {})}
+            print(f"{what['case']} {side}: {losses[0]:.4f} to {np.mean(losses[-20:]):.4f}", flush=True)
+            rows.append({**what, **side, "losses": [round(loss, 7) for loss in losses]})
     return [{**row, **environment} for row in rows]
 
 
@@ -123,8 +128,12 @@ def gap(losses: Sequence[float], published: Sequence[float]) -> float:
 
 
 def judged(rows: Sequence[dict]) -> list[dict]:
-    """By case and dtype: the gaps of both sides, the widest that passes, and whether ours does; later rows count."""
-    losses = {(row["case"], row["dtype"], row["side"]): row["losses"] for row in rows}
+    """By case and dtype: the gaps of both sides, the widest that passes, and whether ours does; later rows count.
+
+    "last" is the mean over all starts of the last 20 losses' ratio, ours over published, "error" its standard error (0
+    for one start), "starts" their number.
+    """
+    losses = _losses(rows)
     found = []
     for case, dtype in dict.fromkeys(key[:2] for key in losses):
         published = losses[case, dtype, "published"]
@@ -132,20 +141,37 @@ def judged(rows: Sequence[dict]) -> list[dict]:
         exact = losses.get((case, DTYPES[0], "published"))
         rounding = nudged if exact is None else max(nudged, gap(published, exact))
         widest = max(FACTOR * rounding, LEAST)
-        last = np.mean(losses[case, dtype, "ours"][-20:]) / np.mean(published[-20:])
-        numbers = {"ours": ours, "nudged": nudged, "widest": widest, "last": float(last)}
+        last = _last_ratios(rows, case, dtype)
+        error = np.std(last, ddof=1) / len(last) ** 0.5 if len(last) > 1 else 0.0
+        numbers = {"ours": ours, "nudged": nudged, "widest": widest}
+        numbers |= {"last": float(np.mean(last)), "error": float(error), "starts": len(last)}
         found.append({"case": case, "dtype": dtype, **numbers, "passed": ours <= widest})
     return found
 
 
+def _losses(rows: Sequence[dict]) -> dict[tuple[str, str, str], list[float]]:
+    """The losses of the first start by case, dtype and side."""
+    return {(row["case"], row["dtype"], row["side"]): row["losses"] for row in rows if not row.get("start")}
+
+
+def _last_ratios(rows: Sequence[dict], case: str, dtype: str) -> list[float]:
+    """The last 20 losses of ours over those of the published chain, for each start."""
+    last: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if (row["case"], row["dtype"]) == (case, dtype):
+            last.setdefault(row["side"], {})[row.get("start", 0)] = float(np.mean(row["losses"][-20:]))
+    return [ours / last["published"][start] for start, ours in last["ours"].items() if start in last["published"]]
+
+
 def table(verdicts: Sequence[dict]) -> str:
-    """Markdown; "last 20" is the mean loss of ours over the published one's."""
+    """Markdown; "last 20" is the mean loss of ours over the published one's, mean of all starts and its error."""
     lines = [
-        "| run | dtype | gap of ours | of rounding alone | widest | last 20 | |",
-        "|---|---|---:|---:|---:|---:|---|",
+        "| run | dtype | gap of ours | of rounding alone | widest | last 20 | starts | |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
     ]
     for v in verdicts:
-        numbers = f"{v['ours']:.2e} | {v['nudged']:.2e} | {v['widest']:.2e} | {v['last']:.4f}"
+        last = f"{v['last']:.4f} ± {v['error']:.4f} | {v['starts']}"
+        numbers = f"{v['ours']:.2e} | {v['nudged']:.2e} | {v['widest']:.2e} | {last}"
         lines.append(f"| {v['case']} | {v['dtype']} | {numbers} | {'passed' if v['passed'] else 'FAILED'} |")
     return "\n".join(lines)
 
@@ -155,7 +181,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    losses = {(row["case"], row["dtype"], row["side"]): row["losses"] for row in rows}
+    losses = _losses(rows)
     columns = list(dict.fromkeys(key[:2] for key in losses))
     figure = Figure(figsize=(3.6 * len(columns), 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -187,6 +213,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--read", type=Path, help="judge and draw these rows; nothing is trained")
     parser.add_argument("--steps", type=int, default=200, help="optimiser steps (default 200)")
     parser.add_argument("--lr", type=float, help="learning rate instead of the run's")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this one (repeatable)")
+    parser.add_argument("--starts", type=int, default=0, help="further pairs of runs, from moved weights (default 0)")
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda:0")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--output", type=Path, help="append the rows to this file (JSON lines)")
@@ -200,6 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.run is None) == (args.read is None):
         parser.error("give a run folder to train, or --read FILE")
+    if args.starts < 0:
+        parser.error(f"--starts {args.starts} must not be negative")
     if args.steps < 1:
         parser.error(f"--steps {args.steps} must be at least 1")
     rows = []
@@ -209,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             config = read_config(args.run, args.steps, args.lr)
             with cpu_threads(args.threads):
-                rows = measure(config, torch.device(args.device))
+                rows = measure(config, torch.device(args.device), args.dtype or DTYPES, args.starts)
         except (ConfigError, OSError) as error:
             parser.error(str(error))
         append_rows(args.output, rows)
