@@ -24,10 +24,12 @@ from .published_layers import published_lora_linear, published_merged_linear
 class RepeatingContext(VisualContext):
     """Features as the published layers take them: one entry per row of text, so repeated for the beams of a search."""
 
-    def bind(self, features: Tensor | None, *, beams: int = 1, decoding: bool = False) -> AbstractContextManager[None]:
+    def bind(
+        self, features: Tensor | None, *, mask: Tensor | None = None, beams: int = 1, decoding: bool = False
+    ) -> AbstractContextManager[None]:
         """See :meth:`VisualContext.bind`."""
-        repeated = features if features is None or beams == 1 else features.repeat_interleave(beams, 0)
-        return super().bind(repeated)
+        features, mask = (x if x is None or beams == 1 else x.repeat_interleave(beams, 0) for x in (features, mask))
+        return super().bind(features, mask=mask)
 
 
 class PublishedLoRALinear(nn.Module):
