@@ -15,6 +15,7 @@ from typing import Any
 
 from routingvl.backbones.vision import FEATURES
 from routingvl.config.checks import ConfigError, check_settings, check_value, from_dict, nearest, setting, types_of
+from routingvl.config.mixture import mixture_parts
 from routingvl.config.routing import NEWER, RoutingConfig
 from routingvl.kernels.dispatch import BACKENDS
 
@@ -23,7 +24,7 @@ DEFAULT_VISION = "google/vit-base-patch16-224-in21k"
 # Names of choices that other modules look up; each is declared here and nowhere else.
 IMAGE_POOLINGS = ("mean",)
 # Settings that runs of before did not record; by default they ask for what all of these did.
-NEWER_KEYS = ("model.image_pooling", "model.project_features", *(f"routing.{name}" for name in NEWER))
+NEWER_KEYS = ("data.mixture", "model.image_pooling", "model.project_features", *(f"routing.{name}" for name in NEWER))
 TEXT_EMBEDDINGS = ("published", "single")
 CAPTION_LOSSES = ("sound", "reference")
 CLASSIFIER_LAYERS = (1, 2)
@@ -101,6 +102,7 @@ class DataConfig:
         allow_shared_splits: let validation and evaluation use examples of the training split.
         allow_symlinks: let symbolic links below images lead out of that folder.
         exif_orientation: turn images as their EXIF data say; the published recipes do not.
+        mixture: the data sets of task mixture, `{name: {task: ..., prompt: ..., annotations: ...}}`.
     """
 
     annotations: str | None = None
@@ -121,7 +123,20 @@ class DataConfig:
     allow_shared_splits: bool = False
     allow_symlinks: bool = False
     exif_orientation: bool = False
-    __post_init__ = check_settings
+    mixture: dict | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.mixture is not None:
+            mixture_parts(self.mixture)
+
+    @property
+    def parts(self) -> dict[str, DataConfig]:
+        """The settings of each data set of a mixture, by name; of a single one, under no name."""
+        if self.mixture is None:
+            return {"": self}
+        parts = mixture_parts(self.mixture)
+        return {name: dataclasses.replace(self, mixture=None, **part.of_data) for name, part in parts.items()}
 
     @property
     def keeps_features(self) -> bool:
@@ -223,7 +238,7 @@ class RunConfig:
 
     Attributes:
         task: vqa (choose an answer to a question), vqa-generate (write it), caption (write one), classify (choose one
-            of n labels), gqa, nlvr2, or another one of routingvl/tasks.
+            of n labels), gqa, nlvr2, mixture (several data sets), or another one of routingvl/tasks.
         output_dir: run folder: config, environment, logs, adapters, metrics.
         device: auto (a GPU when there is one) or cpu.
         model: backbones and head.
@@ -255,6 +270,11 @@ class RunConfig:
             return dataclasses.replace(part, **{key: os.path.abspath(value) for key, value in paths.items()})
 
         data = resolved(self.data, "annotations", "images", "answers")
+        if data.mixture is not None:
+            parts = mixture_parts(data.mixture).items()
+            places = {name: resolved(part, "annotations", "images").of_data for name, part in parts}
+            mixture = {name: {**part, **places[name]} for name, part in data.mixture.items()}
+            data = dataclasses.replace(data, mixture=mixture)
         if data.feature_cache is not None:  # may still be to make
             data = dataclasses.replace(data, feature_cache=os.path.abspath(data.feature_cache))
         return dataclasses.replace(
@@ -266,13 +286,18 @@ class RunConfig:
 
     def check_files(self) -> None:
         """Raise :class:`ConfigError` when a path of ``data`` is missing, before anything slow starts."""
-        for key, needed in (("annotations", True), ("images", True), ("answers", False)):
-            value = getattr(self.data, key)
-            if value is None:
-                if needed:
-                    raise ConfigError(f"data.{key} is not set; give --data.{key} PATH or set it in the config file")
-            elif not os.path.exists(value):
-                raise ConfigError(f"data.{key}: {value} does not exist; correct the path or run routingvl prepare-data")
+        for name, data in self.data.parts.items():
+            of = f"data.mixture.{name}" if name else "data"
+            for key, needed in (("annotations", True), ("images", True), ("answers", False)):
+                value = getattr(data, key)
+                if value is None:
+                    if needed:
+                        how = f"give --data.{key} PATH or set it in the config file"
+                        raise ConfigError(f"{of}.{key} is not set; {how}")
+                elif not os.path.exists(value):
+                    raise ConfigError(
+                        f"{of}.{key}: {value} does not exist; correct the path or run routingvl prepare-data"
+                    )
         if (cache := self.data.feature_cache) is not None and os.path.exists(cache) and not os.path.isdir(cache):
             raise ConfigError(f"data.feature_cache: {cache} is a file; name a folder")
 

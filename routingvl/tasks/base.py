@@ -59,6 +59,8 @@ class Task(ABC):
         command: sub-command that answers for single images.
         takes_text: whether a single image comes with a text.
         images: how many images an example has.
+        mixes: whether it reads the several data sets of ``data.mixture``.
+        percent: factor that makes its :attr:`metric` a percentage, for a mean over tasks.
 
     Attributes:
         model: set by :func:`build_task` or :func:`load_task`.
@@ -74,10 +76,15 @@ class Task(ABC):
     command: ClassVar[str] = "predict"
     takes_text: ClassVar[bool] = True
     images: ClassVar[int] = 1
+    mixes: ClassVar[bool] = False
+    percent: ClassVar[float] = 1.0
 
     model: RoutedVLModel
 
     def __init__(self, config: RunConfig, tokenizer: Any, preprocessor: ImagePreprocessor) -> None:
+        if self.mixes is (config.data.mixture is None):
+            problem = "needs data.mixture, several data sets" if self.mixes else "reads one data set, not data.mixture"
+            raise ConfigError(f"task {self.name!r} {problem}")
         for name in config.eval.metrics or ():
             check_choice("eval.metrics", name, METRICS)
         self.config, self.tokenizer = config, tokenizer

@@ -1,4 +1,4 @@
-"""GQA: choose an answer to a question about an image; the scores of its authors' program (arXiv 1902.09506)."""
+"""GQA: choose or write an answer to a question about an image; its authors' scores (arXiv 1902.09506)."""
 
 from __future__ import annotations
 
@@ -12,66 +12,22 @@ import torch
 from routingvl.data.collate import VQACollator
 from routingvl.data.files import DataError
 from routingvl.data.gqa import GQASplit, load_gqa, read_choices
+from routingvl.data.text_to_text import TextExample
 from routingvl.data.vocabulary import AnswerVocabulary
 from routingvl.data.vqa_dataset import VQADataset
 from routingvl.metrics import gqa_report, gqa_results_name, write_gqa_results
 from routingvl.models import VisionTextForVQA
-from routingvl.tasks.base import Predictions, register
+from routingvl.tasks.base import Predictions, Task, register
 from routingvl.tasks.choice import ChoiceTask, first_examples
+from routingvl.tasks.writing import GenerateTask
 
 
-@register
-class GQATask(ChoiceTask):
-    """Choose one of the answers of a vocabulary, each learned as a decision of its own; one of them is right.
-
-    The answers are those of ``data.answers`` or of trainval_label2ans.json in the annotations folder; without such a
-    file they are all answers of the training split.
-    """
-
-    name = "gqa"
-    model_class = VisionTextForVQA
-    max_text_length = 20
-    command = "answer"
-    choices_file = "label2ans.json"
-    kind = "answer"
-    usual_choices = 1842  # answers of train and val, as LXMERT lists them
-
-    def made_up_labels(self, ids: torch.Tensor, model: VisionTextForVQA) -> torch.Tensor:
-        """No answer is right."""
-        return torch.zeros(len(ids), model.num_labels)
-
-    @cached_property
-    def vocabulary(self) -> AnswerVocabulary:
-        """The answers, with their numbers."""
-        return AnswerVocabulary(self.choices)
-
-    def read_training_splits(self) -> tuple[GQASplit, GQASplit | None]:
-        """Also find the answers."""
-        data = self.config.data
-        listed = AnswerVocabulary.find(data.answers, data.annotations)
-        train, val = super().read_training_splits()
-        if not train.answers:
-            raise DataError(f"split {train.name!r} has no answers to learn; set data.train_split")
-        self.choices = train.answers if listed is None else listed.answers
-        return train, val
+class GQAFiles(Task):
+    """Questions of GQA's files, with their scores and result file, however an answer is found."""
 
     def load_split(self, split: str, limit: int | None = None, training: bool = False) -> GQASplit:
         """Read questions and answers; ``limit`` counts questions."""
         return first_examples(load_gqa(self.config.data.annotations, split, **self.file_arguments), "questions", limit)
-
-    def dataset(self, split: GQASplit, training: bool) -> VQADataset:
-        """One item per question."""
-        return VQADataset(split, self.vocabulary, **self.picture_arguments)
-
-    def collator(self) -> VQACollator:
-        """Questions, with the right answer as label."""
-        return VQACollator(
-            self.tokenizer,
-            self.text_length,
-            len(self.vocabulary),
-            self.config.data.padding,
-            token_types=self.model.token_types,
-        )
 
     def selection_metric(self, split: GQASplit) -> str:
         """Accuracy; DataError when the split has no answers, or no balanced question."""
@@ -108,3 +64,69 @@ class GQATask(ChoiceTask):
     def write_predictions(self, folder: Path, split: str, method: str, predictions: Predictions) -> Path:
         """Answers in the form of GQA's server."""
         return write_gqa_results(folder / gqa_results_name(split, method), predictions)
+
+
+@register
+class GQATask(GQAFiles, ChoiceTask):
+    """Choose one of the answers of a vocabulary, each learned as a decision of its own; one of them is right.
+
+    The answers are those of ``data.answers`` or of trainval_label2ans.json in the annotations folder; without such a
+    file they are all answers of the training split.
+    """
+
+    name = "gqa"
+    model_class = VisionTextForVQA
+    max_text_length = 20
+    command = "answer"
+    choices_file = "label2ans.json"
+    kind = "answer"
+    usual_choices = 1842  # answers of train and val, as LXMERT lists them
+
+    def made_up_labels(self, ids: torch.Tensor, model: VisionTextForVQA) -> torch.Tensor:
+        """No answer is right."""
+        return torch.zeros(len(ids), model.num_labels)
+
+    @cached_property
+    def vocabulary(self) -> AnswerVocabulary:
+        """The answers, with their numbers."""
+        return AnswerVocabulary(self.choices)
+
+    def read_training_splits(self) -> tuple[GQASplit, GQASplit | None]:
+        """Also find the answers."""
+        data = self.config.data
+        listed = AnswerVocabulary.find(data.answers, data.annotations)
+        train, val = super().read_training_splits()
+        if not train.answers:
+            raise DataError(f"split {train.name!r} has no answers to learn; set data.train_split")
+        self.choices = train.answers if listed is None else listed.answers
+        return train, val
+
+    def dataset(self, split: GQASplit, training: bool) -> VQADataset:
+        """One item per question."""
+        return VQADataset(split, self.vocabulary, **self.picture_arguments)
+
+    def collator(self) -> VQACollator:
+        """Questions, with the right answer as label."""
+        return VQACollator(
+            self.tokenizer,
+            self.text_length,
+            len(self.vocabulary),
+            self.config.data.padding,
+            token_types=self.model.token_types,
+        )
+
+
+@register
+class GQAGenerateTask(GQAFiles, GenerateTask):
+    """Write the answer to a question with an encoder-decoder; it is right when it is the same text."""
+
+    name = "gqa-generate"
+
+    def examples(self, split: GQASplit) -> list[TextExample]:
+        """The questions, with their answers."""
+        images = {image.file_name: image for image in split.images}
+        answers = {q.question_id: q.item.answer for q in split.questions if q.item is not None}
+        return [
+            TextExample(q.question_id, q.text, answers.get(q.question_id), (images[q.file_name],))
+            for q in split.questions
+        ]

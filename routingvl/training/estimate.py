@@ -95,13 +95,16 @@ def estimate(config: RunConfig) -> dict[str, Any]:
 
 def read_sizes(task: Task, assumed: list[str]) -> DataSize:
     """Read the annotations where they are there; else take usual numbers, and say so in ``assumed``."""
-    data = task.config.data
-    if data.annotations is not None and os.path.exists(data.annotations):
+    parts = task.config.data.parts.items()
+    absent = [(name, data.annotations) for name, data in parts if not os.path.exists(data.annotations or "")]
+    if not absent:
         train, val = task.read_training_splits()
         images = [*train.images, *(val.images if val is not None else ())]
         distinct = {image.key for image in images}
         return DataSize(len(task.dataset(train, training=True)), len(distinct))
-    where = "data.annotations is not set" if data.annotations is None else f"{data.annotations} does not exist"
+    name, path = absent[0]
+    key = f"data.mixture.{name}.annotations" if name else "data.annotations"
+    where = f"{key} is not set" if path is None else f"{path} does not exist"
     assumed.append(f"{where}, so the numbers of examples, images and steps are unknown")
     if isinstance(task, ChoiceTask):
         task.choices = list(map(str, range(task.usual_choices)))

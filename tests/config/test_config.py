@@ -29,6 +29,7 @@ RECIPES = {
     "vqa-adapter": ("adapter", 64, 64, 3e-4, 0.05, 512, 20, 20, "roberta-base"),
     "classify-lora": ("lora", 128, 128, 3e-4, 0.05, 512, 20, 64, "roberta-base"),  # VQA's: none is published
     "gqa-lora": ("lora", 128, 128, 3e-4, 0.05, 512, 20, 20, "roberta-base"),  # the same
+    "mixture-lora-bart-clip": ("lora", 128, 128, 1e-3, 0.1, 500, 20, 64, "facebook/bart-base"),  # as VL-Adapter
     "nlvr2-lora": ("lora", 128, 128, 3e-4, 0.05, 512, 20, 64, "roberta-base"),  # the same
     "caption-lora": ("lora", 128, 128, 3e-5, 5000, 40, 20, 50, "gpt2"),
     "caption-adapter": ("adapter", 128, 128, 3e-5, 5000, 40, 20, 50, "gpt2"),
@@ -38,6 +39,7 @@ RECIPES = {
     "caption-smollm2-siglip2": ("lora", 64, 64, 3e-4, 0.05, 40, 5, 50, "HuggingFaceTB/SmolLM2-135M"),
 }
 VISION = {
+    "mixture-lora-bart-clip": "openai/clip-vit-base-patch32",
     "vqa-lora-large": "google/vit-large-patch16-224-in21k",
     "caption-lora-large": "google/vit-large-patch16-224-in21k",
     "caption-smollm2-siglip2": "google/siglip2-base-patch16-224",

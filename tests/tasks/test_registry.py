@@ -34,7 +34,7 @@ def tiny(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("name", ["vqa", "vqa-generate", "caption", "classify", "gqa", "nlvr2"])
+@pytest.mark.parametrize("name", ["vqa", "vqa-generate", "caption", "classify", "gqa", "nlvr2", "mixture"])
 def test_members(name):
     task = find_task(name)
     assert task.name == name
@@ -65,7 +65,7 @@ def test_no_module_outside_of_its_file_knows_a_task():
         "writing",
         "controls",
     }
-    assert files >= {"vqa", "captioning", "classify", "gqa", "nlvr2"}
+    assert files >= {"vqa", "captioning", "classify", "gqa", "nlvr2", "mixture"}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom | ast.Import):
