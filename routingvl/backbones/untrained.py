@@ -23,10 +23,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "google/vit-base-patch16-224-in21k": VIT,
     "google/vit-large-patch16-224-in21k": VIT | VIT_LARGE,
     "google/siglip2-base-patch16-224": {"model_type": "siglip_vision_model"},
+    "openai/clip-vit-base-patch32": {"model_type": "clip_vision_model"},
     "roberta-base": ROBERTA,
     "roberta-large": ROBERTA | VIT_LARGE,
     "gpt2": {"model_type": "gpt2"},
     "gpt2-medium": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "facebook/bart-base": {
+        "model_type": "bart", "vocab_size": 50265, "d_model": 768, "encoder_layers": 6, "decoder_layers": 6,
+        "encoder_attention_heads": 12, "decoder_attention_heads": 12, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072,
+    },
     "HuggingFaceTB/SmolLM2-135M": {
         "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
