@@ -31,6 +31,7 @@ class Projection:
             known of it.
         unrouted: it is also called with another batch than the text's, so that its LoRA leaves the image out (routing
             "none"): always, or where the config's attribute of this name is true.
+        cross: it is one of a decoder's cross-attention.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Projection:
     optional: bool = False
     default: bool = True
     unrouted: bool | str = False
+    cross: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,14 @@ class Sublayer:
         adapter_home: the module that registers the adapter, "" for the layer itself. Sublayers that name one home
             share one adapter.
         optional: a layer may lack it, as those of an encoder lack cross-attention.
+        attention: in a layer that has both, "self" or "cross"; "" for what is neither, and in families without.
     """
 
     output: str | None
     norm: str
     adapter_home: str
     optional: bool = False
+    attention: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,19 @@ def _encoder(model_type: str, adapter_residual: bool = False) -> Family:
         projections=(
             Projection("attention.self.query"),
             Projection("attention.self.value"),
-            Projection("crossattention.self.query", optional=True),
-            Projection("crossattention.self.value", optional=True),
+            Projection("crossattention.self.query", optional=True, cross=True),
+            Projection("crossattention.self.value", optional=True, cross=True),
         ),
         sublayers=(
-            Sublayer("attention.output.dropout", "attention.output.LayerNorm", "attention.output"),
+            Sublayer("attention.output.dropout", "attention.output.LayerNorm", "attention.output", attention="self"),
             Sublayer("output.dropout", "output.LayerNorm", "output"),
-            Sublayer("crossattention.output.dropout", "crossattention.output.LayerNorm", "crossattention.output", True),
+            Sublayer(
+                "crossattention.output.dropout",
+                "crossattention.output.LayerNorm",
+                "crossattention.output",
+                optional=True,
+                attention="cross",
+            ),
         ),
         adapter_residual=adapter_residual,
         activation_key="hidden_act",
@@ -158,12 +168,12 @@ def _bart(model_type: str) -> Family:
         layer="layers.{}",
         projections=(
             *_QUERY_VALUE,
-            Projection("encoder_attn.q_proj", optional=True),
-            Projection("encoder_attn.v_proj", optional=True),
+            Projection("encoder_attn.q_proj", optional=True, cross=True),
+            Projection("encoder_attn.v_proj", optional=True, cross=True),
         ),
         sublayers=(
-            Sublayer("self_attn.out_proj", "self_attn_layer_norm", "self_attn"),
-            Sublayer("encoder_attn.out_proj", "encoder_attn_layer_norm", "encoder_attn", optional=True),
+            Sublayer("self_attn.out_proj", "self_attn_layer_norm", "self_attn", attention="self"),
+            Sublayer("encoder_attn.out_proj", "encoder_attn_layer_norm", "encoder_attn", True, "cross"),
             Sublayer("fc2", "final_layer_norm", ""),
         ),
         adapter_residual=True,
@@ -180,11 +190,12 @@ def _t5(model_type: str) -> Family:
         projections=(
             Projection(f"{attention}.q"),
             Projection(f"{attention}.v"),
-            Projection(f"{cross}.q", optional=True),
-            Projection(f"{cross}.v", optional=True),
+            Projection(f"{cross}.q", optional=True, cross=True),
+            Projection(f"{cross}.v", optional=True, cross=True),
         ),
         sublayers=tuple(
-            Sublayer(f"layer.{n}.dropout", f"layer.{n}.layer_norm", f"layer.{n}", optional=n == 2) for n in range(3)
+            Sublayer(f"layer.{n}.dropout", f"layer.{n}.layer_norm", f"layer.{n}", n == 2, attention)
+            for n, attention in enumerate(("self", "cross", ""))
         ),
         adapter_residual=True,
         activation_key="dense_act_fn",
@@ -248,13 +259,13 @@ FAMILIES: dict[str, Family] = {
             layer="h.{}",
             projections=(
                 Projection("attn.c_attn", parts=3, adapted=(0, 2)),
-                Projection("crossattention.q_attn", optional=True),
-                Projection("crossattention.c_attn", parts=2, adapted=(1,), optional=True),
+                Projection("crossattention.q_attn", optional=True, cross=True),
+                Projection("crossattention.c_attn", parts=2, adapted=(1,), optional=True, cross=True),
             ),
             sublayers=(
-                Sublayer("attn.resid_dropout", "ln_1", ""),
+                Sublayer("attn.resid_dropout", "ln_1", "", attention="self"),
                 Sublayer("mlp.dropout", "ln_2", ""),
-                Sublayer("crossattention.resid_dropout", "ln_cross_attn", "", optional=True),
+                Sublayer("crossattention.resid_dropout", "ln_cross_attn", "", True, "cross"),
             ),
             adapter_residual=True,
             activation_key="activation_function",

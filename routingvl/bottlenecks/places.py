@@ -90,6 +90,15 @@ class _Layer:
             ) from None
         return True
 
+    @property
+    def reads_encoder(self) -> bool:
+        """Whether the layer has cross-attention beside its self-attention."""
+        return any(self.has(projection.name, True) for projection in self.family.projections if projection.cross)
+
+    def takes(self, attention: str, wanted: str) -> bool:
+        """Whether bottlenecks of "self" or "cross" attention, or "" neither, are ``wanted`` in this layer."""
+        return wanted == "both" or attention in ("", wanted) or not self.reads_encoder
+
 
 def text_models(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost modules of ``model`` whose kind has a row in ``FAMILIES``, by name; "" is ``model`` itself."""
@@ -187,7 +196,8 @@ def adapter_places(model: nn.Module, config: RoutingConfig) -> list[AdapterPlace
         activation = ACTIVATIONS.get(getattr(layer.config, family.activation_key, None), "gelu")
         for sublayer in family.sublayers:
             inside = sublayer.output if behind else sublayer.norm
-            if layer.has(inside, sublayer.optional):
+            wanted = layer.takes(sublayer.attention, config.decoder_attention)
+            if wanted and layer.has(inside, sublayer.optional):
                 home, at = _join(layer.name, sublayer.adapter_home, "adapter"), _join(layer.name, inside)
                 place = AdapterPlace(home, at, layer.name, layer.config.hidden_size, activation, residual)
                 places.setdefault(at, place)
@@ -254,6 +264,11 @@ def _inside_layers(model: nn.Module) -> Callable[[str], bool]:
 
 
 def _check_layers(model: nn.Module, config: RoutingConfig) -> None:
+    if config.decoder_attention != "both" and not any(layer.reads_encoder for layer in _layers(model)):
+        raise SurgeryError(
+            f"decoder_attention={config.decoder_attention!r} is for decoders with cross-attention, as BART's and T5's, "
+            f"and {type(model).__name__} has none that routingvl.bottlenecks.families knows"
+        )
     if config.layers is None:
         return
     known = {layer.index for layer in _layers(model)}
@@ -282,7 +297,8 @@ def _projections(
         for layer in layers:
             for projection in (p for p in layer.family.projections if p.default):
                 name = _join(layer.name, projection.name)
-                if layer.has(projection.name, projection.optional) and not named(exclude, name):
+                wanted = layer.takes("cross" if projection.cross else "self", config.decoder_attention)
+                if wanted and layer.has(projection.name, projection.optional) and not named(exclude, name):
                     yield name, projection, layer.config
         return
     known = {_join(layer.name, p.name): (p, layer.config) for layer in layers for p in layer.family.projections}

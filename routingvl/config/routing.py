@@ -17,6 +17,7 @@ METHODS = ("lora", "adapter")
 POSITIONS = ("post_module", "pre_norm", "post_norm")
 IMAGE_PROJECTIONS = ("linear", "own")
 TWO_STEP = ("before", "after", "residual")  # where the second step down stands: before routing or after it
+DECODER_ATTENTIONS = ("both", "self", "cross")
 BOTTLENECK_DTYPES = ("float32", "model")
 # What a bottleneck is routed by -> what of it: "image", the "text" that it is in, or the states of an "encoder".
 ROUTED_BY = {
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 
 # Settings that came after the format of saved adapters, which leave them out where they are what all were before.
-NEWER = ("routed_by", "two_step", "heads")
+NEWER = ("routed_by", "two_step", "heads", "decoder_attention")
 
 
 def named(patterns: Iterable[str], name: str) -> bool:
@@ -86,6 +87,8 @@ class RoutingConfig:
             ablation): "before" routing goes up, "after" it, or "residual", after it and a LayerNorm of it plus the
             text's; None for one step.
         heads: of routing "attention"; they divide its width, a quarter of the rank (for all slices together).
+        decoder_attention: which attention of a decoder that reads an encoder's states gets bottlenecks, "both", its own
+            ("self") or that to the encoder ("cross"); other layers and adapters behind feed-forward parts stay as ever.
         placement: where a LoRA routes, "bottleneck" (before the up-projection) or "output" (after it).
         position: where an adapter sits, "post_module" (on the sublayer's output), "pre_norm" or "post_norm".
         relu: ReLU on both factors of vllora's inner product.
@@ -119,6 +122,7 @@ class RoutingConfig:
     routed_by: str = setting("image", choices=ROUTED_BY)
     two_step: str | None = setting(None, choices=TWO_STEP)
     heads: int = setting(4, least=1, most=1024)
+    decoder_attention: str = setting("both", choices=DECODER_ATTENTIONS)
 
     def __post_init__(self) -> None:
         for key in ("targets", "exclude", "train_modules"):
@@ -131,6 +135,11 @@ class RoutingConfig:
             raise ConfigError(f"relu=True is defined for routing {', '.join(able)}, not for {self.routing!r}")
         self._check_routed_by()
         self._check_two_step()
+        if self.targets is not None and self.decoder_attention != "both":
+            raise ConfigError(
+                f"decoder_attention={self.decoder_attention!r} chooses among a family's own places: with targets, name "
+                "the projections of one attention there"
+            )
         # A setting that belongs to the other method would silently do nothing.
         other = "adapter" if self.method == "lora" else "lora"
         default = {f.name: f.default for f in dataclasses.fields(self)}

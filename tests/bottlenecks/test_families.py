@@ -1,6 +1,7 @@
 """A further kind of language model is one row: DistilBERT, added here and used by all that reads the table."""
 
 import pytest
+import text_zoo
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import WIDTH, WORDS, randomise
@@ -11,6 +12,8 @@ from routingvl.bottlenecks import inject as injection
 from routingvl.bottlenecks.checkpoint import copy_strictly, trained_parameters
 from routingvl.bottlenecks.families import FAMILIES, Family, Projection, Sublayer
 from routingvl.bottlenecks.layers import RoutedLayer
+from routingvl.bottlenecks.places import SurgeryError
+from routingvl.config import ConfigError
 
 ROW = Family(
     model_type="distilbert",
@@ -88,3 +91,32 @@ def test_an_adapter_behind_a_sublayer_needs_its_dropout():
     with pytest.raises(injection.SurgeryError, match=r"distilbert.*position='pre_norm'"):
         inject(model, RoutingConfig(method="adapter", rank=4))
     assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_one_of_a_decoders_attentions_may_be_chosen(kind):
+    def names(**options):
+        model = text_zoo.text_model(kind)
+        inject(model, RoutingConfig(rank=2, routing="mul", **options))
+        return {name for name, module in model.named_modules() if isinstance(module, RoutedLayer)}
+
+    def is_cross(name):
+        return any(part in name for part in ("encoder_attn", "EncDecAttention", "layer.1.adapter"))
+
+    for method in ("lora", "adapter"):
+        every = names(method=method)
+        inner, cross = (names(method=method, decoder_attention=which) for which in ("self", "cross"))
+        encoder = {name for name in every if "decoder" not in name}
+        assert encoder
+        assert inner & cross >= encoder
+        assert every - inner == {name for name in every - encoder if is_cross(name)}
+        rest = {"bart": "self_attn", "t5": "SelfAttention" if method == "lora" else "layer.0.adapter"}[kind]
+        assert every - cross == {name for name in every - encoder if rest in name}
+
+
+def test_a_model_without_cross_attention_has_none_to_choose():
+    for kind in ("gpt2", "roberta"):
+        with pytest.raises(SurgeryError, match=r"decoder_attention='cross' is for decoders with cross-attention"):
+            inject(text_zoo.text_model(kind), RoutingConfig(rank=2, decoder_attention="cross"))
+    with pytest.raises(ConfigError, match="with targets, name the projections of one attention there"):
+        RoutingConfig(targets=("q_proj",), decoder_attention="self")
