@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from routingvl.backbones.text import DECODER, ENCODER, ENCODER_DECODER, WRITE, fuse_gelu, has_plain_head, text_kind, token_ids
+from routingvl.backbones.text import DECODER, ENCODER_DECODER, WRITE, fuse_gelu, has_plain_head, text_kind, token_ids
 from routingvl.bottlenecks.rows import Tokens
 from routingvl.config import ConfigError, RoutingConfig
 from routingvl.data.collate import IGNORED
@@ -30,7 +30,8 @@ class WritingVLModel(RoutedVLModel):
     text_use = WRITE
 
     def __init__(self, vision: nn.Module | None, text: nn.Module, routing: RoutingConfig, **shared: Any) -> None:
-        plain_head = has_plain_head(text) if isinstance(text, nn.Module) and text_kind(text) != ENCODER else False
+        writes = isinstance(text, nn.Module) and text_kind(text) in (DECODER, ENCODER_DECODER)
+        plain_head = writes and has_plain_head(text)
         super().__init__(vision, text, routing, **shared)
         self._has_plain_head = plain_head
         fuse_gelu(text)
