@@ -1,4 +1,4 @@
-"""Small frozen backbones for the demo: a ViT that has only seen images, a RoBERTa and a GPT-2 that have only read text.
+"""Small frozen backbones for the demo: a ViT that has only seen images, language models that have only read text.
 
 They are transformers' own classes, pretrained here in about a minute, saved with ``save_pretrained`` beside a tokenizer
 or ``preprocessor_config.json``, and later loaded by folder like any published checkpoint. No pretraining example is
@@ -267,6 +267,51 @@ def pretrain_gpt2(folder: Path, config: BackboneConfig) -> dict[str, Any]:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {"parameters": _count(model), "language model loss (nats)": held_out_loss, "vocabulary": len(tokenizer)}
+
+
+def pretrain_bart(folder: Path, config: BackboneConfig) -> dict[str, Any]:
+    """Train a BART to write captions and questions again of which some words, few or all, are masked; save it.
+
+    Its steps and batch are the language model's. The demo's comparison has no encoder-decoder; tests train this one.
+    """
+    from transformers import BartConfig, BartForConditionalGeneration, RobertaTokenizer
+
+    torch.manual_seed(config.seed)
+    sentences = [text for texts in _sentences(config) for text in texts]
+    tokenizer = RobertaTokenizer(**_train_bpe(sentences, _ROBERTA_SPECIALS), add_prefix_space=True)
+    stacks = {f"{stack}_layers": config.text_layers for stack in ("encoder", "decoder")}
+    stacks |= {f"{stack}_attention_heads": config.heads for stack in ("encoder", "decoder")}
+    stacks |= {f"{stack}_ffn_dim": config.mlp_width for stack in ("encoder", "decoder")}
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    model = BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=len(tokenizer),
+            d_model=config.width,
+            max_position_embeddings=config.max_positions,
+            dropout=0.0,
+            bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=pad,
+            eos_token_id=end,
+            decoder_start_token_id=end,
+            forced_eos_token_id=None,
+            **stacks,
+        )
+    )
+    train, held_out = _encode(tokenizer, sentences, pad)
+
+    def loss_of(examples: Tensor) -> Tensor:
+        words = ~torch.isin(examples, torch.tensor(tokenizer.all_special_ids))
+        hidden = words & (torch.rand(examples.shape) < torch.rand(len(examples), 1))
+        masked, real = examples.masked_fill(hidden, tokenizer.mask_token_id), examples != pad
+        return model(input_ids=masked, attention_mask=real.long(), labels=examples.masked_fill(~real, IGNORED)).loss
+
+    _optimise(
+        [model], lambda rows: loss_of(train[rows]), len(train), config.lm_steps, config.lm_batch, config.lr, "linear"
+    )
+    held_out_loss = _evaluate(model, loss_of, held_out)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"parameters": _count(model), "denoising loss (nats)": held_out_loss, "vocabulary": len(tokenizer)}
 
 
 def _sentences(config: BackboneConfig) -> tuple[list[str], list[str]]:

@@ -37,12 +37,16 @@ RECIPES = {
     "vqa-lora-large": ("lora", 128, 128, 3e-4, 0.05, 512, 20, 20, "roberta-large"),
     "caption-lora-large": ("lora", 128, 128, 3e-5, 5000, 40, 20, 50, "gpt2-medium"),
     "caption-smollm2-siglip2": ("lora", 64, 64, 3e-4, 0.05, 40, 5, 50, "HuggingFaceTB/SmolLM2-135M"),
+    "caption-lora-bart-clip": ("lora", 128, 128, 3e-4, 0.05, 40, 20, 50, "facebook/bart-base"),
+    "vqa-generate-lora-bart-clip": ("lora", 128, 128, 3e-4, 0.05, 512, 20, 20, "facebook/bart-base"),
 }
 VISION = {
     "mixture-lora-bart-clip": "openai/clip-vit-base-patch32",
     "vqa-lora-large": "google/vit-large-patch16-224-in21k",
     "caption-lora-large": "google/vit-large-patch16-224-in21k",
     "caption-smollm2-siglip2": "google/siglip2-base-patch16-224",
+    "caption-lora-bart-clip": "openai/clip-vit-base-patch32",
+    "vqa-generate-lora-bart-clip": "openai/clip-vit-base-patch32",
 }
 
 
