@@ -19,6 +19,7 @@ FREE_ON_RESUME = (
     "data.feature_batch_size data.feature_cache model.backend train.compile train.log_every train.save_every "
     "train.trackers"
 ).split()
+FREE_OF_PARTS = ("annotations", "images")  # the same of each data set of ``data.mixture``
 IMAGES = "the content of images (data.images)"
 
 
@@ -57,7 +58,7 @@ class Identity:
 
     def changes(self, now: Identity) -> list[str]:
         """What of ``now`` makes it another run, each with its name."""
-        found = _changed(_whole(self.config), now.config, lambda key: key not in FREE_ON_RESUME)
+        found = _changed(_whole(self.config), now.config, lambda key: not _is_free(key))
         if self.processes != now.processes:
             found.append(f"the number of processes was {self.processes} and is now {now.processes}")
         for name in dict.fromkeys([*self.content, *now.content]):
@@ -72,7 +73,7 @@ class Identity:
 
     def differences(self, now: Identity) -> list[str]:
         """What differs but may: it is told, because results can depend on it in their last bits."""
-        found = _changed(_whole(self.config), now.config, FREE_ON_RESUME.__contains__)
+        found = _changed(_whole(self.config), now.config, _is_free)
         for part in ("packages", "hardware"):
             found += _changed(self.environment.get(part, {}), now.environment[part], lambda name: True)
         return found
@@ -91,7 +92,12 @@ class Identity:
 
 def changed_settings(recorded: Mapping[str, Any], config: RunConfig) -> list[str]:
     """What of ``config`` would make it another run than one that began with the ``recorded`` settings."""
-    return _changed(_whole(recorded), flatten(config), lambda key: key not in FREE_ON_RESUME)
+    return _changed(_whole(recorded), flatten(config), lambda key: not _is_free(key))
+
+
+def _is_free(key: str) -> bool:
+    part, _, name = key.rpartition(".")
+    return key in FREE_ON_RESUME or (part.startswith("data.mixture.") and name in FREE_OF_PARTS)
 
 
 def _whole(recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,7 +106,18 @@ def _whole(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: defaults[key] for key in NEWER_KEYS}, **recorded}
 
 
+def _by_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which those of each data set of ``data.mixture`` have names of their own."""
+    mixture = config.get("data.mixture")
+    if not isinstance(mixture, Mapping) or not all(isinstance(part, Mapping) for part in mixture.values()):
+        return dict(config)
+    rest = {key: value for key, value in config.items() if key != "data.mixture"}
+    parts = {f"data.mixture.{name}.{key}": value for name, part in mixture.items() for key, value in part.items()}
+    return rest | parts | {"data.mixture": list(mixture)}
+
+
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any], chosen: Callable[[str], bool]) -> list[str]:
+    before, after = _by_part(before), _by_part(after)
     return [
         f"{name} was {before.get(name)!r} and is now {after.get(name)!r}"
         for name in dict.fromkeys([*before, *after])

@@ -1,6 +1,7 @@
 """Several data sets in one run: what is drawn, learned and scored, resuming, and what cannot be mixed."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -135,12 +136,15 @@ def test_resuming_is_going_on(run, tiny, tmp_path):
     config = config_of(tiny, tmp_path / "run", eval_every=3, save_every=1)
     with pytest.raises(StopError):
         train(config, log=stop)
-    resumed = train(config, log="quiet", resume=True)
+    shutil.copytree(tiny / "gqa", tmp_path / "gqa")  # a data set may lie elsewhere by now
+    moved = {"annotations": str(tmp_path / "gqa"), "images": str(tmp_path / "gqa" / "images")}
+    elsewhere = mixture_of(tiny) | {"gqa": mixture_of(tiny)["gqa"] | moved}
+    resumed = train(override(config, mixture=elsewhere), log="quiet", resume=True)
     assert losses(resumed) == losses(run)
     for name in ("best", "last"):
         assert_same_weights(weights(resumed.run_dir, name), weights(run.run_dir, name))
     changed = override(config, mixture=mixture_of(tiny) | {"coco": {**mixture_of(tiny)["coco"], "weight": 1}})
-    with pytest.raises(ValueError, match=r"data\.mixture was"):
+    with pytest.raises(ValueError, match=r"data\.mixture\.coco\.weight was 2 and is now 1"):
         train(changed, log="quiet", resume=True)
 
 
