@@ -29,12 +29,14 @@ class Arm:
         title: in tables.
         routing: settings of :class:`~routingvl.config.RoutingConfig`; the rank is ``RANK`` unless they say.
         prefix: whether the image also stands in front of the text.
+        longer: how many times a study's steps it trains.
     """
 
     name: str
     title: str
     routing: Mapping[str, Any]
     prefix: bool = True
+    longer: int = 1
 
     def config(self) -> RoutingConfig:
         """Its bottlenecks; alpha is the rank, so LoRA's factor is 1."""
@@ -66,6 +68,7 @@ ARMS = (
     Arm("adapter-mul", "Adapter mul", adapter("mul")),
     Arm("adapter-mul-bare", "Adapter mul, without its residual", adapter("mul", adapter_residual=False)),
     Arm("lora-mul-only", "LoRA mul, no visual prefix", {"routing": "mul"}, prefix=False),
+    Arm("lora-none-longer", "LoRA none, four times the steps", {"routing": "none"}, longer=4),
 )
 
 
@@ -141,7 +144,7 @@ class Study:
             train=TrainConfig(
                 lr=job.lr,
                 seed=job.seed,
-                max_steps=self.steps,
+                max_steps=job.arm.longer * self.steps,
                 batch_size=self.batch,
                 eval_every=0,
                 save_every=100,  # where a run that was killed goes on
@@ -154,6 +157,7 @@ class Study:
         """Digest of all that decides a run, with ``data`` that of the examples, by which its row is found again."""
         shared = {key: value for key, value in dataclasses.asdict(self).items() if key not in NOT_DECIDING}
         arm = {"routing": dict(job.arm.routing), "prefix": job.arm.prefix, "rank": job.arm.config().rank}
+        arm |= {"longer": job.arm.longer} if job.arm.longer > 1 else {}
         return value_digest([shared, arm, job.lr, job.seed, data])[:16]
 
 

@@ -15,6 +15,10 @@ from examples.study.rows import COMMITTED, Row, digits, read_rows, results, spre
 from routingvl.atomic_files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
+INTRODUCTION = """\
+On pretrained models and drawn pictures of things that no training picture shows ([docs/study.md](docs/study.md)): test
+scores, mean ± standard deviation over {seeds}, each arm at its own best learning rate of one grid. A guess is
+right on 50 % of the questions."""
 METHODS = {"LoRA": "lora", "Adapter": "adapter"}
 COLUMNS = tuple(arm.routing["routing"] for arm in ARMS if arm.name == f"lora-{arm.routing['routing']}")
 BLOCK = re.compile(
@@ -24,7 +28,10 @@ BLOCK = re.compile(
 
 def readme_block(rows: Sequence[Row]) -> str:
     """The routing functions side by side, each study and method, with its control below."""
-    lines = [f"| | {' | '.join(COLUMNS)} |", "|---|" + "---:|" * len(COLUMNS)]
+    seeds = {len(result.tests) for study in STUDIES for result in results(rows, study)}
+    count = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
+    lines = [INTRODUCTION.format(seeds=f"{count} seed{'s' if count != '1' else ''}"), ""]
+    lines += [f"| | {' | '.join(COLUMNS)} |", "|---|" + "---:|" * len(COLUMNS)]
     for study in STUDIES:
         for title, method in METHODS.items():
             lines += method_lines(rows, study, title, method)

@@ -145,6 +145,20 @@ def study_table(rows: Iterable[Row], study: Study) -> str:
     return "\n".join(lines)
 
 
+def made_with(rows: Iterable[Row]) -> str:
+    """The commits, versions and machines that rows were made with, in one sentence."""
+    names = ("torch", "transformers")
+    versions = [", ".join(f"{name} {row['versions'][name]}" for name in names) for row in rows]
+    commits = [row["git"]["commit"][:7] + (" with changes" if row["git"]["dirty"] else "") for row in rows]
+    found = (commits, versions, [row["machine"] for row in rows])
+    return f"Made with {'; '.join(' and '.join(sorted(set(each))) for each in found)}."
+
+
 def tables(rows: Sequence[Row]) -> str:
-    """Every study's table under its title."""
-    return "\n\n".join(f"**{study.title}**\n\n{study_table(rows, study)}" for study in STUDIES if results(rows, study))
+    """Every study's table under its title, and what its rows were made with."""
+    parts = []
+    for study in STUDIES:
+        if found := results(rows, study):
+            tests = [row for result in found for row in result.tests]
+            parts.append(f"**{study.title}**\n\n{study_table(rows, study)}\n\n{made_with(tests)}")
+    return "\n\n".join(parts)

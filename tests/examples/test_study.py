@@ -125,12 +125,14 @@ class Trials:
 
     def test(self, job: Job) -> dict:
         self.tested.append(job)
-        return {"test": 60.0 + 10 * (job.arm.name == "lora-mul") + job.seed, "shuffled": 50.0}
+        made_with = {"git": {"commit": 40 * "a", "dirty": False}, "versions": {"torch": "2", "transformers": "5"}}
+        made_with["machine"] = "Linux"
+        return {**made_with, "test": 60.0 + 10 * (job.arm.name == "lora-mul") + job.seed, "shuffled": 50.0}
 
-    def search(self, path: Path) -> Rows:
+    def search(self, path: Path, study: Study = STUDY) -> Rows:
         rows = Rows(path)
-        Runner(STUDY, rows, "data", self.train, self.test, lambda line: None).search(
-            [find_arm("lora-none"), find_arm("lora-mul")], STUDY.seeds
+        Runner(study, rows, "data", self.train, self.test, lambda line: None).search(
+            [find_arm("lora-none"), find_arm("lora-mul")], study.seeds
         )
         return rows
 
@@ -199,6 +201,17 @@ def test_the_readme_has_the_routing_functions_side_by_side(tmp_path):
         "| with another's picture | 50.0 ± 0.0 |  | 50.0 ± 0.0 |" + "  |" * (len(report.COLUMNS) - 3),
     ]
     assert report.method_lines(rows, STUDY, "Adapter", "adapter") == []
+
+
+def test_the_pages_are_written_between_their_marks(tmp_path):
+    rows = list(Trials().search(tmp_path / "rows.jsonl", STUDIES[0]).known.values())
+    readme, study = report.pages(rows).values()
+    assert "over 3 seeds" in readme
+    assert f"| {STUDIES[0].title}, LoRA, accuracy % | 61.0 ± 1.0 |" in readme
+    assert "Made with aaaaaaa; torch 2, transformers 5; Linux." in study
+    without = (page.read_text(encoding="utf-8") for page in (report.ROOT / "README.md", report.ROOT / "docs/study.md"))
+    for text, before in zip((readme, study), without, strict=True):
+        assert report.BLOCK.sub("", text) == report.BLOCK.sub("", before) != text
 
 
 def test_wrong_arguments_end_the_program(capsys):
