@@ -114,13 +114,17 @@ def _cut(x: Tensor, groups: int, dimension: int) -> tuple[Tensor, ...]:
     return (x,) if groups == 1 else x.chunk(groups, dimension)
 
 
-def lora_factors(v: Tensor, a: Tensor, b: Tensor, options: LoRAOptions) -> tuple[Tensor, Tensor, Tensor]:
+def lora_factors(
+    v: Tensor, a: Tensor, b: Tensor, options: LoRAOptions, own: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """u, p and o of :class:`ImageCode` from v [B, K], without ReLU and before the up-projection; not through autograd.
+
+    ``own`` is image_weight.
 
     Their gradients are :func:`lora_factor_gradients`: recording and differentiating products as small as these one by
     one takes longer than computing them (benchmarks/NOTES.md). All tensors may lead with a dimension of layers.
     """
-    u = torch.matmul(v, a.mT)
+    u = torch.matmul(v, (a if own is None else own).mT)
     o, groups = u.new_empty(*u.shape[:-1], b.shape[-2]), options.groups
     for o_group, u_group, b_group in zip(_cut(o, groups, -1), _cut(u, groups, -1), _cut(b, groups, -2), strict=True):
         _product_into(o_group, u_group, b_group.mT, options.scaling)
@@ -128,9 +132,17 @@ def lora_factors(v: Tensor, a: Tensor, b: Tensor, options: LoRAOptions) -> tuple
 
 
 def lora_factor_gradients(
-    v: Tensor, a: Tensor, b: Tensor, u: Tensor, du: None, dp: Tensor, do: Tensor, options: LoRAOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    """du, dA and dB from dp and do of :func:`lora_factors`; u itself is given no gradient."""
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    u: Tensor,
+    du: None,
+    dp: Tensor,
+    do: Tensor,
+    options: LoRAOptions,
+    own: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """du, dA, dB (and that of ``own``) from dp and do of :func:`lora_factors`; u itself is given no gradient."""
     routing, scaling, groups = options.routing, options.scaling, options.groups
     du, db = torch.empty_like(u), torch.empty_like(b, memory_format=torch.contiguous_format)
     cut = [_cut(x, groups, -1) for x in (du, u, do)] + [_cut(x, groups, -2) for x in (db, b)]
@@ -140,7 +152,10 @@ def lora_factor_gradients(
     through = _probe_backward(routing, torch.matmul(dp, a.mT), u)
     if through is not None:
         du += through
-    return du, _product_into(torch.matmul(_probe(routing, u).mT, dp), du.mT, v, beta=1), db
+    da = torch.matmul(_probe(routing, u).mT, dp)
+    if own is not None:
+        return du, da, db, torch.matmul(du.mT, v)
+    return du, _product_into(da, du.mT, v, beta=1), db
 
 
 def _probe(routing: Routing, u: Tensor) -> Tensor:
@@ -160,40 +175,48 @@ def _product_into(out: Tensor, left: Tensor, right: Tensor, scaling: float = 1, 
     return (out.addmm_ if out.dim() == 2 else out.baddbmm_)(left, right, beta=beta, alpha=scaling)
 
 
-def _adapter_factors(v: Tensor, a: Tensor, bias: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+def _adapter_factors(
+    v: Tensor, a: Tensor, bias: Tensor, routing: Routing, own: Tensor | None = None, own_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """u, w and k of several Adapters."""
-    u = torch.baddbmm(bias.unsqueeze(1), v, a.mT)
+    down, shift = (a, bias) if own is None else (own, own_bias)
+    u = torch.baddbmm(shift.unsqueeze(1), v, down.mT)
     probe = _probe(routing, u)
     return u, torch.matmul(probe, a), torch.matmul(probe, bias.unsqueeze(2)).squeeze(2)
 
 
 def _adapter_factor_gradients(
-    v: Tensor, a: Tensor, bias: Tensor, u: Tensor, du: Tensor, dw: Tensor, dk: Tensor, routing: Routing
-) -> tuple[Tensor, Tensor, Tensor]:
+    v: Tensor, a: Tensor, bias: Tensor, u: Tensor, du: Tensor, dw: Tensor, dk: Tensor, routing: Routing, *own: Tensor
+) -> tuple[Tensor, ...]:
     dk = dk.unsqueeze(2)
     probe = _probe(routing, u)
     through = _probe_backward(routing, torch.matmul(dw, a.mT) + dk * bias.unsqueeze(1), u)
     if through is not None:
         du = du + through
-    return du, _product_into(torch.matmul(probe.mT, dw), du.mT, v, beta=1), (dk * probe + du).sum(1)
+    da = torch.matmul(probe.mT, dw)
+    if own:
+        return du, da, (dk * probe).sum(1), torch.matmul(du.mT, v), du.sum(1)
+    return du, _product_into(da, du.mT, v, beta=1), (dk * probe + du).sum(1)
 
 
 class JointImage(torch.autograd.Function):
     """For n layers at once, what ``factors`` make of v [B, 1, K]: n times u, then n times each of the two factors.
 
-    ``factors`` are a function, its backward pass, and their last argument: LoRAOptions, or an Adapter's routing.
-    ``weights`` are the n down-projections A, then n of the other weight. Several backward passes may go through it, one
+    ``factors`` are a function, its backward pass, their argument behind the first two weights (LoRAOptions, or an
+    Adapter's routing), and n. ``weights`` are the n down-projections A, then n of the other weight, and so on for the
+    image's own down-projection and its bias. Several backward passes may go through it, one
     for each loss or recomputed segment of a model. So v and the stacked copies of the weights are kept on ``ctx``, and
     not by autograd, which would free them after the first pass and show them to its hooks.
     """
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, factors: tuple[Any, Any, Any], *weights: Tensor) -> tuple[Tensor, ...]:
-        (make, ctx.gradients, ctx.given), n, device = factors, len(weights) // 2, v.device.type
-        narrow, *stacks = cast_for_autocast(device, v, torch.stack(weights[:n]), torch.stack(weights[n:]))
+        (make, ctx.gradients, ctx.given, n), device = factors, v.device.type
+        stacks = [torch.stack(weights[i : i + n]) for i in range(0, len(weights), n)]
+        narrow, a, other, *own = cast_for_autocast(device, v, *stacks)
         with without_autocast(device):
-            outputs = make(narrow.squeeze(1).expand(n, -1, -1), *stacks, ctx.given)
-        ctx.v, ctx.version, ctx.stacks = v, v._version, (*stacks, outputs[0])
+            outputs = make(narrow.squeeze(1).expand(n, -1, -1), a, other, ctx.given, *own)
+        ctx.v, ctx.version, ctx.stacks = v, v._version, (a, other, outputs[0], *own)
         ctx.shapes = [output.shape[1:] for output in outputs]
         ctx.set_materialize_grads(False)
         shares = [output.unbind(0) for output in outputs]
@@ -206,7 +229,7 @@ class JointImage(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         n = len(ctx.stacks[0])
-        found: list[Tensor | None] = [None] * (2 + 2 * n)
+        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         reached = [i for i in range(n) if any(grad is not None for grad in grads[i::n])]
         if not reached:
             return tuple(found)
@@ -214,14 +237,15 @@ class JointImage(torch.autograd.Function):
             raise RuntimeError(
                 "the visual features were modified by an inplace operation between the forward and the backward pass"
             )
-        a, other, u = ctx.stacks if len(reached) == n else (torch.stack([x[i] for i in reached]) for x in ctx.stacks)
+        chosen = ctx.stacks if len(reached) == n else (torch.stack([x[i] for i in reached]) for x in ctx.stacks)
+        a, other, u, *own = chosen
         v = ctx.v.to(u.dtype).squeeze(1).expand(len(reached), -1, -1)
         with without_autocast(u.device.type):
             douts = (_stacked(grads[n * k :], reached, u, shape) for k, shape in enumerate(ctx.shapes))
-            du, *dweights = ctx.gradients(v, a, other, u, *douts, ctx.given)
+            du, *dweights = ctx.gradients(v, a, other, u, *douts, ctx.given, *own)
             if ctx.needs_input_grad[0]:
-                found[0] = torch.matmul(du, a).sum(0).unsqueeze(1)
-        for first, dweight in zip((2, 2 + n), dweights, strict=True):
+                found[0] = torch.matmul(du, own[0] if own else a).sum(0).unsqueeze(1)
+        for first, dweight in zip(range(2, len(found), n), dweights, strict=True):
             for i, share in zip(reached, dweight.unbind(0), strict=True):
                 if ctx.needs_input_grad[first + i]:
                     found[first + i] = share
@@ -247,22 +271,36 @@ def can_project_jointly(routing: Routing, visual_tokens: int, relu: bool, placem
 
 
 def project_lora_images(
-    v: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], *, routing: Routing, scaling: float, groups: int
+    v: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    image_weight: Sequence[Tensor] = (),
+    *,
+    routing: Routing,
+    scaling: float,
+    groups: int,
 ) -> list[ImageCode]:
     """:func:`project_lora_image` for the weights of several layers of equal shapes, in one differentiable step.
 
     For what :func:`can_project_jointly` allows; gradients go through the factors, and none through u.
     """
     options = LoRAOptions(routing, False, scaling, range(groups), "bottleneck")
-    return _codes(JointImage.apply(v, (lora_factors, lora_factor_gradients, options), *a, *b))
+    factors = (lora_factors, lora_factor_gradients, options, len(a))
+    return _codes(JointImage.apply(v, factors, *a, *b, *image_weight))
 
 
 def project_adapter_images(
-    v: Tensor, down_weight: Sequence[Tensor], down_bias: Sequence[Tensor], *, routing: Routing
+    v: Tensor,
+    down_weight: Sequence[Tensor],
+    down_bias: Sequence[Tensor],
+    image_weight: Sequence[Tensor] = (),
+    image_bias: Sequence[Tensor] = (),
+    *,
+    routing: Routing,
 ) -> list[ImageCode]:
     """:func:`project_adapter_image` likewise."""
-    factors = (_adapter_factors, _adapter_factor_gradients, routing)
-    return _codes(JointImage.apply(v, factors, *down_weight, *down_bias))
+    factors = (_adapter_factors, _adapter_factor_gradients, routing, len(down_weight))
+    return _codes(JointImage.apply(v, factors, *down_weight, *down_bias, *image_weight, *image_bias))
 
 
 def _codes(outputs: tuple[Tensor, ...]) -> list[ImageCode]:

@@ -369,13 +369,13 @@ class RoutedLoRA(RoutedLayer):
         return project_lora_image(v, a, b, decoding=True, **_named(own), **self._options())
 
     @staticmethod
-    def project_jointly(v: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], **options: Any):
+    def project_jointly(v: torch.Tensor, *weights: Sequence[torch.Tensor], **options: Any) -> list[ImageCode]:
         """See :class:`RoutedLayer`."""
-        return project_lora_images(v, in_dtype(v, *a), in_dtype(v, *b), **options)
+        return project_lora_images(v, *(in_dtype(v, *of_layers) for of_layers in weights), **options)
 
     def joint_options(self, v: torch.Tensor) -> dict[str, Any] | None:
         """See :class:`RoutedLayer`."""
-        apart = self.has_own or (self.parts is not None and not self.parts.is_even)
+        apart = self.two_step is not None or (self.parts is not None and not self.parts.is_even)
         if self.drops or apart or not can_project_jointly(self.routing, v.shape[1], self.relu, self.placement):
             return None
         return {"routing": self.routing, "scaling": self.scaling, "groups": self.groups}
@@ -598,13 +598,13 @@ class RoutedAdapter(RoutedLayer):
         return project_adapter_image(v, a, bias, routing=self.routing, relu=self.relu, decoding=True, **_named(own))
 
     @staticmethod
-    def project_jointly(v: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], **options: Any):
+    def project_jointly(v: torch.Tensor, *weights: Sequence[torch.Tensor], **options: Any) -> list[ImageCode]:
         """See :class:`RoutedLayer`."""
-        return project_adapter_images(v, in_dtype(v, *a), in_dtype(v, *b), **options)
+        return project_adapter_images(v, *(in_dtype(v, *of_layers) for of_layers in weights), **options)
 
     def joint_options(self, v: torch.Tensor) -> dict[str, Any] | None:
         """See :class:`RoutedLayer`."""
-        joint = not self.drops and not self.has_own and can_project_jointly(self.routing, v.shape[1], self.relu)
+        joint = not self.drops and self.two_step is None and can_project_jointly(self.routing, v.shape[1], self.relu)
         return {"routing": self.routing} if joint else None
 
     def extra_repr(self) -> str:

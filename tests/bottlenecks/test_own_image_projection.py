@@ -19,6 +19,7 @@ from routingvl.bottlenecks.checkpoint import CheckpointError
 from routingvl.bottlenecks.inject import remove
 from routingvl.config import ConfigError
 from routingvl.kernels import ROUTINGS
+from routingvl.kernels.image_code import JointImage
 from routingvl.kernels.reference import reference_adapter
 
 K, WIDE, RANK, ROWS, TOKENS = 8, 12, 3, 3, 4
@@ -250,6 +251,36 @@ def test_inject_takes_an_image_of_any_width_and_files_keep_it(method, tmp_path):
         model(IDS)
     remove(model)
     assert not any("image" in found for found in model.state_dict())
+
+
+@pytest.mark.parametrize("routing", ["expand", "vllora"])
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+def test_alike_layers_have_their_image_projected_together(method, routing, monkeypatch):
+    """By one call for all, with the gradients that each by itself has, also where a loss reaches the first only."""
+    seen, apply = [], JointImage.apply
+    monkeypatch.setattr(
+        JointImage, "apply", lambda v, factors, *weights: seen.append(weights) or apply(v, factors, *weights)
+    )
+    model, context, _ = injected(method, routing)
+    randomise(model.double(), 0.2)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    images = some(2, 1, 20, seed=2).requires_grad_()
+
+    def gradients(depth: int):
+        with context.bind(images):
+            hidden = model(IDS, output_hidden_states=True).hidden_states[depth]
+        return torch.autograd.grad(hidden.square().mean(), [images, *trained], allow_unused=True)
+
+    together = [gradients(depth) for depth in (1, 2)]
+    assert [len(weights) for weights in seen] == [2 * (3 if method == "lora" else 4)] * 2
+    monkeypatch.setattr(layers.RoutedLayer, "takes", lambda self, v: False)
+    apart = [gradients(depth) for depth in (1, 2)]
+    assert len(seen) == 2
+    for got, want in zip(together, apart, strict=True):
+        for left, right in zip(got, want, strict=True):
+            assert (left is None) == (right is None)
+            if left is not None:
+                assert (left - right).abs().max() <= 1e-10 * right.abs().max() + 1e-12  # some are 0 but for rounding
 
 
 def test_targets_of_every_width_read_one_image():
