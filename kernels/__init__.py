@@ -14,14 +14,16 @@ from .image_code import (
     project_lora_images,
 )
 from .lora.api import routed_lora, routed_lora_linear
-from .routing import ROUTINGS, Routing
+from .routing import ABLATIONS, ROUTINGS, Routing, find_routing
 
 __all__ = [
+    "ABLATIONS",
     "ACTIVATIONS",
     "ROUTINGS",
     "ImageCode",
     "Routing",
     "can_project_jointly",
+    "find_routing",
     "project_adapter_image",
     "project_adapter_images",
     "project_lora_image",

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .routing import ROUTINGS, Routing, find_routing
+from .routing import ABLATIONS, ROUTINGS, Routing, find_routing
 
 NAME = "attention"
 
@@ -26,7 +26,7 @@ def _no_function(*_: Any) -> Any:
 
 
 ATTENTION = _Attention(NAME, None, "z = softmax(q kᵀ / sqrt(c)) w, in heads", None, False, _no_function, _no_function)
-FUNCTIONS = (*ROUTINGS, NAME)  # the names that find_function knows
+FUNCTIONS = (*ROUTINGS, *ABLATIONS, NAME)  # the names that find_function knows
 
 
 def find_function(name: str | Routing) -> Routing:

@@ -27,6 +27,8 @@ def check_index(
     check_shape("x", x, ("B", "T", "K"))
     check_shape("v", v, ("I", "L", width or x.shape[2]))
     routing.check(v.shape[1], relu)
+    if routing.mixes_text:
+        raise ValueError(f"routing {routing.name!r} takes each text whole: there is no image_index for it")
     if v.shape[1] != 1:
         raise ValueError(
             f"image_index goes with one visual token per image, got L={v.shape[1]}: pool first, v.mean(1, keepdim=True)"

@@ -35,6 +35,8 @@ def check_text_and_image(x: Tensor, v: Tensor | None, routing: Routing, relu: bo
         if x.shape[0] != v.shape[0] and not (v.shape[0] and x.shape[0] % v.shape[0] == 0):
             needed = "one row of v for each row of x or group of beams is needed"
             raise ValueError(f"v has batch {v.shape[0]}, x has batch {x.shape[0]}: {needed}")
+        if routing.mixes_text and x.shape[0] != v.shape[0]:
+            raise ValueError(f"routing {routing.name!r} takes each text whole, and beams of one image are not one text")
     routing.check(v.shape[1] if routing.uses_image and v is not None else None, relu)
 
 

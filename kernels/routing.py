@@ -14,6 +14,8 @@ function, edit this file only:
 3. For the Triton kernels, give it a code of its own, a constant below the table (a kernel reads a global only as a
    ``constexpr``), and a branch in :func:`route_fwd` and in :func:`route_bwd`, for one visual token.
 
+What the paper only ablates stands in a table beside it, ``ABLATIONS``: found by name, and offered nowhere else.
+
 Functions of several visual tokens run in the kernels only as ``inner_product``; any other runs eagerly for L > 1.
 """
 
@@ -59,6 +61,8 @@ class Routing:
             for that form may compute it: the kernels for several visual tokens, and z = t (uᵀ u).
         elementwise: whether each component of z depends on that component of t and u alone, so that the components of
             several projections need not meet in one program.
+        mixes_text: whether a row of z depends on other rows of t than its own. Such a function takes whole texts only,
+            and is no function for a causal model.
     """
 
     name: str
@@ -73,6 +77,7 @@ class Routing:
     image_factor: float | None = None
     inner_product: bool = False
     elementwise: bool = False
+    mixes_text: bool = False
 
     def __post_init__(self) -> None:
         if self.image_factor is not None and self.max_visual_tokens not in (0, 1):
@@ -217,6 +222,36 @@ _ROWS = (
 )  # fmt: skip
 
 
+def _ones(t: Tensor, u: Tensor, relu: bool) -> Tensor:
+    left, right = (F.relu(t), F.relu(u)) if relu else (t, u)
+    return (left * right.sum(1, keepdim=True)).sum(-1, keepdim=True).expand_as(t)
+
+
+def _ones_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    left, right, dc = F.relu(t) if relu else t, F.relu(u) if relu else u, dz.sum(-1, keepdim=True)
+    dt, du = dc * right.sum(1, keepdim=True), (dc * left).sum(1, keepdim=True).expand_as(u)
+    return (dt * (t > 0), du * (u > 0)) if relu else (dt, du)
+
+
+def _text_by_text(t: Tensor, u: Tensor, relu: bool) -> Tensor:
+    return (t * t.sum(1, keepdim=True)).sum(-1, keepdim=True) * u
+
+
+def _text_by_text_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    whole, dc = t.sum(1, keepdim=True), (dz * u).sum(-1, keepdim=True)
+    c = (t * whole).sum(-1, keepdim=True)
+    return dc * whole + (dc * t).sum(1, keepdim=True), (c * dz).sum(1, keepdim=True)
+
+
+_ABLATIONS = (
+    Routing("vllora_ones", None, "z = t uᵀ 1", None, True, _ones, _ones_backward),
+    # t tᵀ [T, T] times u repeated over the T rows: the square matrix is never needed.
+    Routing(
+        "text_by_text", None, "z = t (sum_i t_i)ᵀ u", 1, False, _text_by_text, _text_by_text_backward, mixes_text=True
+    ),
+)
+
+
 def _by_name(rows: Sequence[Routing]) -> Mapping[str, Routing]:
     for what in ("name", "code"):
         taken = [value for row in rows if (value := getattr(row, what)) is not None]
@@ -226,14 +261,18 @@ def _by_name(rows: Sequence[Routing]) -> Mapping[str, Routing]:
 
 
 ROUTINGS = _by_name(_ROWS)
+ABLATIONS = _by_name(_ABLATIONS)
 
 
 def find_routing(name: str | Routing) -> Routing:
-    """The row called ``name``; ``ValueError`` names the known ones and the nearest when there is none.
+    """The row called ``name``, one of ``ABLATIONS`` too; ``ValueError`` names the known ones and the nearest when there
+    is none.
 
     A row is returned as it is.
     """
-    return name if isinstance(name, Routing) else find_by_name(ROUTINGS, name, "routing")
+    if isinstance(name, Routing):
+        return name
+    return ABLATIONS[name] if name in ABLATIONS else find_by_name(ROUTINGS, name, "routing")
 
 
 def routing_table() -> str:

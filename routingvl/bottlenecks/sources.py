@@ -23,11 +23,11 @@ from routingvl.backbones.loading import BackboneError
 from routingvl.backbones.text import ENCODER, text_kind
 from routingvl.bottlenecks.binding import Binding
 from routingvl.bottlenecks.context import VisualContext
-from routingvl.bottlenecks.layers import RoutedLayer
 from routingvl.bottlenecks.places import SurgeryError, text_models
 from routingvl.bottlenecks.rows import Tokens
 from routingvl.config import RoutingConfig
 from routingvl.config.routing import source_of
+from routingvl.kernels import find_routing
 
 ARGUMENT = {"text": "attention_mask", "encoder": "encoder_hidden_states"}  # of the stack that is told
 CROSS_ATTENTION = re.compile(r"(?:.*\.)?(?:cross_?att(?:n|ention)|encoder_attn|EncDecAttention)", re.IGNORECASE)
@@ -40,27 +40,24 @@ class Sources:
         model: that is injected.
         config: what is built.
         context: of the image.
-
-    Raises:
-        SurgeryError: an earlier injection's contexts are not one for each source.
     """
 
     def __init__(self, model: nn.Module, config: RoutingConfig, context: VisualContext) -> None:
         self.model, self.context = model, context
         self.routed_by, self.source = config.routed_by, source_of(config.routed_by)
-        self.routing = config.routing
+        self.routing, self.mixes_text = config.routing, find_routing(config.routing).mixes_text
         self.stacks: dict[str, nn.Module] = {}
         self.widths: dict[str, int | None] = {}  # of each source, where bottlenecks have a projection of its own
         self.own = context
         if self.source != "image":
-            earlier = [m.context for m in model.modules() if isinstance(m, RoutedLayer) and m.context is not None]
+            earlier = (told.context for module in model.modules() for told in _told(module))
             self.own = next((c for c in earlier if c.source == self.source), None) or VisualContext(self.source)
 
     def of(self, name: str) -> dict[str, Any]:
         """The keywords of the bottleneck at the module called ``name`` that say what it reads.
 
         Raises:
-            SurgeryError: it would be routed by what it must not see, or is not told.
+            SurgeryError: it would be routed by what it must not see, or by what it is not told.
         """
         found = self._source_of(name)
         if not self.widths:
@@ -68,6 +65,9 @@ class Sources:
         return found | {"image_projection": "own", "image_width": self.widths[source_of(found["routed_by"])]}
 
     def _source_of(self, name: str) -> dict[str, Any]:
+        if self.mixes_text:
+            stack = _stack(self.model, name, "attention_mask")
+            _refuse_causal(name, self.model if stack is None else stack[1], f"routing={self.routing!r}")
         if self.source == "image":
             return {"routed_by": "image", "context": self.context}
         stack = _stack(self.model, name, ARGUMENT[self.source])

@@ -64,7 +64,7 @@ class RoutingConfig:
     Attributes:
         method: "lora" adds a bottleneck beside a projection, "adapter" puts one behind a sublayer.
         routing: the function that mixes the image into the text's activation, a name of ``routingvl.kernels.ROUTINGS``;
-            or "attention", low-rank cross-attention, which has weights of its own (a comparison).
+            for comparisons also one of ``ABLATIONS``, or "attention", low-rank cross-attention with weights of its own.
         rank: width r of the bottleneck, at most 16,384; GPT-2's joined query and value LoRA has 2 r components.
         alpha: LoRA output is scaled by alpha / rank (adapters are not scaled).
         dropout: probability in [0, 1) of dropping an input component, drawn separately for text and image.

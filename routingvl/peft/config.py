@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
-from routingvl.kernels import ROUTINGS
+from routingvl.kernels import ABLATIONS, ROUTINGS, find_routing
 from routingvl.kernels.attention import ATTENTION
 from routingvl.kernels.lora.options import PLACEMENTS
 from routingvl.peft.card import write_note
@@ -60,7 +60,7 @@ class RoutedLoraConfig(LoraConfig):
     the layers by ``image_from``, or by ``with routingvl.bind_image(model, features)`` around the call.
 
     Attributes:
-        routing: a name of ``routingvl.kernels.ROUTINGS``; "none" is PEFT's own LoRA.
+        routing: a name of ``routingvl.kernels.ROUTINGS`` (or ``ABLATIONS``); "none" is PEFT's own LoRA.
         relu: ReLU on both factors of vllora's inner product.
         placement: where it routes, "bottleneck" (before the up-projection) or "output" (after it).
         slices: adapt some output columns of a fused projection only, with a joined rank: {name: [[start, stop], ...]},
@@ -109,12 +109,12 @@ class RoutedLoraConfig(LoraConfig):
                 "routingvl.inject"
             )
         for key, known in (
-            ("routing", tuple(ROUTINGS)), ("placement", PLACEMENTS), ("image_pooling", POOLINGS),
+            ("routing", (*ROUTINGS, *ABLATIONS)), ("placement", PLACEMENTS), ("image_pooling", POOLINGS),
             ("text_only", TEXT_ONLY), ("image_projection", PROJECTIONS), ("init_lora_weights", INITS),
         ):  # fmt: skip
             if (value := getattr(self, key)) not in known:
                 raise PeftMethodError(f"{key}={value!r} is not one of {', '.join(map(repr, known))}")
-        row = ROUTINGS[self.routing]
+        row = find_routing(self.routing)
         if self.relu and not row.supports_relu:
             able = [name for name, other in ROUTINGS.items() if other.supports_relu]
             raise PeftMethodError(f"relu=True is defined for routing {', '.join(able)}, not for {self.routing!r}")

@@ -18,7 +18,7 @@ from routingvl.bottlenecks.inject import check_in_memory, default_image_width
 from routingvl.bottlenecks.layers import RoutedLayer, is_projection, projection_widths
 from routingvl.bottlenecks.places import LoRAPlace, lora_places, parts_outside
 from routingvl.config import RoutingConfig
-from routingvl.kernels import ROUTINGS
+from routingvl.kernels import find_routing
 from routingvl.peft.config import OwnAdapterConfig, PeftMethodError, RoutedLoraConfig, RoutedType
 from routingvl.peft.layer import RoutedLinear, check_linear
 
@@ -98,7 +98,7 @@ class RoutedLoraModel(LoraModel):
         places = lora_places(model, RoutingConfig(targets=tuple(known))) if known else []
         config.places = {place.name: place for place in places}
         widths = _check_targets(targets, config)
-        _settle_image(model, widths if ROUTINGS[config.routing].uses_image else {}, config)
+        _settle_image(model, widths if find_routing(config.routing).uses_image else {}, config)
         if config.slices == "family":
             config.slices = _family_slices(places)
 
@@ -128,7 +128,7 @@ class RoutedLoraModel(LoraModel):
             )
         for name in adapters:
             if name in self.peft_config:
-                check_linear(name, ROUTINGS[self.peft_config[name].routing], "averaged with others")
+                check_linear(name, find_routing(self.peft_config[name].routing), "averaged with others")
         super().add_weighted_adapter(adapters, *args, **kwargs)
 
     @classmethod
@@ -189,7 +189,7 @@ def _check_neighbours(model: nn.Module, configs: dict[str, Any]) -> None:
 
 def _image_source(configs: dict[str, RoutedLoraConfig]) -> tuple[Any, str, str | None] | None:
     """image_from, image_pooling and text_only of the adapters, which must agree; None: all are bound by hand."""
-    routed = [config for config in configs.values() if ROUTINGS[config.routing].uses_image]
+    routed = [config for config in configs.values() if find_routing(config.routing).uses_image]
     sources = {(c.image_from, c.image_pooling, c.text_only) for c in routed if c.image_from is not None}
     if len(sources) > 1:
         raise PeftMethodError(
