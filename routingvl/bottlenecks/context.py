@@ -146,6 +146,8 @@ class VisualContext:
             of: how many rows the whole text has.
         """
         binding = self._current()
+        if binding is not None and self.source == "text" and binding.mask is not None:
+            return self._bound(replace(binding, mask=binding.mask[index.to(binding.mask.device)]))
         if binding is None or binding.features is None:
             return contextlib.nullcontext()
         images = index // max(1, of // binding.batch)
@@ -384,6 +386,7 @@ class VisualContext:
             if (reader.kind, *map(_traits, own)) == alike
             and reader.joint_options(features) == options
             and reader.image_projection is None
+            and reader.context is self
         }
 
     def checkpoint_context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]:

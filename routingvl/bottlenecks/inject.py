@@ -91,7 +91,7 @@ def inject(
     plan = _plan_lora if config.method == "lora" else _plan_adapters
     shared = {"backend": backend} | {key: getattr(config, key) for key in SHARED}
     skipped: list[str] = []
-    sources = Sources(model, config, context)
+    sources = Sources(model, config.routed_by, config.routing, context)
     if config.has_own_projection:
         widths = _input_widths(model, config)
         image_width = _image_width(model, widths, image_width)

@@ -25,9 +25,8 @@ from routingvl.bottlenecks.binding import Binding
 from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.places import SurgeryError, text_models
 from routingvl.bottlenecks.rows import Tokens
-from routingvl.config import RoutingConfig
 from routingvl.config.routing import source_of
-from routingvl.kernels import find_routing
+from routingvl.kernels.attention import find_function
 
 ARGUMENT = {"text": "attention_mask", "encoder": "encoder_hidden_states"}  # of the stack that is told
 CROSS_ATTENTION = re.compile(r"(?:.*\.)?(?:cross_?att(?:n|ention)|encoder_attn|EncDecAttention)", re.IGNORECASE)
@@ -38,14 +37,14 @@ class Sources:
 
     Args:
         model: that is injected.
-        config: what is built.
+        routed_by, routing: of the config.
         context: of the image.
     """
 
-    def __init__(self, model: nn.Module, config: RoutingConfig, context: VisualContext) -> None:
+    def __init__(self, model: nn.Module, routed_by: str, routing: str, context: VisualContext) -> None:
         self.model, self.context = model, context
-        self.routed_by, self.source = config.routed_by, source_of(config.routed_by)
-        self.routing, self.mixes_text = config.routing, find_routing(config.routing).mixes_text
+        self.routed_by, self.source = routed_by, source_of(routed_by)
+        self.routing, self.mixes_text = routing, find_function(routing).mixes_text
         self.stacks: dict[str, nn.Module] = {}
         self.widths: dict[str, int | None] = {}  # of each source, where bottlenecks have a projection of its own
         self.own = context

@@ -45,6 +45,20 @@ def source_of(routed_by: str) -> str:
     return ROUTED_BY[routed_by]
 
 
+def check_routed_by(routed_by: str, routing: str) -> None:
+    """Raise ConfigError unless ``routed_by`` is known, and something for this routing function."""
+    source, row = source_of(routed_by), find_function(routing)
+    if source == "image":
+        return
+    if not row.uses_image:
+        raise ConfigError(f"routed_by={routed_by!r}: routing {routing!r} is routed by nothing")
+    if routed_by not in POOLED and row.max_visual_tokens == 1:
+        raise ConfigError(
+            f"routed_by={routed_by!r} gives several tokens and routing {routing!r} takes one: use "
+            f"routed_by={source!r}, their mean"
+        )
+
+
 def saved_settings(config: RoutingConfig) -> dict[str, Any]:
     """What a saved adapter holds of ``config``."""
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
@@ -133,7 +147,7 @@ class RoutingConfig:
         if self.relu and not self.function.supports_relu:
             able = [name for name, row in ROUTINGS.items() if row.supports_relu]
             raise ConfigError(f"relu=True is defined for routing {', '.join(able)}, not for {self.routing!r}")
-        self._check_routed_by()
+        check_routed_by(self.routed_by, self.routing)
         self._check_two_step()
         if self.targets is not None and self.decoder_attention != "both":
             raise ConfigError(
@@ -178,18 +192,6 @@ class RoutingConfig:
         for rank in (self.rank, *(self.rank_pattern or {}).values()):
             if rank < 4:
                 raise ConfigError(f"{what} goes down to a quarter of the rank, so rank={rank} must be at least 4")
-
-    def _check_routed_by(self) -> None:
-        row = self.function
-        if self.routed_by == "image":
-            return
-        if not row.uses_image:
-            raise ConfigError(f"routed_by={self.routed_by!r}: routing {self.routing!r} is routed by nothing")
-        if self.routed_by not in POOLED and row.max_visual_tokens == 1:
-            raise ConfigError(
-                f"routed_by={self.routed_by!r} gives several tokens and routing {self.routing!r} takes one: use "
-                f"routed_by={source_of(self.routed_by)!r}, their mean"
-            )
 
     def _check_patterns(self) -> None:
         for key in ("targets", "exclude", "train_modules", "rank_pattern", "alpha_pattern"):

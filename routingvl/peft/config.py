@@ -11,6 +11,8 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
+from routingvl.config import ConfigError
+from routingvl.config.routing import check_routed_by, source_of
 from routingvl.kernels import ABLATIONS, ROUTINGS, find_routing
 from routingvl.kernels.attention import ATTENTION
 from routingvl.kernels.lora.options import PLACEMENTS
@@ -77,6 +79,8 @@ class RoutedLoraConfig(LoraConfig):
             beside A, whatever the image's width; None makes such a target an error.
         image_width: how wide the image's features are; None: what other adapters of the model read, else the width of
             all targets, or of the text model where they differ. With image_projection it is saved as found.
+        routed_by: what stands in the image's place: "image" itself; in a decoder that reads an encoder's states
+            "encoder" (their mean) or "encoder_tokens" (all of them); in an encoder "text" or "text_tokens".
         joined_rank: r and rank_pattern, where slices share a rank; hot-swapping may not change it then.
         registered_by: for who finds the file: the import that makes PEFT know the method.
 
@@ -93,6 +97,7 @@ class RoutedLoraConfig(LoraConfig):
     text_only: str | None = "skip"
     image_projection: str | None = None
     image_width: int | None = None
+    routed_by: str = "image"
     joined_rank: list[Any] | None = None
     registered_by: str = "import routingvl.peft"
 
@@ -100,9 +105,9 @@ class RoutedLoraConfig(LoraConfig):
         _refuse(self)
         super().__post_init__()
         self.peft_type = RoutedType.ROUTED_LORA
-        # No settings, but what the tuner finds out: about the target modules, by name, and which of them hold the
-        # projection of the image to their width.
-        self.places, self.projecting = {}, ()
+        # No settings, but what the tuner finds out: about the target modules, by name, which of them hold the
+        # projection of the image to their width, and which are routed by something else.
+        self.places, self.projecting, self.elsewhere = {}, (), frozenset()
         if self.routing == ATTENTION.name:
             raise PeftMethodError(
                 "routing='attention' has weights of its own, which PEFT's LoRA has no place for: put it in with "
@@ -122,6 +127,12 @@ class RoutedLoraConfig(LoraConfig):
             raise PeftMethodError(
                 f"image_pooling='tokens' gives several visual tokens and routing {self.routing!r} takes one: use 'mean'"
             )
+        try:
+            check_routed_by(self.routed_by, self.routing)
+        except ConfigError as error:
+            raise PeftMethodError(str(error)) from error
+        if self.image_from is not None and source_of(self.routed_by) == "text":
+            raise PeftMethodError(f"image_from= brings an image, and with routed_by={self.routed_by!r} none is read")
         if not (self.slices in (None, "family") or isinstance(self.slices, dict)):
             raise PeftMethodError(f"slices={self.slices!r} is not None, 'family' or {{name: [[start, stop], ...]}}")
         if self.image_width is not None and (type(self.image_width) is not int or self.image_width < 1):

@@ -135,8 +135,9 @@ class RoutedLinear(Linear):
         """Read the image from ``context`` from now on."""
         self.context = context
         for update in self.routed.values():
-            update.context = context
-            context.add(update)
+            if update.routed_by == "image":
+                update.context = context
+                context.add(update)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, as PEFT does."""
@@ -168,7 +169,7 @@ class RoutedLinear(Linear):
                 continue
             rows = [row for row, other in enumerate(names) if other == name]
             index = torch.tensor(rows, device=x.device)
-            with self.context.rows(index, of=len(names)):
+            with update.context.rows(index, of=len(names)):
                 y[index] = update.refresh()(x[index], y[index]).to(y.dtype)
         return y
 
@@ -223,10 +224,13 @@ def _options(config: RoutedLoraConfig, target: str) -> dict[str, Any]:
     """Routing, relu and the output columns of the bottleneck at the module called ``target``."""
     place = config.places.get(target)
     options = {"routing": config.routing, "relu": config.relu}
+    if target in config.elsewhere:
+        options["routed_by"] = config.routed_by
     if config.image_projection == "own":
-        options |= {"image_projection": "own", "image_width": config.image_width}
+        options |= {"image_projection": "own"}
+        options["image_width"] = None if target in config.elsewhere else config.image_width
     if place is not None and place.unrouted:
-        options |= {"routing": "none", "relu": False}
+        options |= {"routing": "none", "relu": False, "routed_by": "image"}
     if isinstance(config.slices, dict):
         options["slices"] = config.slices.get(get_pattern_key(config.slices.keys(), target))
     elif config.slices == "family" and place is not None:

@@ -14,10 +14,13 @@ from torch import nn
 from routingvl.bottlenecks.attach import attach
 from routingvl.bottlenecks.beside import callable_widths
 from routingvl.bottlenecks.checkpoint import PEFT_TYPE as OWN_TYPE
+from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.inject import check_in_memory, default_image_width
 from routingvl.bottlenecks.layers import RoutedLayer, is_projection, projection_widths
 from routingvl.bottlenecks.places import LoRAPlace, lora_places, parts_outside
+from routingvl.bottlenecks.sources import Sources, take_off
 from routingvl.config import RoutingConfig
+from routingvl.config.routing import source_of
 from routingvl.kernels import find_routing
 from routingvl.peft.config import OwnAdapterConfig, PeftMethodError, RoutedLoraConfig, RoutedType
 from routingvl.peft.layer import RoutedLinear, check_linear
@@ -25,7 +28,7 @@ from routingvl.peft.layer import RoutedLinear, check_linear
 HANDLE = "_routingvl_image_from"  # attribute of a model: what attach() returned
 SETTINGS = (
     "routing", "relu", "placement", "slices", "image_from", "image_pooling", "text_only",
-    "joined_rank", "image_projection", "image_width",
+    "joined_rank", "image_projection", "image_width", "routed_by",
 )  # fmt: skip
 
 
@@ -58,7 +61,8 @@ class RoutedLoraModel(LoraModel):
             check_in_memory(model)
             _check_neighbours(model, self.peft_config)
             source = _image_source(self.peft_config)
-            self._settle_targets(model, config)
+            sources = Sources(model, config.routed_by, config.routing, VisualContext())
+            self._settle_targets(model, config, sources)
             if source is not None and not attached:
                 handle = attach(model, source[0], image_pooling=source[1], text_only=source[2])
                 setattr(model, HANDLE, handle)
@@ -75,10 +79,14 @@ class RoutedLoraModel(LoraModel):
         for layer in layers:
             layer.set_context(layers[0].context)
             layer.on_delete = _Farewell(model)
+            if adapter_name in layer.routed and layer.routed[adapter_name].routed_by != "image":
+                layer.routed[adapter_name].context = sources.own
+                sources.own.add(layer.routed[adapter_name])
+        sources.connect()
         if layers:
             layers[0].context.follow(model)
 
-    def _settle_targets(self, model: nn.Module, config: RoutedLoraConfig) -> None:
+    def _settle_targets(self, model: nn.Module, config: RoutedLoraConfig, sources: Sources) -> None:
         """Decide which modules ``config`` means, write that into it, and check them."""
         named = config.target_modules
         self._unasked = _unasked(model, config)
@@ -97,6 +105,9 @@ class RoutedLoraModel(LoraModel):
         known = [name for name, module in targets.items() if is_projection(module) or callable_widths(module)]
         places = lora_places(model, RoutingConfig(targets=tuple(known))) if known else []
         config.places = {place.name: place for place in places}
+        routed = [name for name in targets if not (name in config.places and config.places[name].unrouted)]
+        config.elsewhere = frozenset(name for name in routed if sources.of(name)["routed_by"] != "image")
+        sources.check()
         widths = _check_targets(targets, config)
         _settle_image(model, widths if find_routing(config.routing).uses_image else {}, config)
         if config.slices == "family":
@@ -115,6 +126,8 @@ class RoutedLoraModel(LoraModel):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         detach(model)
+        for module in model.modules():
+            take_off(module)
         return model
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
@@ -190,6 +203,7 @@ def _check_neighbours(model: nn.Module, configs: dict[str, Any]) -> None:
 def _image_source(configs: dict[str, RoutedLoraConfig]) -> tuple[Any, str, str | None] | None:
     """image_from, image_pooling and text_only of the adapters, which must agree; None: all are bound by hand."""
     routed = [config for config in configs.values() if find_routing(config.routing).uses_image]
+    routed = [config for config in routed if source_of(config.routed_by) != "text"]
     sources = {(c.image_from, c.image_pooling, c.text_only) for c in routed if c.image_from is not None}
     if len(sources) > 1:
         raise PeftMethodError(
@@ -221,7 +235,7 @@ def _check_targets(targets: dict[str, nn.Module], config: RoutedLoraConfig) -> d
                 f"{name} is a {type(base).__name__}: a routed LoRA stands beside projections with in_features and "
                 "out_features; leave it out of target_modules, or add it to exclude_modules"
             )
-        if not (name in config.places and config.places[name].unrouted):
+        if not ((name in config.places and config.places[name].unrouted) or name in config.elsewhere):
             widths.setdefault(width, name)
     return widths
 
@@ -256,7 +270,7 @@ def _width_read(model: nn.Module) -> int | None:
     """How wide the image is that adapters in ``model`` read; None: there is none that reads any."""
     for layer in routed_layers(model):
         for update in layer.routed.values():
-            if update.routing.uses_image:
+            if update.reads_image:
                 return update.image_projection.in_features if update.image_projection else update.image_width
     return None
 
