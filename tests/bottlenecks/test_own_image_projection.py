@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from golden_cases import VARIANT_CASES, Tensors
+from text_zoo import text_batch, text_model
 from tiny import WIDTH, answerer, batch, captioner, randomise, small_gpt2, small_roberta
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -281,6 +282,25 @@ def test_alike_layers_have_their_image_projected_together(method, routing, monke
             assert (left is None) == (right is None)
             if left is not None:
                 assert (left - right).abs().max() <= 1e-10 * right.abs().max() + 1e-12  # some are 0 but for rounding
+
+
+@pytest.mark.parametrize("settings", [{"image_projection": "own"}, {"routing": "attention", "heads": 1}])
+def test_states_of_an_encoder_reach_inputs_of_any_width(settings):
+    model = text_model("bart").eval()
+    targets = [r".*decoder\..*fc2", r".*decoder\..*encoder_attn\.q_proj"]
+    settings = {"routing": "vllora", "targets": targets, **settings}
+    inject(model, RoutingConfig(rank=4, routed_by="encoder_tokens", **settings), image_width=20)
+    randomise(model)
+    found = {layer.in_features: layer.image_width for layer in model.modules() if isinstance(layer, layers.RoutedLoRA)}
+    width = model.config.d_model
+    assert found.keys() > {width}
+    assert set(found.values()) == {width}
+    model(**text_batch("bart")).loss.backward()
+    own = {
+        name: p.grad for name, p in model.named_parameters() if name.endswith(("lora_A_image", "two_step.image.weight"))
+    }
+    assert len(own) == 2 * model.config.decoder_layers
+    assert all(grad.any() for grad in own.values())
 
 
 def test_targets_of_every_width_read_one_image():
