@@ -95,7 +95,7 @@ def inject(
     if config.has_own_projection:
         widths = _input_widths(model, config)
         image_width = _image_width(model, widths, image_width)
-        sources.widths = {"image": image_width, "encoder": _text_width(model) or min(widths), "text": None}
+        sources.widths = {"image": image_width, "encoder": text_width(model) or min(widths), "text": None}
     changes = plan(model, config, shared, sources, skipped)
     sources.check()
     _check_patterns(config, changes)
@@ -363,10 +363,10 @@ def default_image_width(model: nn.Module, widths: Collection[int]) -> int:
     """How wide the image is when nobody says so: as the inputs of all targets, or as the text where those differ."""
     if len(widths) == 1:
         return next(iter(widths))
-    return _text_width(model) or min(widths)
+    return text_width(model) or min(widths)
 
 
-def _text_width(model: nn.Module) -> int | None:
+def text_width(model: nn.Module) -> int | None:
     """How wide the states of the text model are, by its config; None where that does not say."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

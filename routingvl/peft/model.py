@@ -15,7 +15,7 @@ from routingvl.bottlenecks.attach import attach
 from routingvl.bottlenecks.beside import callable_widths
 from routingvl.bottlenecks.checkpoint import PEFT_TYPE as OWN_TYPE
 from routingvl.bottlenecks.context import VisualContext
-from routingvl.bottlenecks.inject import check_in_memory, default_image_width
+from routingvl.bottlenecks.inject import check_in_memory, default_image_width, text_width
 from routingvl.bottlenecks.layers import RoutedLayer, is_projection, projection_widths
 from routingvl.bottlenecks.places import LoRAPlace, lora_places, parts_outside
 from routingvl.bottlenecks.sources import Sources, take_off
@@ -107,6 +107,7 @@ class RoutedLoraModel(LoraModel):
         config.places = {place.name: place for place in places}
         routed = [name for name in targets if not (name in config.places and config.places[name].unrouted)]
         config.elsewhere = frozenset(name for name in routed if sources.of(name)["routed_by"] != "image")
+        config.states_width = text_width(model) if sources.source == "encoder" else None
         sources.check()
         widths = _check_targets(targets, config)
         _settle_image(model, widths if find_routing(config.routing).uses_image else {}, config)

@@ -5,6 +5,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peft_cases import IDS, ROWS, config, fill, gpt2, llama, logits, train
+from text_zoo import text_batch, text_model
 
 from routingvl import RoutingConfig, VisualContext, inject
 from routingvl.peft import PeftMethodError
@@ -49,6 +50,22 @@ def test_trains_saves_and_loads(build, changes, tmp_path):
     torch.testing.assert_close(logits(loaded, IMAGES), logits(model.eval(), IMAGES), rtol=0, atol=0)
     model.delete_adapter("default")
     assert not any(HELD in name for name, _ in model.named_parameters())
+
+
+def test_states_of_an_encoder_reach_inputs_of_any_width(tmp_path):
+    settings = {
+        "target_modules": r".*decoder\..*(fc2|encoder_attn\.q_proj)",
+        "routed_by": "encoder",
+        "image_width": None,
+    }
+    model = fill(get_peft_model(text_model("bart"), own(**settings))).eval()
+    widths = {layer.in_features: layer.lora_A_image["default"].in_features for layer in routed_layers(model)}
+    assert len(widths) == 2
+    assert set(widths.values()) == {model.config.d_model}
+    ids = text_batch("bart")["input_ids"]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(text_model("bart"), tmp_path).eval()
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)
 
 
 def test_hotswap(tmp_path):
