@@ -14,7 +14,7 @@ def run(args: Sequence[str]) -> int:
     parser = RunParser(
         "evaluate", "Score a run on a split. Predictions and metrics.json go into RUN/eval-SPLIT.", EXAMPLE
     )
-    parser.add_argument("--split", default="test", help="split to score (default: test)")
+    parser.add_argument("--split", default="test", help="split to score, of a mixture also NAME:SPLIT (default: test)")
     parser.add_argument("--output", metavar="FOLDER", help="folder for the results (default: RUN/eval-SPLIT[-CONTROL])")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
     parser.add_argument(

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from pair_and_gqa_data import config_of, write_gqa, write_nlvr2
-from tiny import batch, randomise, small_roberta, small_vit, write_backbones
+from PIL import Image
+from tiny import COLOURS, batch, randomise, small_roberta, small_vit, write_backbones
 from training_runs import losses
 
 from routingvl import RoutingConfig, ViTRobertaForClassification
@@ -174,3 +176,33 @@ def test_two_images_are_tokens_one_behind_the_other(routing):
     torch.testing.assert_close(model.classifier(states), logits)
     assert not torch.allclose(model(vision_features=features.flip(1), **inputs).logits, logits)
     assert model.encode_images(torch.stack([left, right], dim=1)).shape == (3, 2, 1, 32)
+
+
+@pytest.mark.slow
+def test_what_was_learned_of_the_left_image_is_lost_with_other_images(tiny, tmp_path):
+    random = Random(0)
+    (tmp_path / "images").mkdir()
+    for split, count in (("train", 400), ("dev", 60), ("test1", 100)):
+        rows = []
+        for number in range(count):
+            asked, other = random.sample(list(COLOURS), 2)
+            sides = (asked, other) if number % 2 else (other, asked)  # only the order tells
+            for side, colour in enumerate(sides):
+                name = f"{split}-{number}-0-img{side}.png"
+                Image.new("RGB", (24, 20), COLOURS[colour]).save(tmp_path / "images" / name)
+            row = {"identifier": f"{split}-{number}-0-0", "sentence": f"the left one is {asked}"}
+            rows.append(row | {"label": str(sides[0] == asked)})
+        (tmp_path / f"{split}.json").write_text("\n".join(map(json.dumps, rows)))
+    settings = {
+        "max_steps": 400,
+        "train.batch_size": 32,
+        "lr": 5e-3,
+        "rank": 8,
+        "routing.alpha": 16,
+        "val_split": "dev",
+    }
+    config = config_of(tiny, tmp_path, tmp_path / "run", "nlvr2", precompute_features=True, **settings)
+    run = train(config, log="quiet").run_dir
+    scores = [evaluate(run, "test1", image_control=control, log="quiet")["accuracy"] for control in (None, "shuffled")]
+    assert scores[0] > 90
+    assert scores[1] < 70
