@@ -51,6 +51,13 @@ In front of a tiny RoBERTa that classifies, by what `model.vision_features` take
 (routing mul), or all of them (routing vllora).
 
 {towers}
+## Encoder-decoders that read images and a text
+
+By `VisionTextForGeneration` with one image or two in a row, by what the decoder's bottlenecks are routed by
+(`routing.routed_by`; those of the encoder by the image): LoRA on query and value of the encoder's self-attention and
+the decoder's cross-attention, and adapters behind these and the feed-forward sublayers.
+
+{writers}
 ## Whole vision-language models
 
 The image is the model's own (`attach`, or `image_from` in PEFT); LLaVA, PaliGemma and Qwen2-VL have a row of two images
@@ -169,6 +176,41 @@ def try_tower(name: str, kind: str, folder: Path) -> None:
     compare(model, again, lambda model, seed: [model(pixel_values=tower_images(name, seed), input_ids=ids)[1]])
 
 
+# --------------------------------------------------------------------------------------------------- encoder-decoders
+
+
+def try_writer(kind: str, method: str, routed_by: str, folder: Path) -> None:
+    """An encoder-decoder over texts with one image or two, by the class of the task."""
+    from routingvl import VisionTextForGeneration as Writer
+
+    several = routed_by.endswith("_tokens")
+    config = RoutingConfig(
+        method=method,
+        routing="vllora" if several else "mul",
+        rank=4,
+        alpha=8,
+        routed_by=routed_by,
+        decoder_attention="cross",
+    )
+    torch.manual_seed(7)
+    model = Writer.from_backbones(None, text_model(kind), config, image_pooling="mean", project_features=True)
+    batch = text_batch(kind)
+    prompt = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    there = torch.tensor([[True, True], [True, False], [True, True]])
+
+    def sees(seed: int) -> dict[str, torch.Tensor]:
+        pair = torch.stack([images(2 * seed + 1), images(2 * seed + 2)], dim=1)
+        return {"vision_features": pair, "image_mask": there}
+
+    def use(model: nn.Module, seed: int) -> list[torch.Tensor]:
+        written = model.generate(**sees(seed), **prompt, num_beams=2, max_new_tokens=4, eos_token_id=None)
+        return [model(**sees(seed), **batch).logits, written]
+
+    trained(model, lambda model: model(**sees(0), **batch).loss)
+    model.save_pretrained(folder)
+    compare(model, Writer.from_pretrained(folder, text=text_model(kind)), use)
+
+
 # -------------------------------------------------------------------------------------- whole vision-language models
 
 
@@ -220,6 +262,11 @@ KINDS = ("pooler", "cls", "mean", "tokens")
 FAMILY_WAYS = {
     "places": "LoRA, its own places", "targets": "LoRA, named", "adapter": "adapters", "peft": "LoRA by PEFT",
 }  # fmt: skip
+WRITER_WAYS = {
+    f"{words}, {routed_by}": (method, routed_by)
+    for method, words in (("lora", "LoRA"), ("adapter", "adapters"))
+    for routed_by in ("image", "encoder", "encoder_tokens")
+}
 VLM_WAYS = {"inject": "inject", "peft": "PEFT"}
 
 
@@ -234,6 +281,14 @@ def families() -> dict[str, dict[str, Trial]]:
 def towers() -> dict[str, dict[str, Trial]]:
     """The trials of vision towers."""
     return {name: {kind: partial(try_tower, name, kind) for kind in KINDS} for name in TOWERS}
+
+
+def writers() -> dict[str, dict[str, Trial]]:
+    """The trials of encoder-decoders."""
+    return {
+        kind: {column: partial(try_writer, kind, *way) for column, way in WRITER_WAYS.items()}
+        for kind in ("bart", "mbart", "t5", "mt5")
+    }
 
 
 def vlms() -> dict[str, dict[str, Trial]]:
@@ -259,8 +314,8 @@ def table(what: str, trials: dict[str, dict[str, Trial]]) -> str:
 
 def page() -> str:
     """docs/models.md."""
-    parts = {"families": families(), "towers": towers(), "vlms": vlms()}
-    names = {"families": "model type", "towers": "model type", "vlms": "model"}
+    parts = {"families": families(), "towers": towers(), "writers": writers(), "vlms": vlms()}
+    names = dict.fromkeys(("families", "towers", "writers"), "model type") | {"vlms": "model"}
     count = sum(len(cells) for trials in parts.values() for cells in trials.values())
     return PAGE.format(count=count, **{part: table(names[part], trials) for part, trials in parts.items()})
 

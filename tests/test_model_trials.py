@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_trials import Differs, compare, families, page, said, towers, vlms
+from model_trials import Differs, compare, families, page, said, towers, vlms, writers
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 CORE = [
@@ -12,6 +12,8 @@ CORE = [
     *(("families", kind, "LoRA, named") for kind in ("llama", "t5", "deberta-v2")),
     ("towers", "clip", "tokens"),
     ("towers", "resnet", "pooler"),
+    ("writers", "bart", "LoRA, encoder"),
+    ("writers", "t5", "adapters, encoder_tokens"),
     ("vlms", "llava, inject", "mul"),
     ("vlms", "qwen2_vl, PEFT", "vllora"),
 ]
@@ -20,7 +22,7 @@ CORE = [
 @pytest.mark.parametrize("cell", CORE, ids=" ".join)
 def test_core(cell):
     part, row, column = cell
-    trials = {"families": families, "towers": towers, "vlms": vlms}[part]()
+    trials = {"families": families, "towers": towers, "writers": writers, "vlms": vlms}[part]()
     assert said(trials[row][column]) == "yes"
 
 
