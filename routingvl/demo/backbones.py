@@ -190,7 +190,7 @@ def pretrain_roberta(folder: Path, config: BackboneConfig) -> dict[str, Any]:
     from transformers import RobertaConfig, RobertaForMaskedLM, RobertaModel, RobertaTokenizer
 
     torch.manual_seed(config.seed)
-    _, questions = _sentences(config)
+    questions = [question.text for question in _sentences(config)[1]]
     tokenizer = RobertaTokenizer(**_train_bpe(questions, _ROBERTA_SPECIALS), add_prefix_space=True)
     model = RobertaForMaskedLM(
         RobertaConfig(
@@ -270,14 +270,15 @@ def pretrain_gpt2(folder: Path, config: BackboneConfig) -> dict[str, Any]:
 
 
 def pretrain_bart(folder: Path, config: BackboneConfig) -> dict[str, Any]:
-    """Train a BART to write captions and questions again of which some words, few or all, are masked; save it.
+    """Train a BART to write captions, questions and answers again of which some words, few or all, are masked; save it.
 
     Its steps and batch are the language model's. The demo's comparison has no encoder-decoder; tests train this one.
     """
     from transformers import BartConfig, BartForConditionalGeneration, RobertaTokenizer
 
     torch.manual_seed(config.seed)
-    sentences = [text for texts in _sentences(config) for text in texts]
+    captions, questions = _sentences(config)
+    sentences = captions + [text for question in questions for text in (question.text, question.answer)]
     tokenizer = RobertaTokenizer(**_train_bpe(sentences, _ROBERTA_SPECIALS), add_prefix_space=True)
     stacks = {f"{stack}_layers": config.text_layers for stack in ("encoder", "decoder")}
     stacks |= {f"{stack}_attention_heads": config.heads for stack in ("encoder", "decoder")}
@@ -314,12 +315,12 @@ def pretrain_bart(folder: Path, config: BackboneConfig) -> dict[str, Any]:
     return {"parameters": _count(model), "denoising loss (nats)": held_out_loss, "vocabulary": len(tokenizer)}
 
 
-def _sentences(config: BackboneConfig) -> tuple[list[str], list[str]]:
+def _sentences(config: BackboneConfig) -> tuple[list[str], list[shapes.Question]]:
     """Captions and questions, equally many, about freshly drawn scenes."""
     rng = np.random.default_rng(config.seed + 2 * _SEED_OFFSET)
     scenes = shapes.draw_scenes(config.examples, rng)
     captions = [shapes.captions(scene)[0] for scene in scenes]
-    questions = [question.text for _, question in shapes.balanced_questions(scenes, config.examples, rng)]
+    questions = [question for _, question in shapes.balanced_questions(scenes, config.examples, rng)]
     return captions, [questions[place] for place in rng.permutation(len(questions))]
 
 
