@@ -45,7 +45,7 @@ class ModelConfig:
         vision: vision tower, a hub name or a local folder.
         text: language model, a hub name or a local folder; null takes the task's.
         tokenizer: hub name or local folder; null takes the one of the language model.
-        vision_features: what of the vision tower is used: pooler, cls, mean or tokens (all of them; with routing vllora,
+        vision_features: what of the vision tower is used: pooler, cls, mean or tokens (all of them; with routing vllora
             or image_pooling mean).
         vision_layer: transformer layer of the vision tower whose output is used, from the end and without a norm (-2:
             the last but one); null takes the tower's own output.

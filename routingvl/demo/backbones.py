@@ -272,7 +272,7 @@ def pretrain_gpt2(folder: Path, config: BackboneConfig) -> dict[str, Any]:
 def pretrain_bart(folder: Path, config: BackboneConfig) -> dict[str, Any]:
     """Train a BART to write captions, questions and answers again of which some words, few or all, are masked; save it.
 
-    Its steps and batch are the language model's. The demo's comparison has no encoder-decoder; tests train this one.
+    Steps and batch are the language model's. The demo's comparison has no encoder-decoder; tests train this one.
     """
     from transformers import BartConfig, BartForConditionalGeneration, RobertaTokenizer
 
