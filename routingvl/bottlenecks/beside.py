@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from routingvl.bottlenecks.layers import RoutedLoRA, callable_widths
+from routingvl.bottlenecks.layers import RoutedLoRA
+from routingvl.bottlenecks.projections import callable_widths
 
 
 class LoRAUpdate(RoutedLoRA):

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from routingvl.bottlenecks.layers import RoutedLoRALinear, is_conv1d
+from routingvl.bottlenecks.layers import RoutedLoRALinear
+from routingvl.bottlenecks.projections import is_conv1d
 
 # What belongs to bottlenecks, ours and PEFT's, and to what trains beside them: frozen or not, its type is its own.
 OWNED = re.compile(

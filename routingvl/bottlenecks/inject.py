@@ -16,15 +16,9 @@ from torch import nn
 from routingvl.bottlenecks.beside import RoutedLoRABeside
 from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.float32 import HALF, hold_in_float32, release
-from routingvl.bottlenecks.layers import (
-    RoutedAdapter,
-    RoutedLayer,
-    RoutedLoRALinear,
-    is_dense,
-    is_projection,
-    projection_widths,
-)
+from routingvl.bottlenecks.layers import RoutedAdapter, RoutedLayer, RoutedLoRALinear
 from routingvl.bottlenecks.places import SurgeryError, adapter_places, layer_norms, lora_places
+from routingvl.bottlenecks.projections import is_dense, is_projection, projection_widths
 from routingvl.bottlenecks.report import TrainableReport, trainable_report
 from routingvl.bottlenecks.sharding import is_sharded
 from routingvl.bottlenecks.sources import Sources, take_off

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from routingvl.bottlenecks.checkpoint import WEIGHTS, CheckpointError
-from routingvl.bottlenecks.layers import is_projection
+from routingvl.bottlenecks.projections import is_projection
 from routingvl.config import ConfigError, from_dict
 from routingvl.config.checks import check_settings, setting, shown
 from routingvl.json_files import read_json

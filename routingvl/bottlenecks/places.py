@@ -20,7 +20,8 @@ from torch import nn
 from routingvl.backbones.loading import model_type
 from routingvl.bottlenecks.beside import callable_widths
 from routingvl.bottlenecks.families import ACTIVATIONS, FAMILIES, Family, Projection
-from routingvl.bottlenecks.layers import RoutedLayer, is_projection, projection_widths
+from routingvl.bottlenecks.layers import RoutedLayer
+from routingvl.bottlenecks.projections import is_projection, projection_widths
 from routingvl.config import RoutingConfig
 from routingvl.config.routing import ALL_LINEAR, named
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from routingvl.bottlenecks.beside import LoRAUpdate
 from routingvl.bottlenecks.context import VisualContext
-from routingvl.bottlenecks.layers import is_conv1d, is_projection
+from routingvl.bottlenecks.projections import is_conv1d, is_projection
 from routingvl.bottlenecks.sharding import is_sharded
 from routingvl.kernels.routing import Routing
 from routingvl.peft.config import PeftMethodError, RoutedLoraConfig

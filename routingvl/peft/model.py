@@ -16,8 +16,9 @@ from routingvl.bottlenecks.beside import callable_widths
 from routingvl.bottlenecks.checkpoint import PEFT_TYPE as OWN_TYPE
 from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.inject import check_in_memory, default_image_width, text_width
-from routingvl.bottlenecks.layers import RoutedLayer, is_projection, projection_widths
+from routingvl.bottlenecks.layers import RoutedLayer
 from routingvl.bottlenecks.places import LoRAPlace, lora_places, parts_outside
+from routingvl.bottlenecks.projections import is_projection, projection_widths
 from routingvl.bottlenecks.sources import Sources, take_off
 from routingvl.config import RoutingConfig
 from routingvl.config.routing import source_of
