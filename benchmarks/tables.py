@@ -222,7 +222,7 @@ def convergence() -> str:
     rows = [json.loads(line) for line in (RESULTS / "cpu_convergence.jsonl").read_text(encoding="utf-8").splitlines()]
     lines = [
         [f"{one['case'].removeprefix('convergence_')}, {one['dtype']}", f"{one['ours']:.1e}", f"{one['nudged']:.1e}",
-         f"{one['widest']:.1e}", f"{one['last']:.4f}"]
+         f"{one['widest']:.1e}", f"{one['last']:.4f}" + f" ± {one['error']:.4f}" * (one["starts"] > 1)]
         for one in judged(rows)
     ]  # fmt: skip
     head = [
