@@ -88,6 +88,10 @@ class RoutedLayer(nn.Module):
         attends = self.routing is ATTENTION
         if image_projection not in (None, "own"):
             raise ValueError(f"image_projection={image_projection!r} is not one of None and 'own' in a layer")
+        if image_projection == "own" and not self.routing.uses_image:
+            raise ValueError(
+                f"image_projection='own' is for an image, which routing {self.routing.name!r} does not read"
+            )
         if two_step not in (None, *TWO_STEP):
             raise ValueError(f"two_step={two_step!r} is not one of None, {', '.join(map(repr, TWO_STEP))}")
         if two_step is not None and (attends or not self.routing.uses_image):
@@ -95,7 +99,7 @@ class RoutedLayer(nn.Module):
         apart = attends or two_step is not None
         if image_width is not None and image_projection is None and not apart:
             raise ValueError(f"image_width={image_width} is the width of an image_projection='own'")
-        self.has_own = (image_projection == "own" or apart) and self.routing.uses_image
+        self.has_own = image_projection == "own" or apart
         self.image_width = image_width if self.has_own and image_width is not None else width
         self._make_two_step = None
         if apart:

@@ -178,6 +178,10 @@ class RoutingConfig:
         attends = self.function is ATTENTION
         if self.heads != 4 and not attends:
             raise ConfigError(f"heads={self.heads} is defined for routing='attention' only")
+        if self.image_projection == "own" and not self.function.uses_image:
+            raise ConfigError(
+                f"image_projection='own' projects the image, which routing {self.routing!r} does not read"
+            )
         if not (attends or self.two_step is not None):
             return
         what = "routing='attention'" if attends else f"two_step={self.two_step!r}"

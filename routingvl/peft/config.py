@@ -124,6 +124,10 @@ class RoutedLoraConfig(LoraConfig):
         if self.relu and not row.supports_relu:
             able = [name for name, other in ROUTINGS.items() if other.supports_relu]
             raise PeftMethodError(f"relu=True is defined for routing {', '.join(able)}, not for {self.routing!r}")
+        if self.image_projection == "own" and not row.uses_image:
+            raise PeftMethodError(
+                f"image_projection='own' projects the image, which routing {self.routing!r} does not read"
+            )
         if self.image_pooling == "tokens" and row.max_visual_tokens == 1:
             raise PeftMethodError(
                 f"image_pooling='tokens' gives several visual tokens and routing {self.routing!r} takes one: use 'mean'"

@@ -230,7 +230,7 @@ def _options(config: RoutedLoraConfig, target: str) -> dict[str, Any]:
         options |= {"image_projection": "own"}
         options["image_width"] = config.states_width if target in config.elsewhere else config.image_width
     if place is not None and place.unrouted:
-        options |= {"routing": "none", "relu": False, "routed_by": "image"}
+        options = {"routing": "none", "relu": False}
     if isinstance(config.slices, dict):
         options["slices"] = config.slices.get(get_pattern_key(config.slices.keys(), target))
     elif config.slices == "family" and place is not None:

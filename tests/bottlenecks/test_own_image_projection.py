@@ -192,14 +192,13 @@ def test_start_of_training():
     adapter = layers.RoutedAdapter(K, RANK, image_projection="own")
     assert adapter.image_down_sampler.weight.shape == (RANK, K)
     assert not adapter.image_down_sampler.bias.any()
-    plain = layers.RoutedLoRALinear(nn.Linear(K, K), RANK, routing="none", **OWN)
-    assert not hasattr(plain, "lora_A_image")  # it reads no image
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"image_projection": "linear"}, "image_projection='linear' is not one of None and 'own' in a layer"),
+        ({**OWN, "routing": "none"}, "image_projection='own' is for an image, which routing 'none' does not read"),
         ({"image_width": 4}, "image_width=4 is the width of an image_projection='own'"),
     ],
 )
@@ -342,3 +341,5 @@ def test_config():
     assert RoutingConfig(image_projection="own").image_projection == "own"
     with pytest.raises(ConfigError, match="image_projection='owned' is not one of 'linear', 'own'"):
         RoutingConfig(image_projection="owned")
+    with pytest.raises(ConfigError, match="projects the image, which routing 'none' does not read"):
+        RoutingConfig(image_projection="own", routing="none")

@@ -85,7 +85,9 @@ def test_start_and_neighbours():
     model = get_peft_model(llama(), own(init_lora_weights="gaussian", target_modules=["q_proj"]))
     (first, *_) = routed_layers(model)
     assert 0.15 < first.lora_A_image["default"].weight.std() < 0.35  # 1 / r, as A
-    model.add_adapter("plain", own(routing="none", target_modules=["q_proj"]))
+    model.add_adapter("plain", own(routing="none", image_projection=None, target_modules=["q_proj"]))
     assert "plain" not in first.lora_A_image
+    with pytest.raises(PeftMethodError, match="projects the image, which routing 'none' does not read"):
+        own(routing="none")
     with pytest.raises(PeftMethodError, match="image_width=16: another adapter of the model reads an image of 20"):
         model.add_adapter("narrow", own(image_width=16))
