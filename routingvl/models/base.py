@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,18 +23,17 @@ from routingvl.backbones.text import (
     text_kind,
     text_model,
 )
-from routingvl.backbones.vision import FEATURES, check_features, image_features, load_tower, tower_width
+from routingvl.backbones.vision import FEATURES, check_features, load_tower, tower_width
 from routingvl.bottlenecks import checkpoint
 from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.inject import inject, train_in_float32
 from routingvl.bottlenecks.report import TrainableReport, trainable_report
-from routingvl.bottlenecks.rows import Tokens
 from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict, nearest
 from routingvl.config.checks import check_value, types_of
-from routingvl.config.routing import source_of
 from routingvl.config.schema import IMAGE_POOLINGS
 from routingvl.models import hub
-from routingvl.models.checks import check_finite, check_padding, check_tensor, check_values, check_zeros_and_ones
+from routingvl.models.checks import check_padding, check_tensor, check_values, check_zeros_and_ones
+from routingvl.models.images import ReadsImages
 from routingvl.models.output import ModelOutput
 from routingvl.models.placement import backbone_dtypes, place
 from routingvl.models.pretrained import PretrainedParts
@@ -45,7 +43,7 @@ __all__ = ["ModelOutput", "RoutedVLModel"]
 LATER: dict[str, Any] = {"vision_layer": None, "image_pooling": None, "project_features": False}
 
 
-class RoutedVLModel(PretrainedParts):
+class RoutedVLModel(ReadsImages, PretrainedParts):
     """A frozen vision tower whose features reach a language model as a visual prefix and through routed bottlenecks.
 
     Use a subclass, and build it with :meth:`from_backbones`.
@@ -94,7 +92,7 @@ class RoutedVLModel(PretrainedParts):
         self.image_pooling = image_pooling
         self.project_features = project_features
         # Checked here for the kind of feature, and again for the tensor of each call.
-        self._check_tokens(2 if vision_features == "tokens" else 1)
+        self.check_visual_tokens(2 if vision_features == "tokens" else 1)
         self.vision_features = vision_features
         self.vision_layer = vision_layer
         self.visual_prefix = visual_prefix
@@ -211,79 +209,6 @@ class RoutedVLModel(PretrainedParts):
         if self.vit is not None:
             self.vit.eval()
         return self
-
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """pixel_values [B, 3, H, W] -> features [B, L, d_vision], without gradients; L is 1 but for "tokens".
-
-        N images each, [B, N, 3, H, W], give [B, N, L, d_vision]. The result is what ``vision_features=`` takes, so
-        images that come again can be encoded once.
-        """
-        if self.vit is None:
-            raise ValueError("the model was built without a ViT: pass vision_features= instead of pixel_values=")
-        several = isinstance(pixel_values, torch.Tensor) and pixel_values.dim() == 5
-        check_tensor("pixel_values", pixel_values, 5 if several else 4)
-        if not pixel_values.numel():
-            raise ValueError("the batch is empty: there is no image in pixel_values")
-        check_finite("pixel_values", pixel_values)
-        images = pixel_values.flatten(0, 1) if several else pixel_values
-        features = image_features(self.vit, images, self.vision_features, self.vision_layer)
-        return features.unflatten(0, pixel_values.shape[:2]) if several else features
-
-    def visual_features(self, pixel_values: torch.Tensor | None, vision_features: torch.Tensor | None) -> torch.Tensor:
-        """Features [B, L, d] as the bottlenecks read them, from exactly one of the two inputs.
-
-        They have the language model's width and type; with ``image_projection="own"`` they keep the tower's width.
-
-        pixel_values are images [B, 3, H, W], vision_features [B, L, d_vision] what :meth:`encode_images` made of them.
-        Of N images each, [B, N, 3, H, W] or [B, N, L, d_vision], the tokens stand one behind the other: [B, N L, d].
-        Bottlenecks of a routing function of one visual token read their mean.
-
-        Raises:
-            ValueError: both or neither are given, the shape does not fit, or values on the CPU are not finite.
-        """
-        if (pixel_values is None) == (vision_features is None):
-            raise ValueError("pass either pixel_values= (images) or vision_features= (encoded images)")
-        if vision_features is None:
-            vision_features = self.encode_images(pixel_values)
-        check_tensor("vision_features", vision_features)
-        if vision_features.dim() not in (3, 4) or vision_features.shape[-1] != self.vision_width:
-            have = list(vision_features.shape)
-            raise ValueError(f"vision_features must be [batch, visual tokens, {self.vision_width}], not {have}")
-        if not len(vision_features):
-            raise ValueError("the batch is empty: there is no image in vision_features")
-        check_finite("vision_features", vision_features)
-        self._check_tokens(vision_features.shape[-2])
-        if vision_features.dim() == 4:
-            vision_features = vision_features.flatten(1, 2)
-        features = vision_features.to(self.device, self.dtype)
-        own = self.routing.has_own_projection
-        return features if self.visual_projection is None or own else self.visual_projection(features)
-
-    def prefix(self, features: torch.Tensor) -> torch.Tensor:
-        """What :meth:`visual_features` gave as the visual tokens in front of the text, [B, L, width of the text]."""
-        apart = self.routing.has_own_projection and self.visual_projection is not None
-        return self.visual_projection(features) if apart else features
-
-    def _check_tokens(self, visual_tokens: int) -> None:
-        """Raise ConfigError unless the routing function takes so many visual tokens."""
-        if source_of(self.routing.routed_by) == "text":  # no bottleneck reads them
-            return
-        try:
-            self.routing.function.check(1 if self.image_pooling else visual_tokens, self.routing.relu)
-        except ValueError as error:
-            pools = "vision_features='mean' pools them, image_pooling='mean' for the bottlenecks alone"
-            raise ConfigError(f"{error}; {pools}") from error
-
-    def bind(
-        self, features: torch.Tensor, mask: torch.Tensor | None = None, **options: Any
-    ) -> AbstractContextManager[None]:
-        """Bind what the bottlenecks read of features [B, L, d]: all tokens, or the mean of those in mask [B, L].
-
-        ``options`` are those of :meth:`~routingvl.bottlenecks.context.VisualContext.bind`.
-        """
-        if self.image_pooling == "mean":
-            features, mask = Tokens(features, mask).mean().features, None
-        return self.context.bind(features, mask=mask, **options)
 
     def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [B, T] -> what stands behind a visual prefix: [B, T, d]."""
