@@ -172,10 +172,10 @@ class RoutedLayer(nn.Module):
 
     def _checked(self, reading: Reading) -> Reading:
         if reading.counted is not None and not (self.routing.inner_product or self.routing is ATTENTION):
-            raise ValueError(
-                f"routing {self.routing.name!r} may read something in zero padding: bind as many visual tokens for "
-                "every image, without mask="
-            )
+            fix = "bind as many visual tokens for every image, without mask="
+            if self.routed_by != "image":
+                fix = f"use routed_by={self._source!r}, the mean"
+            raise ValueError(f"routing {self.routing.name!r} may read something in zero padding: {fix}")
         return reading
 
     def _watch(self, y: torch.Tensor) -> None:

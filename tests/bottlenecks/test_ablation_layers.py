@@ -78,6 +78,14 @@ def test_text_by_text_is_the_published_codes_but_for_its_transpose():
     assert_same(ours(case, Tensors(case), "text_by_text"), text_by_text(case, Tensors(case), reshaped=False))
 
 
+def test_vllora_with_ones_takes_no_padding():
+    model = text_model("roberta")
+    inject(model, RoutingConfig(routing="vllora_ones", routed_by="text_tokens", rank=4))
+    ids = torch.tensor([[3, 4, 5], [3, 4, 1]])
+    with pytest.raises(ValueError, match="may read something in zero padding: use routed_by='text', the mean"):
+        model(ids, attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]))
+
+
 def test_text_by_text_is_refused_in_causal_models():
     for kind, settings in (("gpt2", {}), ("bart", {"method": "adapter"})):
         with pytest.raises(SurgeryError, match=r"routing='text_by_text': .* is in a causal model"):
