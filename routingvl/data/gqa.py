@@ -73,6 +73,7 @@ def load_gqa(
     files = question_files(Path(folder), split)
     folders, images = ImageFolders(image_root, files[0], allow_symlinks), {}
     questions: dict[str, GQAQuestion] = {}
+    unanswered: dict[str, Path] = {}
     counts: Counter[str] = Counter()
     for path in files:
         for question in load_gqa_file(path):
@@ -84,13 +85,13 @@ def load_gqa(
                 images[question.file_name] = ImageRecord(question.image_id, question.file_name, place)
             if question.item is not None:
                 counts[question.item.answer] += 1
+            elif not unanswered:
+                unanswered[question.question_id] = path
     if not questions:
         raise DataError(f"{files[0]} has no questions")
     if 0 < counts.total() < len(questions):
-        without = next(identity for identity, question in questions.items() if question.item is None)
-        raise DataError(
-            f"{files[0]}: question {without} has no answer while others have; add it, or remove the question"
-        )
+        without, path = next(iter(unanswered.items()))
+        raise DataError(f"{path}: question {without} has no answer while others have; add it, or remove the question")
     answers = AnswerVocabulary.of_counts(counts).answers if counts else ()
     choices = Path(folder) / f"{split.partition('_')[0]}_choices.json"
     return GQASplit(split, list(images.values()), list(questions.values()), answers, choices)
@@ -143,7 +144,7 @@ def _question(
     if "answer" not in fields:
         return GQAQuestion(identity, **place)
     item = gqa_item(fields)
-    if not item.answer:
+    if not item.answer.strip():
         raise DataError(f"{path}: the answer of question {identity} is empty; remove the question")
     # A few thousand strings make up millions of answers and types.
     few = {name: sys.intern(getattr(item, name)) for name in ("answer", "structural", "semantic", "detailed")}

@@ -21,6 +21,12 @@ class WritingTask(Task):
 
     model: WritingVLModel
 
+    def read_training_splits(self) -> tuple[Split, Split | None]:
+        """Also refuse a list of answers, of which this task chooses none."""
+        if self.config.data.answers is not None:
+            raise ConfigError(f"data.answers: task {self.name!r} writes its answers and chooses none; leave it null")
+        return super().read_training_splits()
+
     def use_model(self, model: WritingVLModel) -> None:
         """Take ``model``; ConfigError unless it ends texts with the token that the tokenizer gives."""
         super().use_model(model)

@@ -98,6 +98,7 @@ def test_vocabulary(tmp_path, capsys):
         ("question", " ", "question 00000100 must be a text that is not empty"),
         ("answer", 3, "question 00000100 does not have the expected form: answer, question and types must be strings"),
         ("answer", "", "the answer of question 00000100 is empty"),
+        ("answer", " ", "the answer of question 00000100 is empty"),
         ("types", None, "question 00000100 does not have the expected form"),
         ("types", {"structural": "query"}, "question 00000100 has no key 'semantic'"),
         ("isBalanced", "yes", "isBalanced must be true or false, not 'yes'"),
@@ -149,3 +150,11 @@ def test_faulty_parts(spoil, tmp_path):
     (tmp_path / "val_all_questions").mkdir()
     with pytest.raises(DataError, match="without a gap; it has none"):
         load_gqa(tmp_path, "val_all")
+
+
+def test_a_part_without_an_answer(spoil):
+    folder = spoil(lambda content: content["00001100"].pop("answer"), "val_all_questions/val_all_questions_1.json")
+    with pytest.raises(
+        DataError, match=r"val_all_questions_1\.json: question 00001100 has no answer while others have"
+    ):
+        load_gqa(folder, "val_all")

@@ -233,3 +233,13 @@ def test_data_sets_alone(tiny, tmp_path, task):
     ]
     if name == "coco":
         assert predictor.caption(images[:1]) == [rows[0]["caption"]]
+
+
+@pytest.mark.parametrize("task", ["mixture", "caption", "vqa-generate"])
+def test_a_list_of_answers_is_refused_where_answers_are_written(tiny, tmp_path, task):
+    answers = tmp_path / "answers.json"
+    answers.write_text('["yes", "no"]')
+    with pytest.raises(
+        ConfigError, match=r"data\.answers: task '.*' writes its answers and chooses none; leave it null"
+    ):
+        train(config_of(tiny, tmp_path / "run", task, answers=str(answers)), log="quiet")
