@@ -21,7 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -110,17 +110,21 @@ def sides(case: HostCase) -> dict[str, Callable[[], None]]:
 
 def measure(case: HostCase, repeats: int, wanted: Sequence[str] = SIDES) -> dict[str, list[float]]:
     """Microseconds of CPU time for a call by each side, ``repeats`` times in turns."""
-    found = {name: call for name, call in sides(case).items() if name in wanted}
+    return timed({name: call for name, call in sides(case).items() if name in wanted}, repeats, CALLS)
+
+
+def timed(found: Mapping[str, Callable[[], None]], repeats: int, calls: int) -> dict[str, list[float]]:
+    """Microseconds of CPU time for a call of each, ``repeats`` times in turns, of ``calls`` calls each."""
     times: dict[str, list[float]] = {name: [] for name in found}
-    for name in found:
-        for _ in range(CALLS):  # compiles, and fills the caches
-            found[name]()
+    for call in found.values():
+        for _ in range(max(calls, 4)):  # compiles, and fills the caches
+            call()
     for repeat in range(repeats):
         for name in list(found)[:: 1 if repeat % 2 else -1]:
             start = time.process_time()
-            for _ in range(CALLS):
+            for _ in range(calls):
                 found[name]()
-            times[name].append((time.process_time() - start) * 1e6 / CALLS)
+            times[name].append((time.process_time() - start) * 1e6 / calls)
     return times
 
 
@@ -162,6 +166,8 @@ def stand_for_a_gpu() -> None:
     stub_gpu.install(keep=False)
     dispatch.triton_obstacle = lambda device: None
     torch.set_num_threads(1)
+    # What the launches leave is memory as it was found; arithmetic on denormal numbers there would be timed.
+    torch.set_flush_denormal(True)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,42 +1,102 @@
-"""What the hand-written autograd functions share: how their forward is bound and how their backward starts and ends."""
+"""What the hand-written autograd functions share: how they are applied, and how their backward starts and ends.
+
+Each has a forward that returns what was computed for the backward pass beside its result, and a setup_context:
+torch.func and compilers need that form. Plain calls go through its :func:`_twin`, whose only output is the result.
+"""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from functools import cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 
-from .inputs import transformed, without_autocast
+from .inputs import without_autocast
+from .tracing import transformed
 
-F = TypeVar("F", bound=Callable)
 Gradients = Callable[[Any, Tensor], Sequence[Tensor | None]]
+Keeping = Callable[[Any, tuple[Any, ...], tuple[Any, ...]], None]
 
 
-def applied(function: type[Function], *inputs: Any) -> tuple[Any, ...]:
-    """``function.apply(*inputs)`` on the shortest way there is.
+def applied(
+    function: type[Function],
+    *inputs: Any,
+    recording: bool | None = None,
+    dtype: torch.dtype | None = None,
+    plain: bool = False,
+) -> Tensor:
+    """The first output of ``function.apply(*inputs)``, on the shortest way there is.
 
     What torch's own ``apply`` does first, binding defaults and unwrapping what torch.func left, costs as much as the
     rest of it. Where nothing is to be differentiated the forward alone is called.
+
+    Args:
+        recording: whether gradients are recorded and any of the tensors needs one; None: not known yet.
+        dtype: of the call, to which its first inputs, ``function.cast`` of them, are cast inside the function, so that
+            autograd does not record it; torch casts the gradients back. None: they have it.
+        plain: it is known that nothing traces or transforms the call.
     """
-    if transformed() or forward_ad._current_level >= 0:
-        return function.apply(*inputs)
+    if (not plain and transformed()) or forward_ad._current_level >= 0:
+        return function.apply(*_cast(function, inputs, dtype))[0]
+    if torch.is_grad_enabled() if recording is None else recording:
+        return _twin(function)(*inputs, dtype)
+    return function.forward(*(inputs if dtype is None else _cast(function, inputs, dtype)))[0]
+
+
+def need_gradients(*tensors: Tensor | None) -> bool:
+    """Whether gradients are recorded and any of these needs one."""
     if torch.is_grad_enabled():
-        for given in inputs:
-            if isinstance(given, Tensor) and given.requires_grad:
-                return super(Function, function).apply(*inputs)
-    return function.forward(*inputs)
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
-def saving(ctx: Any, *tensors: Tensor | None, extra: Sequence[Tensor | None] = ()) -> None:
-    """Save ``tensors`` for the backward pass, and tell torch that the outputs ``extra`` exist to be saved only."""
-    ctx.set_materialize_grads(False)  # no zeros in place of their gradients
-    ctx.mark_non_differentiable(*(output for output in extra if output is not None))
-    ctx.save_for_backward(*tensors)
+def _cast(function: type[Function], inputs: tuple[Any, ...], dtype: torch.dtype | None) -> Sequence[Any]:
+    if dtype is None:
+        return inputs
+    first = [x if x is None or x.dtype == dtype else x.to(dtype) for x in inputs[: function.cast]]
+    return *first, *inputs[function.cast :]
+
+
+@cache
+def _twin(function: type[Function]) -> Callable[..., Tensor]:
+    """``apply`` of the same function in torch's older form, which is given its context at once: it saves what it likes.
+
+    In the newer form everything that is saved must be an output, which torch then wraps and counts as one. It takes a
+    dtype, as :func:`applied` does, after the inputs.
+    """
+    keep, run, differentiate = function.setup_context.__wrapped__, function.forward, function.backward
+
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        inputs = _cast(function, given[:-1], given[-1])
+        outputs = run(*inputs)
+        ctx.set_materialize_grads(False)
+        keep(ctx, inputs, outputs)
+        return outputs[0]
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    twin = type(function.__name__, (Function,), methods)
+    return super(Function, twin).apply
+
+
+def keeping(keep: Keeping) -> Keeping:
+    """The ``setup_context`` of an autograd function from ``keep(ctx, inputs, outputs)``, which saves what is needed.
+
+    The outputs after the first exist to be saved only; torch is told so, and no zeros are made for missing gradients.
+    """
+
+    @wraps(keep)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
+        ctx.set_materialize_grads(False)
+        keep(ctx, inputs, output)
+
+    return setup_context
 
 
 def backward_of(gradients: Gradients) -> Callable[..., tuple[Tensor | None, ...]]:
@@ -46,44 +106,21 @@ def backward_of(gradients: Gradients) -> Callable[..., tuple[Tensor | None, ...]
     Autocast is off inside, so that operations keep the dtypes of the forward pass.
     """
 
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def all_gradients(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         count = len(ctx.needs_input_grad)
         if dy is None:
             return (None,) * count
-        with without_autocast(dy.device.type):
+        if torch.is_autocast_enabled(dy.device.type):
+            with without_autocast(dy.device.type):
+                found = gradients(ctx, dy.contiguous())
+        else:
             found = gradients(ctx, dy.contiguous())
         return *found, *(None,) * (count - len(found))
 
+    refusing = once_differentiable(all_gradients)
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Without create_graph nothing is recorded here, and there is nothing to refuse.
+        return (refusing if torch.is_grad_enabled() else all_gradients)(ctx, *grads)
+
     return backward
-
-
-class _AllPositional(inspect.Signature):
-    """A signature that binds a call with all arguments by position, without looking at each of them."""
-
-    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
-        if kwargs or len(args) != len(self.parameters):
-            return super().bind(*args, **kwargs)
-        return _Bound(args)
-
-
-class _Bound:
-    """The part of inspect.BoundArguments that torch reads."""
-
-    kwargs: ClassVar[dict[str, Any]] = {}
-
-    def __init__(self, args: tuple[Any, ...]) -> None:
-        self.args = args
-
-    def apply_defaults(self) -> None:
-        """Nothing is left to fill in."""
-
-
-def with_signature(function: F) -> F:
-    """Keep the function's signature on it, in a form that takes no time to bind.
-
-    For the forward of an autograd.Function with setup_context: torch makes and binds it on every call, which is a good
-    part of a small layer's time.
-    """
-    function.__signature__ = _AllPositional.from_callable(function)
-    return function

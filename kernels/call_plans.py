@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,37 +17,40 @@ from torch import Tensor
 
 from .dispatch import BACKEND_VARIABLE
 from .float32_precision import tf32_allowed
-from .inputs import PLAIN, transformed
+from .inputs import PLAIN
 from .routing import Routing
+from .tracing import transformed
 
 MAX_PLANS = 4096  # more different calls than that, and all are planned anew
-_VALUES = frozenset(
-    (str, float, int, bool, type(None), tuple, Routing)
-)  # which cannot be changed after they were a key
-
+# Whose values cannot be changed after they were a key.
+_VALUES = frozenset((str, float, int, bool, type(None), tuple, Routing))
+_TENSORS = frozenset((*PLAIN, type(None)))
 
 Plan = TypeVar("Plan")
 
 
 def call_key(tensors: Sequence[Tensor | None], settings: Sequence[Any]) -> Hashable | None:
-    """Key of a call with these tensors, the first of them not None, and other arguments; None: it gets no plan."""
-    if transformed():
+    """Key of a call with these tensors and other arguments; None: it gets no plan.
+
+    The first tensor, whose dtype is that of the call, is not None. The last argument is the backend, if it was given.
+    """
+    if transformed() or not (_TENSORS.issuperset(map(type, tensors)) and _VALUES.issuperset(map(type, settings))):
         return None
-    found: list[Any] = []
-    for tensor in tensors:
-        if tensor is None:
-            found.append(None)
-        elif type(tensor) in PLAIN:
-            found += (tensor.shape, tensor.dtype, tensor.device)
-        else:
-            return None
-    if not _VALUES.issuperset(map(type, settings)):
+    found = [None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+    _, dtype, device = found[0]
+    kind = _type_of(device)
+    if kind == "meta":
         return None
-    device = tensors[0].device.type
-    if device == "meta":
-        return None
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return autocast, os.environ.get(BACKEND_VARIABLE), torch.float32 in found and tf32_allowed(), *settings, *found
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    asked = None if settings[-1] else os.environ.get(BACKEND_VARIABLE)
+    tf32 = torch.float32 in (dtype, autocast) and tf32_allowed()
+    return autocast, asked, tf32, settings, *found
+
+
+@cache
+def _type_of(device: torch.device) -> str:
+    """``device.type``, which makes a new string each time."""
+    return device.type
 
 
 class Plans(Generic[Plan]):
@@ -55,10 +59,7 @@ class Plans(Generic[Plan]):
     def __init__(self, kept: Callable[[Plan], Plan]) -> None:
         self._kept = kept
         self._known: dict[Hashable, Plan] = {}
-
-    def find(self, key: Hashable | None) -> Plan | None:
-        """The plan of this key, or None."""
-        return None if key is None else self._known.get(key)
+        self.find = self._known.get  # the plan of this key; None for none, and for no key
 
     def keep(self, key: Hashable | None, plan: Plan) -> Plan:
         """Keep it, if there is a key; returns it."""

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from .cpu_library import measured, onednn_is_faster, onednn_linear, onednn_product
 from .float32_precision import exact_on_cpu
+from .tracing import transformed
 
 
 def inner_products(x: Tensor, p: Tensor) -> Tensor:
@@ -59,14 +60,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _onednn_rows(x, weight, bias) if _through_onednn(x, weight) else F.linear(x, weight, bias)
 
 
-def fresh_linear(x: Tensor, weight: Tensor, bias: Tensor | None, exact: bool = False) -> Tensor:
+def fresh_linear(x: Tensor, weight: Tensor, bias: Tensor | None, exact: bool = False, *, plain: bool = False) -> Tensor:
     """F.linear in memory that is no view: x [B, T, K], weight [N, K], bias [N] or None -> [B, T, N].
 
     F.linear returns a view of a matrix, and what an autograd function returns must be none, or modifying it in place
-    later is an error. With ``exact`` the values are those of F.linear to the bit.
+    later is an error. With ``exact`` the values are those of F.linear to the bit. ``plain``: it is known that nothing
+    traces or transforms the call.
     """
     if not exact and _through_onednn(x, weight):
         return _onednn_rows(x, weight, bias)
+    if x.is_contiguous() and (plain or not transformed()):
+        batch, tokens, width = x.shape
+        return F.linear(x.view(-1, width), weight, bias).resize_(batch, tokens, weight.shape[0])
     if not x.is_contiguous():
         return F.linear(x, weight, bias).clone(memory_format=torch.contiguous_format)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -79,18 +84,26 @@ def fresh_linear(x: Tensor, weight: Tensor, bias: Tensor | None, exact: bool = F
 
 
 def frozen_projection(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, layout: str, width: int
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    layout: str,
+    width: int,
+    *,
+    plain: bool = False,
 ) -> Tensor:
     """What a LoRA bottleneck is added to, [B, T, N] and contiguous: x Wᵀ + bias, or a copy of ``base``.
 
     With neither (:func:`accumulates` is False) it is memory of N = ``width`` columns that is not initialised. It is
-    nobody else's, so the bottleneck may be accumulated into it. ``layout`` of W: "nk" or "kn".
+    nobody else's, so the bottleneck may be accumulated into it. ``layout`` of W: "nk" or "kn"; ``plain`` as in
+    :func:`fresh_linear`.
     """
     if weight is None:
         empty = x.new_empty(*x.shape[:-1], width)
         return empty if base is None else base.clone(memory_format=torch.contiguous_format)
     # Exact: while b is 0, a layer's output is that of the layer without bottleneck to the bit.
-    return fresh_linear(x, weight if layout == "nk" else weight.t(), bias, exact=True)
+    return fresh_linear(x, weight if layout == "nk" else weight.t(), bias, exact=True, plain=plain)
 
 
 def accumulates(weight: Tensor | None, base: Tensor | None) -> bool:
@@ -99,25 +112,27 @@ def accumulates(weight: Tensor | None, base: Tensor | None) -> bool:
 
 
 def frozen_projection_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, layout: str, needs: Sequence[bool]
+    rows: Tensor, x: Tensor, weight: Tensor | None, layout: str, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """dx (of the projection alone), dweight, dbias and dbase of :func:`frozen_projection`; ``needs`` says which."""
+    """dx [M, K] (of the projection alone), dweight and dbias of :func:`frozen_projection` from rows of dy [M, N].
+
+    ``needs`` says which.
+    """
     dx = dweight = dbias = None
     if weight is not None:
-        rows = dy.flatten(0, 1)
         if needs[0]:
-            dx = product(rows, weight if layout == "nk" else weight.t()).view_as(x)
+            dx = product(rows, weight if layout == "nk" else weight.t())
         if needs[1]:
             left, right = (rows, x.flatten(0, 1)) if layout == "nk" else (x.flatten(0, 1), rows)
             dweight = product(left.t(), right)
         if needs[2]:
             dbias = column_sums(rows)
-    return [dx, dweight, dbias, dy if needs[3] else None]
+    return [dx, dweight, dbias]
 
 
 def _through_onednn(*operands: Tensor) -> bool:
     """Whether products of these are float32 products that run faster through oneDNN than as torch computes them."""
-    if torch.compiler.is_compiling() or measured() is False:
+    if not operands[0].is_cpu or torch.compiler.is_compiling() or measured() is False:
         return False
     # At other precisions torch itself gives float32 products to oneDNN.
     wanted = torch.backends.mkldnn.enabled and exact_on_cpu()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd_function import applied, backward_of, saving, with_signature
+from ..autograd_function import applied, backward_of, keeping
 from ..image_code import ImageCode
 from ..linear import add_product_, column_sums, fresh_linear, inner_products, linear, plus_product, product
 from ..routing import route_by_gram
@@ -45,7 +45,6 @@ class DenseAdapter(torch.autograd.Function):
     """
 
     @staticmethod
-    @with_signature
     def forward(
         x: Tensor,
         u: Tensor | None,
@@ -62,10 +61,11 @@ class DenseAdapter(torch.autograd.Function):
         return _up(h, x, up_weight, up_bias, residual), t, h
 
     @staticmethod
+    @keeping
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         x, u, down_weight, _, up_weight, _, _, ctx.options = inputs
         _, t, h = output
-        saving(ctx, x, u, down_weight, up_weight, t, h, extra=(t, h))
+        ctx.save_for_backward(x, u, down_weight, up_weight, t, h)
 
     @staticmethod
     @backward_of
@@ -93,7 +93,6 @@ class RankOneAdapter(torch.autograd.Function):
     """
 
     @staticmethod
-    @with_signature
     def forward(
         x: Tensor,
         w: Tensor,
@@ -108,10 +107,11 @@ class RankOneAdapter(torch.autograd.Function):
         return _up(h, x, up_weight, up_bias, options.residual), c, h
 
     @staticmethod
+    @keeping
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         x, w, _, u, up_weight, _, ctx.options = inputs
         _, c, h = output
-        saving(ctx, x, w, u, up_weight, c, h, extra=(c, h))
+        ctx.save_for_backward(x, w, u, up_weight, c, h)
 
     @staticmethod
     @backward_of
@@ -137,6 +137,6 @@ def eager_adapter(x: Tensor, image: ImageCode | None, weights: Weights, options:
     ``image`` is None where the routing takes none.
     """
     if image is not None and image.factors is not None and not options.relu:
-        return applied(RankOneAdapter, x, *image.factors, image.u.squeeze(1), *weights[2:], options)[0]
+        return applied(RankOneAdapter, x, *image.factors, image.u.squeeze(1), *weights[2:], options)
     u, gram = (None, None) if image is None else (image.u, image.gram)
-    return applied(DenseAdapter, x, u, *weights, gram, options)[0]
+    return applied(DenseAdapter, x, u, *weights, gram, options)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd_function import applied, backward_of, saving, with_signature
+from ..autograd_function import applied, backward_of, keeping
 from ..image_code import ImageCode
 from ..linear import column_sums
 from ..routing import inner_product_image_gradient
@@ -30,7 +30,6 @@ class FusedAdapter(torch.autograd.Function):
     """
 
     @staticmethod
-    @with_signature
     def forward(
         x: Tensor,
         down: Tensor,
@@ -52,9 +51,10 @@ class FusedAdapter(torch.autograd.Function):
         return y, t
 
     @staticmethod
+    @keeping
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, down, _, u, up, _, _, ctx.options, ctx.rank_one, _ = inputs
-        saving(ctx, x, down, u, up, output[1], extra=output[1:])
+        ctx.save_for_backward(x, down, u, up, output[1])
 
     @staticmethod
     @backward_of
@@ -96,4 +96,4 @@ def fused_adapter(x: Tensor, image: ImageCode | None, weights: Weights, options:
     rank_one = factors is not None and not options.relu
     inputs = (x, *(factors if rank_one else weights[:2]), u, *weights[2:])
     save_t = torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in inputs)
-    return applied(FusedAdapter, *inputs, gram, options, rank_one, save_t)[0]
+    return applied(FusedAdapter, *inputs, gram, options, rank_one, save_t)

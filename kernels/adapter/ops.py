@@ -22,6 +22,7 @@ from ..triton_common.launch import (
     prepare_backward,
     prepare_forward,
     product_precision,
+    tf32_matters,
 )
 from ..triton_common.tiles import Tile, padded_rank
 from ..triton_common.visual_tokens import new_image_gradients, visual_tokens
@@ -70,7 +71,7 @@ def adapter_forward_(
     """Writes y [M, K]; returns t [M, R], or c [M] where ``rank_one``, empty unless ``save_t``."""
     call = (y, x, down, down_bias, image, up, up_bias, tokens, visual, rank_one, save_t, options)
     t = _new_activation(*call)
-    if len(x) == 0:
+    if x.shape[0] == 0:
         return t
     pointers = dict(
         p_y=y, p_x=x, p_down=down, p_down_bias=x if down_bias is None else down_bias,
@@ -84,7 +85,8 @@ def adapter_forward_(
         )  # fmt: skip
         return prepare_forward(x, x.shape[1], tile, arguments)
 
-    launch_kernel("adapter_forward", launch_adapter_forward, up.shape[1], call, pointers, prepare, rows=x)
+    key = "adapter_forward", x.stride(0), visual, rank_one, save_t
+    launch_kernel(launch_adapter_forward, up.shape[1], key, options, pointers, prepare, rows=x)
     return t
 
 
@@ -116,7 +118,7 @@ def adapter_backward(
     """dx [M, K], the gradient of t, for GRAM dz [M, R] and else du [B, L, R], and h [M, R]; empty where not needed."""
     call = (dy, t, down, image, up, tokens, visual, rank_one, need_x, need_u, need_h, options)
     dx, dt, dz, du, h = _new_gradients(*call)
-    if len(dy) == 0:
+    if dy.shape[0] == 0:
         return dx, dt, dz, du.zero_(), h
     pointers = dict(
         p_dx=dx, p_dt=dt, p_dz=dz, p_du=du, p_h=h, p_dy=dy, p_t=t, p_down=down,
@@ -130,6 +132,7 @@ def adapter_backward(
         )  # fmt: skip
         return prepare_backward(dy, up.shape[1], up.shape[0], tile, arguments)
 
+    key = "adapter_backward", dy.stride(0), visual, rank_one, need_x, need_u, need_h, tf32_matters(dy)
     kernel, relu = launch_adapter_backward, options.relu
-    parts = launch_kernel("adapter_backward", kernel, up.shape[1], call, pointers, prepare, rows=dy, relu=relu)
+    parts = launch_kernel(kernel, up.shape[1], key, options, pointers, prepare, rows=dy, relu=relu)
     return dx, dt, dz, image_gradient(parts, du, t, image, options.relu), h

@@ -77,14 +77,20 @@ def routed_lora(
         ValueError: unknown name, unfit shapes or dtypes, more visual tokens than the routing takes, v missing.
         RuntimeError: the backend asked for cannot run.
     """
-    columns = _fixed(columns)
+    if columns is not None:
+        columns = tuple(columns)
     settings = (routing, scaling, relu, groups, columns, placement, backend)
     key = call_key((x, v, a, b, base, None if image is None else image.u, image_index, image_weight), settings)
     plan = _plans.find(key)
     if plan is None:
         tensors = {"x": x, "v": v, "a": a, "b": b, "base": base, "image_weight": image_weight}
         plan = _plans.keep(key, _plan_of_added(tensors, image, image_index, settings))
-    v = v if plan.options.routing.uses_image else None
+    if not plan.reads:
+        v = None
+    if key is not None and plan.direct and plan.dtype is None:
+        y = _run_directly(plan, x, v, image, (a, b, None, None, base))
+        if y is not None:
+            return y
     x, v, a, b, own = cast_for_autocast(x.device.type, x, v, a, b, image_weight)
     if base is not None and base.dtype != x.dtype:
         # A wider base keeps its precision, as it would in the plain sum.
@@ -141,7 +147,8 @@ def routed_lora_linear(
     Raises:
         ValueError, RuntimeError: as :func:`routed_lora`.
     """
-    columns = _fixed(columns)
+    if columns is not None:
+        columns = tuple(columns)
     settings = (routing, scaling, relu, groups, columns, placement, weight_layout, dropout, backend)
     code = None if image is None else image.u
     key = call_key((x, v, weight, bias, a, b, code, image_index, image_weight), settings)
@@ -149,11 +156,16 @@ def routed_lora_linear(
     if plan is None:
         tensors = {"x": x, "v": v, "a": a, "b": b, "weight": weight, "bias": bias, "image_weight": image_weight}
         plan = _plans.keep(key, _plan_of_linear(tensors, image, image_index, settings))
+    if not plan.reads:
+        v = None
+    if key is not None and plan.direct:
+        y = _run_directly(plan, x, v, image, (a, b, weight, bias, None))
+        if y is not None:
+            return y
     device, base = x.device.type, None
     if type(weight) not in PLAIN:  # quantised, for example: only what it returns can be relied on
         base = F.linear(x, weight if weight_layout == "nk" else weight.t(), bias)
         weight = bias = None
-    v = v if plan.options.routing.uses_image else None
     x, v, weight, bias, a, b, own = cast_for_autocast(device, x, v, weight, bias, a, b, image_weight)
     return _run(plan, x, v, image, image_index, (a, b, weight, bias, base), own)
 
@@ -165,11 +177,18 @@ class _Plan(NamedTuple):
         options: of the call.
         fused: computes it by kernels; None: the eager backend does.
         before_up: whether the routing acts before the up-projection there.
+        reads: whether the routing reads v.
+        dtype: to which autocast casts the tensors of the call; None: it does not.
+        direct: whether :func:`_run_directly` can run such calls of plain tensors: nothing is dropped, looked up by an
+            index or projected by weights of the image's own.
     """
 
     options: LoRAOptions
     fused: Callable[..., Tensor] | None
     before_up: bool
+    reads: bool
+    dtype: torch.dtype | None
+    direct: bool
 
 
 def _kept(plan: _Plan) -> _Plan:
@@ -250,7 +269,23 @@ def _plan(
         from .fused import fused_lora as fused  # here, because it needs triton
 
         check_devices(**{**tensors, "v": v, "image_weight": own}, image=None if image is None else image.u)
-    return _Plan(options, fused, placement == "bottleneck" or routing.moves_before_up(visual_tokens, relu))
+    dtype = dtype_of_call(x) if torch.is_autocast_enabled(x.device.type) else None
+    if image is not None and image.u.dtype != x.dtype:
+        dtype = dtype_of_call(x)
+    direct = fused is not None and options.dropout == 0 and image_index is None and own is None
+    before_up = placement == "bottleneck" or routing.moves_before_up(visual_tokens, relu)
+    return _Plan(options, fused, before_up, routing.uses_image, dtype, direct)
+
+
+def _run_directly(plan: _Plan, x: Tensor, v: Tensor | None, image: ImageCode | None, weights: Weights) -> Tensor | None:
+    """What :func:`_run` does for a ``direct`` plan, without looking for what is not there; None: no tile fits."""
+    try:
+        if plan.dtype is None:
+            return plan.fused(x, v, image, weights, plan.options)
+        with without_autocast(x.device.type):
+            return plan.fused(x, v, image, weights, plan.options, plan.dtype)
+    except NoTileFitsError:
+        return None
 
 
 def _run(
@@ -264,7 +299,7 @@ def _run(
 ) -> Tensor:
     """Hand checked arguments, and what the image comes to, to the backend; ``own`` is image_weight."""
     a, b, *frozen, base = weights
-    options, fused, before_up = plan
+    options, fused, before_up, *_ = plan
     dropout, shape = options.dropout, x.shape
     indexed = image_index is not None and options.routing.uses_image
     if indexed:
@@ -295,11 +330,6 @@ def _run(
                 image = lora_image(v, a, b, options)
             y = eager_lora(x, dropped, v, image, weights, options, own)
     return y if y.shape[:2] == shape[:2] else y.reshape(*shape[:2], y.shape[2])
-
-
-def _fixed(columns: Sequence[int] | None) -> tuple[int, ...] | None:
-    """The columns as they are now."""
-    return columns if columns is None or type(columns) is tuple else tuple(columns)
 
 
 def _check(

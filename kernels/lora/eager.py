@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autograd_function import applied, backward_of, saving, with_signature
+from ..autograd_function import applied, backward_of, keeping
 from ..float32_precision import exact_on_cpu
 from ..image_code import ImageCode
 from ..linear import (
@@ -31,8 +31,12 @@ from ..routing import route_by_gram
 from .options import LoRAOptions, Weights
 
 
-def _projection_needs(ctx: Any) -> list[bool]:
-    return [ctx.needs_input_grad[slot] for slot in (0, 5, 6, 7)]  # x, weight, bias, base: alike in both functions
+def _projection_gradients(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None) -> list[Tensor | None]:
+    """dx [B, T, K] of the projection alone, dweight, dbias and dbase; the places of these inputs are alike in both."""
+    need_x, *needs, need_base = (ctx.needs_input_grad[place] for place in (0, 5, 6, 7))
+    layout = ctx.options.weight_layout
+    dx, *others = frozen_projection_gradients(dy.flatten(0, 1), x, weight, layout, (need_x, *needs))
+    return [None if dx is None else dx.view_as(x), *others, dy if need_base else None]
 
 
 def merging_pays(x: Tensor, width: int) -> bool:
@@ -68,7 +72,6 @@ class DenseLoRA(torch.autograd.Function):
     """
 
     @staticmethod
-    @with_signature
     def forward(
         x: Tensor,
         dropped: Tensor | None,
@@ -104,18 +107,19 @@ class DenseLoRA(torch.autograd.Function):
         return y, t, weight if merge else None
 
     @staticmethod
+    @keeping
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
         x, dropped, u, a, b, weight, _, _, _, ctx.options, ctx.merge = inputs
         _, t, merged = output
-        saving(ctx, x, dropped, u, a, b, weight if merged is None else merged, t, extra=(t, merged))
+        ctx.save_for_backward(x, dropped, u, a, b, weight if merged is None else merged, t)
 
     @staticmethod
     @backward_of
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, dropped, u, a, b, weight, t = ctx.saved_tensors
-        routing, relu, scaling, columns, layout = *ctx.options[:4], ctx.options.weight_layout
+        routing, relu, scaling, columns = ctx.options[:4]
         need_x, need_dropped, need_u, need_a, need_b = ctx.needs_input_grad[:5]
-        dx, dweight, dbias, dbase = frozen_projection_gradients(dy, x, weight, layout, _projection_needs(ctx))
+        dx, dweight, dbias, dbase = _projection_gradients(ctx, dy, x, weight)
         rank, width = b.shape[1], b.shape[0] // len(columns)
         left = x if dropped is None else dropped
         t = linear(left, a) if t is None else t
@@ -146,7 +150,6 @@ class RankOneLoRA(torch.autograd.Function):
     """
 
     @staticmethod
-    @with_signature
     def forward(
         x: Tensor,
         dropped: Tensor | None,
@@ -173,18 +176,18 @@ class RankOneLoRA(torch.autograd.Function):
         return y, c, t
 
     @staticmethod
+    @keeping
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
         x, dropped, a, p, o, weight, _, _, ctx.options = inputs
         _, c, t = output
-        saving(ctx, x, dropped, a, p, o, weight, c, t, extra=(c, t))
+        ctx.save_for_backward(x, dropped, a, p, o, weight, c, t)
 
     @staticmethod
     @backward_of
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, dropped, a, p, o, weight, c, t = ctx.saved_tensors
         need_x, need_dropped, need_a, need_p, need_o = ctx.needs_input_grad[:5]
-        layout = ctx.options.weight_layout
-        dx, dweight, dbias, dbase = frozen_projection_gradients(dy, x, weight, layout, _projection_needs(ctx))
+        dx, dweight, dbias, dbase = _projection_gradients(ctx, dy, x, weight)
         width = o.shape[1] // ctx.options.groups
         do = torch.empty_like(o) if need_o else None
         dc = 0
@@ -238,7 +241,7 @@ def eager_lora(
         )  # fmt: skip
     dropped = None if dropped is x else dropped
     if image is not None and image.factors is not None:
-        return applied(RankOneLoRA, x, dropped, a if relu else None, *image.factors, *weights[2:], options)[0]
+        return applied(RankOneLoRA, x, dropped, a if relu else None, *image.factors, *weights[2:], options)
     u, gram = (None, None) if image is None else (image.u, image.gram)
     merge = (
         routing.image_factor is not None
@@ -246,4 +249,4 @@ def eager_lora(
         and dropped is None
         and merging_pays(x, b.shape[0] // options.groups)
     )
-    return applied(DenseLoRA, x, dropped, u, *weights, gram, options, merge)[0]
+    return applied(DenseLoRA, x, dropped, u, *weights, gram, options, merge)

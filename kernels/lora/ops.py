@@ -18,23 +18,28 @@ from ..triton_common.cached_launcher import CachedKernel
 from ..triton_common.dropout import dropout_arguments
 from ..triton_common.launch import (
     Prepared,
+    aligned,
+    all_plain,
     define_op,
     image_gradient,
+    launch_again,
     launch_kernel,
     prepare_backward,
     prepare_forward,
     processors,
     product_precision,
     sum_of_blocks,
+    tf32_matters,
 )
 from ..triton_common.tiles import Tile, column_splits, padded_rank
-from ..triton_common.visual_tokens import new_image_gradients, visual_tokens
+from ..triton_common.visual_tokens import Visual, new_image_gradients, visual_tokens
 from .options import LoRAOptions
 from .rank_one import rank_one_backward_kernel, rank_one_forward_kernel
 from .triton import dropped_gradient_kernel, lora_backward_kernel, lora_forward_kernel
 
 SPLIT_ROWS = 512  # least rows for which another split of dropped_gradient pays
 MAX_SPLITS = 32
+ONE_TOKEN = int(Visual.ONE_TOKEN)
 # Above so many components each group has programs of its own in the forward kernel, where the function lets it.
 APART_ABOVE = 128
 ELEMENTWISE = frozenset(row.code for row in ROUTINGS.values() if row.elementwise)
@@ -89,7 +94,7 @@ def lora_forward_(
     """y[:, columns of each group] (+)= scaling z Bᵀ; returns t [M, G*R], empty unless ``save_t``."""
     call = (y, x, a, image, b, seed, tokens, visual, accumulate, save_t, options)
     t = _new_activation(*call)
-    if len(x) == 0:
+    if x.shape[0] == 0:
         return t
     pointers = dict(p_y=y, p_x=x, p_a=a, p_image=_or(image, b), p_b=b, p_t=t, p_seed=_or(seed, x))
     groups, width = options.groups, a.shape[0]
@@ -104,9 +109,26 @@ def lora_forward_(
         arguments["block_r"] = padded_rank(width)
         return prepare_forward(x, b.shape[0] // groups, tile, arguments, groups if apart else 1)
 
+    key = "lora_forward", y.stride(0), x.stride(0), visual, accumulate, save_t
     traits = dict(dropout=seed is not None, apart=apart)
-    launch_kernel("lora_forward", launch_lora_forward, width, call, pointers, prepare, rows=x, **traits)
+    launch_kernel(launch_lora_forward, width, key, options, pointers, prepare, rows=x, **traits)
     return t
+
+
+def lora_forward_again(
+    y: Tensor, x: Tensor, a: Tensor, u: Tensor, b: Tensor, save_t: bool, options: LoRAOptions
+) -> Tensor | None:
+    """:func:`lora_forward_` for contiguous x [B, T, K], y [B, T, N] with the frozen product in it, one visual token
+    u [B, 1, R] and no dropout, if it only has to be launched again. Returns t, any tensor where it is not saved; None,
+    and y as it was, where it cannot.
+    """
+    (entries, tokens, width_in), t = x.shape, y
+    if save_t:
+        t = x.new_empty(entries * tokens, a.shape[0])
+    pointers = dict(p_y=y, p_x=x, p_a=a, p_image=u, p_b=b, p_t=t, p_seed=x)
+    key = "lora_forward", y.stride(1), width_in, ONE_TOKEN, True, save_t
+    fits = a.is_contiguous() and u.is_contiguous() and b.is_contiguous() and aligned(x, a, u, b)
+    return t if fits and launch_again(launch_lora_forward, key, options, pointers, x) else None
 
 
 def _new_gradients(dx, dy, t, a, image, b, seed, tokens, visual, accumulate, need_u, need_z, options):
@@ -135,7 +157,7 @@ def lora_backward_(
     """
     call = (dx, dy, t, a, image, b, seed, tokens, visual, accumulate, need_u, need_z, options)
     dt, dz, du, z = _new_gradients(*call)
-    if len(t) == 0:
+    if t.shape[0] == 0:
         return dt, dz, du.zero_(), z
     target, width = _or(dx, t), t.shape[1]
     pointers = dict(
@@ -151,9 +173,26 @@ def lora_backward_(
         )  # fmt: skip
         return prepare_backward(dy, width, a.shape[1], tile, arguments)
 
+    key = ("lora_backward", target.stride(0), dy.stride(0), visual, accumulate, dx is None, need_u, need_z,
+           tf32_matters(dy))  # fmt: skip
     traits = dict(dropout=seed is not None, relu=options.relu)
-    parts = launch_kernel("lora_backward", launch_lora_backward, width, call, pointers, prepare, rows=dy, **traits)
+    parts = launch_kernel(launch_lora_backward, width, key, options, pointers, prepare, rows=dy, **traits)
     return dt, dz, image_gradient(parts, du, t, image, options.relu), z
+
+
+def lora_backward_again(
+    dx: Tensor, dy: Tensor, t: Tensor, a: Tensor, u: Tensor, b: Tensor, need_u: bool, need_z: bool, options: LoRAOptions
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """:func:`lora_backward_` for what :func:`lora_forward_again` is for: dt, du and z, or None if it cannot."""
+    saved = (t, a, u, b)  # which hooks may have changed
+    if not (all_plain(saved) and all(map(Tensor.is_contiguous, saved)) and aligned(dy, *saved)):
+        return None
+    dt = torch.empty_like(t)
+    du, z = torch.empty_like(u) if need_u else dt, torch.empty_like(t) if need_z else dt
+    pointers = dict(p_dx=dx, p_dt=dt, p_dz=dt, p_du=du, p_z=z, p_dy=dy, p_t=t, p_a=a, p_image=u, p_b=b, p_seed=t)
+    key = ("lora_backward", dx.stride(0), dy.stride(0), ONE_TOKEN, True, False, need_u, need_z,
+           tf32_matters(dy))  # fmt: skip
+    return (dt, du, z) if launch_again(launch_lora_backward, key, options, pointers, dy) else None
 
 
 @define_op(lambda dt, x, seed, options: dt.new_empty(dt.shape[1], x.shape[1]))
@@ -174,10 +213,8 @@ def dropped_gradient(dt: Tensor, x: Tensor, seed: Tensor, options: LoRAOptions) 
         return (-(-width_in // tile.block_k), splits), arguments, {"p_da": ((splits, width, width_in), torch.float32)}
 
     pointers = dict(p_dt=dt, p_x=x, p_seed=seed)
-    kind, call = "dropped_gradient", (dt, x, seed, options)
-    parts = launch_kernel(
-        kind, launch_dropped_gradient, width, call, pointers, prepare, rows=x, tiles_of="lora_backward"
-    )
+    key, kernel = ("dropped_gradient", x.stride(0), tf32_matters(x)), launch_dropped_gradient
+    parts = launch_kernel(kernel, width, key, options, pointers, prepare, rows=x, tiles_of="lora_backward")
     return parts["p_da"].sum(0).to(dt.dtype)
 
 
@@ -212,7 +249,8 @@ def rank_one_forward_(
         return (rows // tokens, -(-tokens // tile.block_m), splits), arguments, {}
 
     pointers = dict(p_y=y, p_x=x, p_p=p, p_o=o, p_c=c, p_seed=_or(seed, x))
-    launch_kernel("rank_one_forward", launch_rank_one_forward, 1, call, pointers, prepare, rows=x)
+    key = "rank_one_forward", y.stride(0), x.stride(0), accumulate
+    launch_kernel(launch_rank_one_forward, 1, key, options, pointers, prepare, rows=x)
     return c
 
 
@@ -260,5 +298,6 @@ def rank_one_backward_(
     kernel, pointers = launch_rank_one_backward, dict(p_dx=target, p_dy=dy, p_x=x, p_p=p, p_o=o, p_c=c)
     pointers["p_seed"] = _or(seed, x)
     traits = dict(few=images * -(-tokens // 32) <= 2 * processors(x.device), two_parts=16 < tokens <= 32)
-    parts = launch_kernel("rank_one_backward", kernel, 1, call, pointers, prepare, rows=x, **traits)
+    key = "rank_one_backward", target.stride(0), dy.stride(0), x.stride(0), accumulate, dx is None, need_p, need_o
+    parts = launch_kernel(kernel, 1, key, options, pointers, prepare, rows=x, **traits)
     return sum_of_blocks(parts["p_dp"], p.dtype), sum_of_blocks(parts["p_do"], o.dtype)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from ..inputs import PLAIN
 from ..optional_triton import triton
 
 LAUNCH_VARIABLE = "ROUTINGVL_LAUNCH"
+LAUNCHERS = ("3.4.", "3.5.", "3.6.", "3.7.", "3.8.", "3.9.")  # versions of Triton whose launchers take the same
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -70,21 +71,37 @@ def _supported(kernel: Any) -> bool:
         return False
     runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
     has_hooks = all(hasattr(runtime, name) for name in ("launch_enter_hook", "launch_exit_hook", "debug"))
-    return has_hooks and hasattr(kernel, "params") and hasattr(triton.compiler.CompiledKernel, "__getitem__")
+    has_code = hasattr(kernel, "params") and hasattr(triton.compiler.CompiledKernel, "__getitem__")
+    return has_hooks and has_code and hasattr(kernel, "pre_run_hooks")
 
 
-def _watched(kernel: Any) -> bool:
-    """Whether somebody looks at launches or has asked for another way of compiling."""
-    runtime, compilation = triton.knobs.runtime, getattr(triton.knobs, "compilation", None)
-    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
-    return bool(
-        any(getattr(hook, "calls", hook) for hook in hooks)  # a list of them, or one or None in older versions
-        or getattr(kernel, "pre_run_hooks", None)
-        or getattr(runtime, "add_stages_inspection_hook", None)
-        or runtime.debug
-        or getattr(compilation, "instrumentation_mode", None)
-        or getattr(compilation, "fpsan_homomorphic_casts", None)
-    )
+def _settings_of_compilation() -> Callable[[Any], tuple[Any, ...]]:
+    """What reads from Triton's knobs those that ask for another way of compiling where they are set."""
+    names = ["runtime.debug", "runtime.add_stages_inspection_hook"]
+    names += ["compilation.instrumentation_mode", "compilation.fpsan_homomorphic_casts"]
+    known = []
+    for name in names:
+        room, _, knob = name.partition(".")
+        if hasattr(getattr(triton.knobs, room, None), knob):
+            known.append(name)
+    return attrgetter("runtime.debug", *known)  # twice: of one name it would be the value itself
+
+
+def _starter(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
+    """``compiled[grid]`` where nobody watches: without making up, for every launch, what hooks would be told of it.
+
+    That is what ``CompiledKernel.__getitem__`` does in every Triton of ``LAUNCHERS``; of others it is called itself.
+    """
+    if not getattr(triton, "__version__", "").startswith(LAUNCHERS):
+        return compiled[grid]
+    driver, run = triton.runtime.driver, compiled.run
+    first, last = grid, (compiled.function, compiled.packed_metadata, None, None, None)
+
+    def start(*arguments: Any) -> None:
+        active = driver.active
+        run(*first, active.get_current_stream(active.get_current_device()), *last, *arguments)
+
+    return start
 
 
 class CachedKernel:
@@ -107,10 +124,20 @@ class CachedKernel:
         self._select_constants = itemgetter(*map(str.lower, self._constants), "num_warps", "num_stages")
         self._direct = os.environ.get(LAUNCH_VARIABLE) != "triton" and _supported(kernel)
         self._compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+        if self._direct:
+            self._runtime, self._settings = triton.knobs.runtime, _settings_of_compilation()
+
+    def _watched(self) -> bool:
+        """Whether somebody looks at launches or has asked for another way of compiling."""
+        enter, leave = self._runtime.launch_enter_hook, self._runtime.launch_exit_hook
+        # Each is a list of hooks, or one or None in older versions.
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or self._kernel.pre_run_hooks:
+            return True
+        return any(self._settings(triton.knobs))
 
     def follow(self, plan: Plan, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Launch on the current device and stream with other tensors; False, and nothing, while somebody watches."""
-        if _watched(self._kernel):
+        if self._watched():
             return False
         plan.run(*self._select_tensors(tensors), *plan.rest)
         return True
@@ -128,12 +155,12 @@ class CachedKernel:
         if maxnreg:
             constants = (*constants, maxnreg)
         key = None
-        if self._direct and not _watched(self._kernel):
+        if self._direct and not self._watched():
             key = launch_key(values, constants)
         found = None if key is None else self._compiled.get(key)
         if found is not None:
             compiled, rest = found
-            run = compiled[(*grid, 1, 1)[:3]]
+            run = _starter(compiled, (*grid, 1, 1)[:3])
             run(*values, *rest)
             return Plan(run, (*values[self._tensors :], *rest), parts)
         rest, (warps, stages) = constants[: len(self._constants)], constants[len(self._constants) :][:2]

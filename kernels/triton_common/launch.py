@@ -12,10 +12,11 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from typing import Any, TypeVar, get_type_hints
 
 import torch
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from ..activations import Activation
 from ..float32_precision import tf32_allowed
-from ..inputs import PLAIN, transformed
+from ..inputs import PLAIN
 from ..optional_triton import interpreted, triton
 from ..routing import Routing, inner_product_image_gradient
+from ..tracing import transformed
 from .cached_launcher import CachedKernel, Plan
 from .tiles import DECODE_ROWS, Tile, arch_of, column_splits, has_tf32, precision_of, tiles_for_call
 from .visual_tokens import Visual, rows_of_one_image
@@ -43,6 +45,7 @@ _first_fit: dict[tuple[str, tuple[Tile, ...]], int] = {}
 _not_compiled: dict[str, str] = {}  # kernel -> what its compiler said
 _said: set[str] = set()
 
+_PLAIN = frozenset(PLAIN)
 MAX_LAUNCHES = 256  # kept for one options object
 
 Result = TypeVar("Result")
@@ -69,6 +72,11 @@ def remembering(options: Options) -> Options:
     return kept
 
 
+def is_planned(options: tuple) -> bool:
+    """Whether they come from :func:`remembering`: the call was one of plain tensors that nothing transformed."""
+    return hasattr(options, "lowered")
+
+
 @cache
 def _with_room(kind: type) -> type:
     """The class of options, whose objects can have attributes."""
@@ -77,7 +85,7 @@ def _with_room(kind: type) -> type:
 
 def observed() -> bool:
     """Whether something looks at what torch runs, or changes it: a compiler, a transformation, a mode, a profiler."""
-    return transformed() or torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled() or transformed()
 
 
 def define_op(fake: Callable[..., Any], *, mutates: Sequence[str] = ()) -> Callable[[Callable], Callable]:
@@ -115,10 +123,10 @@ def define_op(fake: Callable[..., Any], *, mutates: Sequence[str] = ()) -> Calla
         op = getattr(torch.ops.routingvl, run.__name__).default
 
         def call(*args: Any) -> Any:
-            *others, options = args
-            lowered = getattr(options, "lowered", None)
+            lowered = getattr(args[-1], "lowered", None)
             if lowered is not None and not observed():
-                return run(*others, lowered)
+                return run(*args[:-1], lowered)
+            *others, options = args
             scalars = list(options)
             for index in rows:
                 code = scalars[index].code
@@ -220,6 +228,11 @@ def sum_of_blocks(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     return (blocks.squeeze(1) if blocks.shape[1] == 1 else blocks.sum(1)).to(dtype)
 
 
+def tf32_matters(x: Tensor) -> bool:
+    """Whether products of x may be rounded to tf32, which may change from a forward to its backward pass."""
+    return x.dtype == torch.float32 and tf32_allowed()
+
+
 def product_precision(x: Tensor) -> str:
     """How tl.dot multiplies float32: as precisely as x needs, in a form that the device has."""
     arch = arch_of(x.device)
@@ -229,19 +242,21 @@ def product_precision(x: Tensor) -> str:
     return precision
 
 
+def _is_current(device: torch.device) -> bool:
+    """Whether it is the current one, or one of which there is only one."""
+    return device.index is None or device.type == "cpu" or device.index == getattr(torch, device.type).current_device()
+
+
 def on_gpu_of(x: Tensor) -> AbstractContextManager[Any]:
     """Context in which the GPU of x is the current one."""
-    device = x.device
-    if device.type not in ("cuda", "xpu") or device.index == getattr(torch, device.type).current_device():
-        return nullcontext()
-    return getattr(torch, device.type).device(device)
+    return nullcontext() if _is_current(x.device) else getattr(torch, x.device.type).device(x.device)
 
 
 def launch_kernel(
-    kind: str,
     kernel: CachedKernel,
     width: int,
-    call: Sequence[Any],
+    key: tuple[Hashable, ...],
+    options: tuple,
     pointers: Mapping[str, Tensor],
     prepare: Callable[[Tile], Prepared],
     *,
@@ -252,9 +267,11 @@ def launch_kernel(
     """Launch a kernel for an op on the GPU of its tensors; equal calls are prepared once.
 
     Args:
-        kind, kernel: which one.
+        kernel: which one.
         width: components of the low-rank activation.
-        call: every argument of the op; nothing else may decide what ``prepare`` gives.
+        key: the kind of the kernel, and what decides what ``prepare`` gives: strides, numbers, flags. The shapes and
+            dtypes of tensors need not be in it, because they are the same in all calls with one ``options`` object.
+        options: of the op.
         pointers: tensors by the kernel's names for them.
         prepare: for a tile the grid, the arguments that are neither tensors nor the tile's, and shape and dtype
             of further tensors by name, which the kernel writes; they take the place of the pointers of that name.
@@ -265,45 +282,58 @@ def launch_kernel(
     Returns:
         Those further tensors.
     """
-    launches = getattr(call[-1], "launches", None)
-    key = None if launches is None else _key_of(kind, call, pointers, rows.dtype)
+    launches = getattr(options, "launches", None)
+    plan = None if launches is None else launches.get(key)
+    if plan is not None and _can_be_planned(pointers.values()) and _is_current(rows.device):
+        parts = plan.parts and _new_parts(rows, plan.parts)
+        if kernel.follow(plan, {**pointers, **parts} if parts else pointers):
+            return parts
+
+    def attempt(tile: Tile) -> tuple[Mapping[str, Tensor], Plan | None]:
+        grid, arguments, shapes = prepare(tile)
+        parts = _new_parts(rows, shapes)
+        return parts, kernel(grid, {**vars(tile), **arguments, **pointers, **parts}, shapes)
+
+    kind = key[0]
     with on_gpu_of(rows):
-        plan = None if key is None else launches.get(key)
-        if plan is not None:
-            parts = _new_parts(rows, plan.parts)
-            if kernel.follow(plan, {**pointers, **parts}):
-                return parts
-
-        def attempt(tile: Tile) -> tuple[Mapping[str, Tensor], Plan | None]:
-            grid, arguments, shapes = prepare(tile)
-            parts = _new_parts(rows, shapes)
-            return parts, kernel(grid, {**vars(tile), **arguments, **pointers, **parts}, shapes)
-
         parts, plan = launch(kind, fitting_tiles(tiles_of or kind, width, rows, **traits), attempt)
-    if plan is not None and key is not None:
+    if plan is not None and launches is not None and _can_be_planned(pointers.values()):
         if len(launches) >= MAX_LAUNCHES:
             launches.clear()
         launches[key] = plan
     return parts
 
 
+def launch_again(
+    kernel: CachedKernel, key: tuple[Hashable, ...], options: tuple, pointers: Mapping[str, Tensor], rows: Tensor
+) -> bool:
+    """Make the launch that :func:`launch_kernel` keeps for this key and whose tensors are all given; False, and
+    nothing, where there is none, or something looks on.
+
+    ``options`` are those of a planned call, not yet lowered. The tensors are plain ones and :func:`aligned`.
+    """
+    plan = options.lowered.launches.get(key)
+    if plan is None or plan.parts or observed() or not _is_current(rows.device):
+        return False
+    return kernel.follow(plan, pointers)
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether all start at a multiple of 16 bytes, as memory that torch has just allocated does."""
+    return not reduce(or_, map(Tensor.data_ptr, tensors)) & 15
+
+
+def _can_be_planned(tensors: Collection[Tensor]) -> bool:
+    return all_plain(tensors) and aligned(*tensors)
+
+
+def all_plain(tensors: Collection[Tensor]) -> bool:
+    """Whether none is of a subclass."""
+    return _PLAIN.issuperset(map(type, tensors))
+
+
 def _new_parts(like: Tensor, parts: Mapping[str, Part]) -> dict[str, Tensor]:
     return {name: like.new_empty(shape, dtype=dtype) for name, (shape, dtype) in parts.items()}
-
-
-def _key_of(
-    kind: str, call: Sequence[Any], pointers: Mapping[str, Tensor], dtype: torch.dtype
-) -> tuple[Hashable, ...] | None:
-    """Key of a launch among those of calls with the same options object; None for tensors not aligned to 16 bytes."""
-    addresses = 0
-    for tensor in pointers.values():
-        if type(tensor) not in PLAIN:
-            return None
-        addresses |= tensor.data_ptr()
-    if addresses % 16:
-        return None
-    arguments = [(x.shape, x.stride()) if isinstance(x, Tensor) else x for x in call[:-1]]
-    return kind, dtype == torch.float32 and tf32_allowed(), *arguments
 
 
 def prepare_forward(x: Tensor, columns: int, tile: Tile, arguments: Mapping[str, Any], groups: int = 1) -> Prepared:
