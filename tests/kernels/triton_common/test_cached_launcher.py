@@ -71,7 +71,9 @@ class Kernel:
 def knobs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stand-in for Triton, whose knobs a test may turn."""
     chains = {name: SimpleNamespace(calls=[]) for name in ("launch_enter_hook", "launch_exit_hook")}
-    found = SimpleNamespace(runtime=SimpleNamespace(**chains, debug=False), compilation=SimpleNamespace(instrumentation_mode=""))
+    found = SimpleNamespace(
+        runtime=SimpleNamespace(**chains, debug=False), compilation=SimpleNamespace(instrumentation_mode="")
+    )
     compiler = SimpleNamespace(CompiledKernel=Compiled)
     monkeypatch.setattr(compiled, "triton", SimpleNamespace(JITFunction=Kernel, knobs=found, compiler=compiler))
     monkeypatch.setattr(torch.version, "hip", None)
