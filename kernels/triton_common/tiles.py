@@ -109,6 +109,9 @@ _OVERRIDES: Mapping[tuple[str, str, str], _Rows] = {
     # One warp, because then no sum over the rows of a program crosses warps: a quarter of the time on an H100.
     ("sm_90", "rank_one_backward", "half"): {256: Tile(16, 128, 128, 1, 2)},
     ("sm_90", "adapter_backward", "ieee"): {128: Tile(32, 16, 16, 8, 2), 256: Tile(16, 32, 32, 8, 2)},
+    # What fits there of the usual tile, 64 x 16 x 16, spills.
+    ("sm_86", "lora_forward", "half"): {**_FORWARD["half"], 256: Tile(32, 32, 32, 8, 2)},
+    ("sm_86", "lora_backward", "ieee"): {256: Tile(16, 32, 32, 8, 2)},
     # There ptxas gives a program of eight warps 128 registers, whatever else it spills.
     **{
         (arch, "adapter_backward", "ieee"): {128: Tile(16, 32, 32, 8, 2), 256: Tile(16, 16, 16, 16, 2)}
