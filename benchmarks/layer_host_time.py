@@ -29,6 +29,8 @@ from pathlib import Path
 
 import torch
 
+from .environment import describe_environment
+
 SIDES = ("reference", "eager", "triton")  # the first: the published chain
 IMAGES, TOKENS, BEAMS, WIDTH, RANK = 2, 4, 3, 32, 4
 CALLS = 20  # timed at a time
@@ -186,13 +188,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print a line per case; 0."""
     args = build_parser().parse_args(argv)
     stand_for_a_gpu()
+    environment = describe_environment(torch.device("cpu"), torch.get_num_threads())
     for case in CASES:
         if args.case and case.name not in args.case:
             continue
         times = measure(case, args.repeats)
         if args.json:
             for row in rows(case, times):
-                print(json.dumps(row), flush=True)
+                print(json.dumps({**row, **environment}), flush=True)
             continue
         told = (
             f"{name} {statistics.median(times[name]):.0f} us ({ratio:.2f})" for name, ratio in ratios(times).items()

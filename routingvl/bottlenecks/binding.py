@@ -51,6 +51,7 @@ class Binding:
             no other tensor can come to stand at their addresses.
         recomputes: whether it is that of a recomputation.
         hidden: whether layers ran in it that a reentrant checkpoint may recompute.
+        fault: what a layer that reads it raises: it could not be made.
     """
 
     features: torch.Tensor | None = None
@@ -67,6 +68,7 @@ class Binding:
     kept: dict[nn.Module, tuple[tuple, Weights, ImageCode | None]] = field(default_factory=dict)
     recomputes: bool = False
     hidden: bool = False
+    fault: Exception | None = None
 
     @property
     def batch(self) -> int:

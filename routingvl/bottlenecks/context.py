@@ -243,6 +243,8 @@ class VisualContext:
                 "a bottleneck that is routed by its own text ran outside of the model whose attention_mask says what "
                 "is padding: call that model, or pass what it is routed by as second argument"
             )
+        if binding.fault is not None:
+            raise binding.fault
         if (mask := binding.mask) is not None and mask.shape != x.shape[:2]:
             raise ValueError(
                 f"the attention_mask {list(mask.shape)} is not of the {list(x.shape[:2])} positions that a bottleneck "
@@ -258,6 +260,8 @@ class VisualContext:
     def _checked(self, x: torch.Tensor) -> Binding:
         """The binding to read for ``x``."""
         binding = self._current()
+        if binding is not None and binding.fault is not None:
+            raise binding.fault
         if self.source == "encoder" and (binding is None or binding.features is None):
             raise RuntimeError(
                 "a bottleneck that is routed by an encoder's states ran where there are none: call the whole model, or "
@@ -300,8 +304,9 @@ class VisualContext:
         if (found := self._of_graph()) is not None:
             return found
         if binding is None or binding.features is None or self._thread.hidden:
+            what = "with which image" if self.source == "image" else "what it was routed by"
             raise RuntimeError(
-                "a backward pass recomputes a routed layer, and it is not known with which image: switch checkpointing "
+                f"a backward pass recomputes a routed layer, and it is not known {what}: switch checkpointing "
                 "on with gradient_checkpointing_enable({'use_reentrant': False, 'context_fn': "
                 "context.checkpoint_context_fn}), or by a routingvl model's own gradient_checkpointing_enable()"
             )

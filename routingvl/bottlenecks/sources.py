@@ -87,14 +87,13 @@ class Sources:
         if self.source != "image" and not self.stacks:
             raise SurgeryError(
                 f"routed_by={self.routed_by!r} is for decoders that read an encoder's states, as BART's and T5's do, "
-                "and none of the targets is in one: use routed_by='image' or 'text'"
+                "and none of the targets is in one: use routed_by='image', or 'text' in an encoder"
             )
 
     def connect(self) -> None:
         """Have the stacks bind what their bottlenecks are routed by."""
         if self.source == "image":
             return
-        self.own.follow(self.model)
         for stack in self.stacks.values():
             if not any(told.context is self.own for told in _told(stack)):
                 Told(self.own).by(stack)
@@ -105,6 +104,7 @@ class Told:
 
     def __init__(self, context: VisualContext) -> None:
         self.context = context
+        self._followed = False
         self._running = _Running()
         # While a cache of keys and values lives, its states are bound again, with what the layers made of them.
         self._kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
@@ -117,9 +117,15 @@ class Told:
     @torch.compiler.disable
     def enter(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Bind what ``stack`` is called with."""
+        if not self._followed:  # a copy of a stack has hooks of its own, and these a context that follows nothing
+            self.context.follow(stack)
+            self._followed = True
         self._running.bound.append(contextlib.nullcontext())  # to be taken off where this fails
         given = inspect.signature(stack.forward).bind_partial(*args).arguments | kwargs
-        binding = self._text(given) if self.context.source == "text" else self._states(given)
+        try:
+            binding = self._text(given) if self.context.source == "text" else self._states(given)
+        except ValueError as fault:  # for the layers that read it: none may, as when they are disabled
+            binding = Binding(fault=fault)
         bound = self.context.bind_made(binding)
         bound.__enter__()
         self._running.bound[-1] = bound
@@ -181,21 +187,22 @@ def _told(stack: nn.Module) -> Iterator[Told]:
 
 
 def _stack(model: nn.Module, name: str, argument: str) -> tuple[str, nn.Module] | None:
-    """The outermost module of a text model, above the module called ``name``, whose forward takes ``argument``.
+    """The module of a text model, above the module called ``name``, whose forward takes ``argument`` as it is given.
 
-    An encoder-decoder is left out: the arguments of its forward are those of two stacks.
+    That is the innermost that takes token ids too, for those below it get masks of attention; where none does, the
+    outermost. An encoder-decoder is left out: the arguments of its forward are those of two stacks.
     """
     roots = [root for root in text_models(model) if not root or name.startswith(f"{root}.")]
     parts = name.split(".")
-    above = (".".join(parts[:depth]) for depth in range(len(parts)))
-    for prefix in above:
+    found = None
+    for prefix in (".".join(parts[:depth]) for depth in range(len(parts))):
         if roots and not (prefix == roots[0] or prefix.startswith(f"{roots[0]}.") or not roots[0]):
             continue
         module = model.get_submodule(prefix)
         taken = inspect.signature(module.forward).parameters
-        if argument in taken and "decoder_input_ids" not in taken:
-            return prefix, module
-    return None
+        if argument in taken and "decoder_input_ids" not in taken and (found is None or "input_ids" in taken):
+            found = prefix, module
+    return found
 
 
 def _has_cross_attention(stack: nn.Module) -> bool:

@@ -244,12 +244,24 @@ class Task(ABC):
     def check_length(self, longest: int) -> None:
         """ConfigError when texts of ``longest`` tokens do not fit the model's position embeddings."""
         length = self.text_length if self.config.data.padding == "max_length" else longest
-        room = self.model.max_positions - self.images * self.model.visual_prefix  # one token of an image at least
+        room = self.model.max_positions - (self.most_images * self.visual_tokens if self.model.visual_prefix else 0)
         if length > room:
             raise ConfigError(
                 f"texts have up to {length} tokens, and the language model has positions for {room}: set "
                 f"data.max_text_length to {room} or less"
             )
+
+    @property
+    def most_images(self) -> int:
+        """How many images an example has at most."""
+        return self.images
+
+    @cached_property
+    def visual_tokens(self) -> int:
+        """How many visual tokens the model makes of an image: of a black one, where there may be several."""
+        if self.model.vision_features != "tokens" or self.model.vit is None:
+            return 1
+        return self.model.encode_images(torch.zeros(1, 3, *self.preprocessor.size)).shape[1]
 
     def precompute(self, images: Iterable[ImageRecord], progress: bool = False) -> None:
         """Have the features of ``images`` at hand if the config says that features are kept; see FeatureStore.load."""

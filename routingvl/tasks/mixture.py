@@ -80,6 +80,11 @@ class MixtureTask(GenerateTask):
         self.parts = {name: Part(name, part, config, tokenizer, preprocessor) for name, part in settings.items()}
         self.own_ids: dict[str, tuple[str, int | str]] = {}  # of examples to predict: the data set, and the id there
 
+    @property
+    def most_images(self) -> int:
+        """Of all data sets."""
+        return max(part.task.images for part in self.parts.values())
+
     def read_training_splits(self) -> tuple[MixtureSplit, MixtureSplit | None]:
         """Those of all data sets; DataError when one's two splits share an example."""
         found = {name: part.task.read_training_splits() for name, part in self.parts.items()}

@@ -252,8 +252,8 @@ def test_other_places_and_other_masks_are_errors():
     (layer, x, _), *_ = calls_of(model, batch)
     with pytest.raises(RuntimeError, match="ran outside of the model whose attention_mask"):
         layer(x)
-    with pytest.raises(ValueError, match=r"attention_mask \[3, 6, 6\] must be \[texts, positions\]"):
-        model(batch["input_ids"], attention_mask=MASK[:, None] * MASK[:, :, None])
+    with pytest.raises(ValueError, match=r"attention_mask \[3, 1, 6, 6\] must be \[texts, positions\]"):
+        model(batch["input_ids"], attention_mask=(MASK[:, None] * MASK[:, :, None])[:, None].bool())
     with pytest.raises(RuntimeError, match="ran outside of the model"):  # nothing is left bound by the failed call
         layer(x)
     decoder = routed("bart", "encoder").get_decoder()
@@ -279,6 +279,39 @@ def test_no_image_is_bound_where_none_is_read():
     message = "are routed by text and read no image: call it without"
     with pytest.raises(BindingError, match=message), routingvl.bind_image(model, FEATURES):
         pass
+
+
+def test_the_base_model_reads_the_mask_it_is_given():
+    model, batch = routed("bert", "text"), masked_batch("bert")
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        alone = model.base_model(**inputs).last_hidden_state
+        whole = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(alone, whole)
+
+
+def test_a_mask_that_says_nothing_of_padding_is_an_error_of_those_who_read_it():
+    model, ids = routed("bert", "text"), masked_batch("bert")["input_ids"]
+    mask = torch.ones(3, 1, 6, 6)
+    with torch.no_grad(), routingvl.disable(model):
+        model(ids, attention_mask=mask)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"attention_mask \[3, 1, 6, 6\] must be \[texts, positions"):
+        model(ids, attention_mask=mask)
+
+
+def test_a_copy_is_recomputed_with_its_own_text():
+    def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+        model.train()(**masked_batch("bert")).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    model = routed("bert", "text")
+    again = copy.deepcopy(model)
+    again.gradient_checkpointing_enable({"use_reentrant": True})
+    again.enable_input_require_grads()
+    want, found = gradients(model), gradients(again)
+    assert any("lora_A" in name for name in want)
+    for name, gradient in want.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_saved_with_what_it_is_routed_by(tmp_path):

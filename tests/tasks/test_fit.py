@@ -60,6 +60,10 @@ def test_texts_and_captions_have_to_fit_the_positions(home):
     refused(home, "caption", "eval.max_new_tokens=41 is more than the language model's 40 positions", max_new_tokens=41)
     # 40 positions, of which RoBERTa leaves two unused and the image takes one
     refused(home, "vqa", r"texts have up to 38 tokens, .* positions for 37", padding="max_length", max_text_length=38)
+    tokens = {"vision_features": "tokens", "routing.routing": "vllora"}  # five of each image
+    refused(
+        home, "vqa", r"positions for 33: set data\.max_text_length", padding="max_length", max_text_length=34, **tokens
+    )
     rows = [json.loads(line) for line in (home / "data" / "train.jsonl").read_text().splitlines()]
     rows[3]["text"] = "what color is it? " * 20
     (home / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
