@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,9 +13,12 @@ import torch
 from routingvl.atomic_files import write_json
 from routingvl.config import ConfigError
 from routingvl.config.schema import RunConfig
+from routingvl.data.collate import VQACollator
 from routingvl.data.files import DataError
 from routingvl.data.labelled import read_labels
-from routingvl.models import VisionTextForClassification
+from routingvl.data.vocabulary import AnswerVocabulary
+from routingvl.data.vqa_dataset import VQADataset
+from routingvl.models import VisionTextForClassification, VisionTextForVQA
 from routingvl.tasks.base import Batch, Predictions, Split, Task
 
 
@@ -100,6 +104,39 @@ class ChoiceTask(Task):
         task = super().from_folder(folder, config)
         task.choices = read_labels(folder / cls.choices_file)
         return task
+
+
+class AnswerTask(ChoiceTask):
+    """Choose an answer to a question about an image, each learned as a decision of its own from soft scores."""
+
+    model_class = VisionTextForVQA
+    max_text_length = 20
+    command = "answer"
+    choices_file = "label2ans.json"
+    kind = "answer"
+
+    def made_up_labels(self, ids: torch.Tensor, model: VisionTextForVQA) -> torch.Tensor:
+        """No answer is right."""
+        return torch.zeros(len(ids), model.num_labels)
+
+    @cached_property
+    def vocabulary(self) -> AnswerVocabulary:
+        """The answers, with their numbers."""
+        return AnswerVocabulary(self.choices)
+
+    def dataset(self, split: Split, training: bool) -> VQADataset:
+        """One item per question."""
+        return VQADataset(split, self.vocabulary, **self.picture_arguments)
+
+    def collator(self) -> VQACollator:
+        """Questions, with soft scores as labels."""
+        return VQACollator(
+            self.tokenizer,
+            self.text_length,
+            len(self.vocabulary),
+            self.config.data.padding,
+            token_types=self.model.token_types,
+        )
 
 
 def first_examples(split: Split, part: str, limit: int | None) -> Split:

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from routingvl.data.collate import VQACollator
 from routingvl.data.files import DataError
 from routingvl.data.gqa import GQASplit, load_gqa, read_choices
 from routingvl.data.text_to_text import TextExample
 from routingvl.data.vocabulary import AnswerVocabulary
-from routingvl.data.vqa_dataset import VQADataset
 from routingvl.metrics import gqa_report, gqa_results_name, write_gqa_results
-from routingvl.models import VisionTextForVQA
 from routingvl.tasks.base import Predictions, Task, register
-from routingvl.tasks.choice import ChoiceTask, first_examples
+from routingvl.tasks.choice import AnswerTask, first_examples
 from routingvl.tasks.writing import GenerateTask
 
 
@@ -67,7 +61,7 @@ class GQAFiles(Task):
 
 
 @register
-class GQATask(GQAFiles, ChoiceTask):
+class GQATask(GQAFiles, AnswerTask):
     """Choose one of the answers of a vocabulary, each learned as a decision of its own; one of them is right.
 
     The answers are those of ``data.answers`` or of trainval_label2ans.json in the annotations folder; without such a
@@ -75,21 +69,7 @@ class GQATask(GQAFiles, ChoiceTask):
     """
 
     name = "gqa"
-    model_class = VisionTextForVQA
-    max_text_length = 20
-    command = "answer"
-    choices_file = "label2ans.json"
-    kind = "answer"
     usual_choices = 1842  # answers of train and val, as LXMERT lists them
-
-    def made_up_labels(self, ids: torch.Tensor, model: VisionTextForVQA) -> torch.Tensor:
-        """No answer is right."""
-        return torch.zeros(len(ids), model.num_labels)
-
-    @cached_property
-    def vocabulary(self) -> AnswerVocabulary:
-        """The answers, with their numbers."""
-        return AnswerVocabulary(self.choices)
 
     def read_training_splits(self) -> tuple[GQASplit, GQASplit | None]:
         """Also find the answers."""
@@ -100,20 +80,6 @@ class GQATask(GQAFiles, ChoiceTask):
             raise DataError(f"split {train.name!r} has no answers to learn; set data.train_split")
         self.choices = train.answers if listed is None else listed.answers
         return train, val
-
-    def dataset(self, split: GQASplit, training: bool) -> VQADataset:
-        """One item per question."""
-        return VQADataset(split, self.vocabulary, **self.picture_arguments)
-
-    def collator(self) -> VQACollator:
-        """Questions, with the right answer as label."""
-        return VQACollator(
-            self.tokenizer,
-            self.text_length,
-            len(self.vocabulary),
-            self.config.data.padding,
-            token_types=self.model.token_types,
-        )
 
 
 @register

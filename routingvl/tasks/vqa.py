@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from routingvl.data.collate import VQACollator
 from routingvl.data.files import DataError
 from routingvl.data.text_to_text import TextExample
 from routingvl.data.vocabulary import AnswerVocabulary, soft_scores
 from routingvl.data.vqa import Question, VQASplit, load_vqa
 from routingvl.data.vqa_dataset import VQADataset
 from routingvl.metrics import soft_score_report, vqa_report, vqa_results_name, write_vqa_results
-from routingvl.models import VisionTextForVQA
 from routingvl.tasks.base import Task, register
-from routingvl.tasks.choice import ChoiceTask, first_examples
+from routingvl.tasks.choice import AnswerTask, first_examples
 from routingvl.tasks.writing import GenerateTask, first_target
 
 
@@ -68,25 +63,11 @@ class VQAFiles(Task):
 
 
 @register
-class VQATask(VQAFiles, ChoiceTask):
+class VQATask(VQAFiles, AnswerTask):
     """Choose one of the answers of a vocabulary, each learned as a decision of its own from soft scores."""
 
     name = "vqa"
-    model_class = VisionTextForVQA
-    max_text_length = 20
-    command = "answer"
-    choices_file = "label2ans.json"
-    kind = "answer"
     usual_choices = 3129  # of the published vocabulary
-
-    def made_up_labels(self, ids: torch.Tensor, model: VisionTextForVQA) -> torch.Tensor:
-        """No answer is right."""
-        return torch.zeros(len(ids), model.num_labels)
-
-    @cached_property
-    def vocabulary(self) -> AnswerVocabulary:
-        """The answers, with their numbers."""
-        return AnswerVocabulary(self.choices)
 
     def read_training_splits(self) -> tuple[VQASplit, VQASplit | None]:
         """Also read the answers, from ``data.answers`` or the annotations folder."""
@@ -101,17 +82,7 @@ class VQATask(VQAFiles, ChoiceTask):
         """One item per question; DataError when there is nothing to learn."""
         if training and not split.questions[0].has_answers:
             raise DataError(f"split {split.name!r} has no answers to learn; set data.train_split")
-        return VQADataset(split, self.vocabulary, **self.picture_arguments)
-
-    def collator(self) -> VQACollator:
-        """Questions, with soft scores as labels."""
-        return VQACollator(
-            self.tokenizer,
-            self.text_length,
-            len(self.vocabulary),
-            self.config.data.padding,
-            token_types=self.model.token_types,
-        )
+        return super().dataset(split, training)
 
 
 @register
