@@ -228,7 +228,7 @@ def stock_launcher() -> Iterator[None]:
     from routingvl.kernels.triton_common.cached_launcher import CachedKernel
 
     kernels = [value for module in (lora_ops, adapter_ops) for value in vars(module).values()]
-    kernels = [kernel for kernel in kernels if isinstance(kernel, CachedKernel)]
+    kernels = [kernel for kernel in kernels if isinstance(kernel, CachedKernel) and kernel._direct]
     for kernel in kernels:
         kernel._direct = False
     try:

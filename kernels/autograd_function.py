@@ -70,11 +70,11 @@ def _twin(function: type[Function]) -> Callable[..., Tensor]:
     In the newer form everything that is saved must be an output, which torch then wraps and counts as one. It takes a
     dtype, as :func:`applied` does, after the inputs.
     """
-    keep, run, differentiate = function.setup_context.__wrapped__, function.forward, function.backward
+    keep, differentiate = function.setup_context.__wrapped__, function.backward
 
     def forward(ctx: Any, *given: Any) -> Tensor:
         inputs = _cast(function, given[:-1], given[-1])
-        outputs = run(*inputs)
+        outputs = function.forward(*inputs)
         ctx.set_materialize_grads(False)
         keep(ctx, inputs, outputs)
         return outputs[0]

@@ -12,7 +12,7 @@ from routingvl.config import ConfigError
 from routingvl.evaluate import evaluate, evaluation_config, load_run
 from routingvl.metrics import read_coco_results, read_vqa_results, vqa_report
 from routingvl.predict import Predictor
-from routingvl.tasks.controls import CONTROLS, ImageControl
+from routingvl.tasks.controls import CONTROLS, ImageControl, keys_of, other_images
 from routingvl.train import train
 from routingvl.training.run_folder import RunError, RunFolder
 
@@ -182,12 +182,12 @@ def test_image_controls(tiny, runs):
     shuffled, zeros, ones, noise = (ImageControl(dataset, task, control) for control in CONTROLS)
     images = [dataset.image(index, dataset.example(index)) for index in range(len(dataset))]
     by_path = {image.path: dataset.picture(image)["pixel_values"] for image in images}
-    seen = []
+    others, seen = other_images(((image,) for image in images), "test"), []
     for index, image in enumerate(images):
         item = shuffled[index]
         assert item.keys() == dataset[index].keys()
         assert {key: item[key] for key in item if key != "pixel_values"} == dataset.example(index)
-        (path,) = (path for path in by_path if path == shuffled._other[image].path)
+        path = others[keys_of((image,))][0].path
         assert path != image.path
         assert torch.equal(item["pixel_values"], by_path[path])
         seen.append(path)

@@ -90,7 +90,7 @@ class VisionTextForCaptioning(WritingVLModel):
             attention_mask = self.check_text(image.features, input_ids, attention_mask)
             inputs = self.encoder_inputs(image)
             inputs["decoder_input_ids"] = self.decoder_inputs(input_ids.masked_fill(attention_mask == 0, IGNORED))
-        return self.score(image, inputs, labels, return_logits)
+        return self.score(self.read(image, inputs, return_logits), labels, return_logits)
 
     def next_tokens(self, labels: torch.Tensor) -> torch.Tensor:
         """See :meth:`WritingVLModel.next_tokens`, and of decoders :func:`~routingvl.models.losses.caption_targets`."""

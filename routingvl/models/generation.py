@@ -105,7 +105,8 @@ class VisionTextForGeneration(WritingVLModel):
             raise ValueError(f"labels {list(labels.shape)} must have the shape of decoder_input_ids {[batch, length]}")
         if length > self.max_positions:
             raise ValueError(f"labels of {length} tokens exceed the text model's {self.max_positions} positions")
-        return self.score(image, {**inputs, "decoder_input_ids": decoder_input_ids}, labels, return_logits)
+        found = self.read(image, {**inputs, "decoder_input_ids": decoder_input_ids}, return_logits)
+        return self.score(found, labels, return_logits)
 
     @torch.no_grad()
     def generate(

@@ -69,18 +69,20 @@ class WritingVLModel(RoutedVLModel):
         """
         return labels
 
-    def score(
-        self, image: Tokens, inputs: dict[str, torch.Tensor], labels: torch.Tensor | None, return_logits: bool
-    ) -> ModelOutput:
-        """The language model's loss and logits for its ``inputs``, with ``image`` bound."""
-        from_states = not return_logits and self._has_plain_head
+    def read(self, image: Tokens, inputs: dict[str, torch.Tensor], return_logits: bool) -> torch.Tensor:
+        """The language model's logits for its ``inputs`` with ``image`` bound; its last hidden states where the loss
+        alone is wanted and needs no more.
+        """
         with self.bind(*image):
-            if from_states:
-                hidden = self.language_model.base_model(**inputs, use_cache=False).last_hidden_state
-            else:
-                logits = self.language_model(**inputs, use_cache=False).logits
-        if from_states:  # outside of the block: the compiled graph ends where the loss begins
-            return ModelOutput(self._loss_without_logits(hidden, labels), None)
+            if self._has_plain_head and not return_logits:
+                return self.language_model.base_model(**inputs, use_cache=False).last_hidden_state
+            return self.language_model(**inputs, use_cache=False).logits
+
+    def score(self, found: torch.Tensor, labels: torch.Tensor | None, return_logits: bool) -> ModelOutput:
+        """Loss and logits from what :meth:`read` gave. Compiled graphs may end where this is called."""
+        if self._has_plain_head and not return_logits:
+            return ModelOutput(self._loss_without_logits(found, labels), None)
+        logits = found
         if labels is None:
             return (UnalignedOutput if self.text_kind == DECODER else ModelOutput)(None, logits)
         loss = caption_loss(logits, self.next_tokens(labels).to(logits.device))
