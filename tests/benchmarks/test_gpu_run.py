@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="a shell script")
 def gpu_run(*args: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHON": sys.executable, **variables}
     command = ["bash", str(ROOT / "benchmarks" / "gpu_run.sh"), *args]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
 
 
 @pytest.mark.slow
