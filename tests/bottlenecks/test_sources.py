@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -320,7 +321,7 @@ def test_saved_with_what_it_is_routed_by(tmp_path):
     again = text_model("roberta")
     report = routingvl.load_adapter(again, tmp_path)
     assert {layer.routed_by for layer in report.layers} == {"text"}
-    assert "by text  eager" in str(report)
+    assert re.search("by text  (eager|triton)", str(report))
     batch = masked_batch("roberta")
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, again(**batch).logits)
