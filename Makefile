@@ -2,8 +2,9 @@
 # Variables: PYTHON, DEMO_ARGS, TEST_ARGS, TEST_JOBS, TEST_MARKS.
 
 # The tests of what stands on the kernels. The kernels' own name their backend; the rest never computes a bottleneck.
+# Left out are two files of long runs whose bottlenecks are those of the others.
 TRITON_TESTS := tests/bottlenecks tests/models tests/tasks tests/commands tests/demo tests/training/test_train.py \
-    tests/test_evaluate.py
+    tests/test_evaluate.py --ignore=tests/tasks/test_mixture.py --ignore=tests/tasks/test_gqa_and_nlvr2.py
 PYTHON ?= python3
 TEST_JOBS ?= 2
 TEST_ARGS ?=
