@@ -260,12 +260,7 @@ def pretrain_gpt2(folder: Path, config: BackboneConfig) -> dict[str, Any]:
         attention_mask = (~ignored).long()
         return model(input_ids=examples.masked_fill(ignored, end), attention_mask=attention_mask, labels=examples).loss
 
-    _optimise(
-        [model], lambda rows: loss_of(train[rows]), len(train), config.lm_steps, config.lm_batch, config.lr, "linear"
-    )
-    held_out_loss = _evaluate(model, loss_of, held_out)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    held_out_loss = _train_and_save(folder, model, tokenizer, loss_of, train, held_out, config)
     return {"parameters": _count(model), "language model loss (nats)": held_out_loss, "vocabulary": len(tokenizer)}
 
 
@@ -306,12 +301,7 @@ def pretrain_bart(folder: Path, config: BackboneConfig) -> dict[str, Any]:
         masked, real = examples.masked_fill(hidden, tokenizer.mask_token_id), examples != pad
         return model(input_ids=masked, attention_mask=real.long(), labels=examples.masked_fill(~real, IGNORED)).loss
 
-    _optimise(
-        [model], lambda rows: loss_of(train[rows]), len(train), config.lm_steps, config.lm_batch, config.lr, "linear"
-    )
-    held_out_loss = _evaluate(model, loss_of, held_out)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    held_out_loss = _train_and_save(folder, model, tokenizer, loss_of, train, held_out, config)
     return {"parameters": _count(model), "denoising loss (nats)": held_out_loss, "vocabulary": len(tokenizer)}
 
 
@@ -390,6 +380,25 @@ def _optimise(
 def _endless_batches(examples: int, batch_size: int) -> Iterator[Tensor]:
     while True:
         yield from torch.randperm(examples).split(batch_size)
+
+
+def _train_and_save(
+    folder: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    loss_of: Callable[[Tensor], Tensor],
+    train: Tensor,
+    held_out: Tensor,
+    config: BackboneConfig,
+) -> float:
+    """Train a language model that writes on texts ``train``, and save both; returns the loss on ``held_out``."""
+    _optimise(
+        [model], lambda rows: loss_of(train[rows]), len(train), config.lm_steps, config.lm_batch, config.lr, "linear"
+    )
+    loss = _evaluate(model, loss_of, held_out)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return loss
 
 
 @torch.no_grad()

@@ -256,12 +256,16 @@ class Task(ABC):
         """How many images an example has at most."""
         return self.images
 
-    @cached_property
+    @property
     def visual_tokens(self) -> int:
-        """How many visual tokens the model makes of an image: of a black one, where there may be several."""
-        if self.model.vision_features != "tokens" or self.model.vit is None:
-            return 1
-        return self.model.encode_images(torch.zeros(1, 3, *self.preprocessor.size)).shape[1]
+        """How many visual tokens the model makes of an image."""
+        several = self.model.vision_features == "tokens" and self.model.vit is not None
+        return self.feature_shape[0] if several else 1
+
+    @cached_property
+    def feature_shape(self) -> tuple[int, int]:
+        """[L, d] of the features that the vision tower gives of an image, as it gives them of a black one."""
+        return tuple(self.model.encode_images(torch.zeros(1, 3, *self.preprocessor.size)).shape[1:])
 
     def precompute(self, images: Iterable[ImageRecord], progress: bool = False) -> None:
         """Have the features of ``images`` at hand if the config says that features are kept; see FeatureStore.load."""

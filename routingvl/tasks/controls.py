@@ -39,7 +39,7 @@ class ImageControl(Dataset):
             groups = (dataset.images_of(i, dataset.example(i)) for i in range(len(dataset)))
             self._other = other_images(groups, dataset.split.name)
         else:
-            self._shape = feature_shape(task)
+            self._shape = task.feature_shape
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -83,11 +83,3 @@ def other_images(groups: Iterable[Images], split: str) -> dict[Keys, Images]:
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0)).tolist()
     keys = list(distinct)
     return {keys[i]: distinct[keys[j]] for i, j in zip(order, order[1:] + order[:1], strict=True)}
-
-
-@torch.inference_mode()
-def feature_shape(task: Task) -> tuple[int, int]:
-    """[L, d] of the features that the run's tower gives of an image."""
-    model = task.model
-    pixels = torch.zeros(1, 3, *task.preprocessor.size, device=model.device, dtype=model.dtype)
-    return tuple(model.encode_images(pixels).shape[1:])
