@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .environment import describe_environment
 from .layer_host_time import SIDES, ratios, stand_for_a_gpu, timed
 
 IMAGES, BEAMS, TOKENS = 2, 3, 8
@@ -83,13 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print a line per case; 0."""
     args = build_parser().parse_args(argv)
     stand_for_a_gpu()
+    environment = describe_environment(torch.device("cpu"), torch.get_num_threads())
     for case in args.case or CASES:
         times = timed(sides(case), args.repeats, CALLS)
         told = []
         for name, ratio in ratios(times).items():
             if args.json:
                 us = [round(value, 1) for value in times[name]]
-                print(json.dumps({"case": case, "provider": name, "us": us, "ratio": round(ratio, 3)}), flush=True)
+                row = {"case": case, "provider": name, "us": us, "ratio": round(ratio, 3)}
+                print(json.dumps({**row, **environment}), flush=True)
             told.append(f"{name} {statistics.median(times[name]) / 1000:.2f} ms ({ratio:.2f})")
         if not args.json:
             print(f"{case}: {', '.join(told)}", flush=True)
