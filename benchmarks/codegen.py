@@ -8,6 +8,7 @@ cache on disk, keyed by the source, makes every later run quick.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -15,23 +16,26 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from routingvl.benchmarks.machine_code import NARROW, Usage, code_of, read_usage
 from routingvl.kernels.activations import ACTIVATIONS
 from routingvl.kernels.routing import ROUTINGS, Routing
 from routingvl.kernels.triton_common.launch import NO_CODE, image_tile
-from routingvl.kernels.triton_common.tiles import SHARED_MEMORY, Tile, padded_rank, tiles_for
+from routingvl.kernels.triton_common.tiles import SHARED_MEMORY, Tile, padded_rank, tiles_for_call
 from routingvl.kernels.triton_common.visual_tokens import MAX_GRAM_WIDTH, Visual, rows_of_one_image
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 RANKS = (16, 32, 64, 128, 256)
 TEXT = 20  # rows of text of an image, as in VQA
-FEW_SPILLS = 16  # that a limit of registers may cost, outside of all loops or nearly so: another program pays for them
+# Spilled registers go to the processor's L1 cache, 128 bytes a clock, where its share of the memory's rate is 13 (H100:
+# 3.0 TB/s, 132 processors, 1.755 GHz). So as many bytes as the program's rows have cost it a tenth; four warps in place
+# of eight, with 56 spills, took a fifth off adapter_backward there (results/gpu/tiles.jsonl).
+SPILLED_SHARE = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Configuration:
         precision: of the products, "half" (here bfloat16), "tf32" or "ieee".
         decode: whether with the tile of few rows.
         arch: one of ``ARCHITECTURES``.
+        few: whether with the tile of few rows a processor (16 at most), not so few as in decoding.
     """
 
     kernel: str
@@ -53,6 +58,7 @@ class Configuration:
     precision: str
     decode: bool
     arch: str
+    few: bool = False
 
     @property
     def tile_kind(self) -> str:
@@ -62,29 +68,18 @@ class Configuration:
     @property
     def tile(self) -> Tile:
         """The tile that a launch would try first, for images with TEXT rows where programs have rows of one alone."""
-        tile = tiles_for(self.tile_kind, self.rank, self.precision, self.decode, self.arch)[0]
-        visual = VARIANTS[self.kernel][self.variant].get("VISUAL", int(Visual.ONE_TOKEN))
-        return image_tile(tile, TEXT, rows_of_one_image(visual))
+        given = {**_DEFAULTS, **VARIANTS[self.kernel][self.variant]}
+        traits = {name: given[name.upper()] for name in ("dropout", "relu", "apart")}
+        traits["relu"] |= given["ACT"] == ACTIVATIONS["gelu_new"].code
+        if self.kernel == "dropped_gradient":  # which passes none
+            traits = {}
+        traits |= {"few": self.few, "one_wave": self.few, "two_parts": 16 < TEXT <= 32}
+        tile = tiles_for_call(self.tile_kind, self.rank, self.precision, self.decode, self.arch, **traits)[0]
+        return image_tile(tile, TEXT, rows_of_one_image(given["VISUAL"]))
 
     def __str__(self) -> str:
-        return " ".join((self.kernel, self.variant, f"r{self.rank}", self.precision, *["decode"] * self.decode))
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a program of the compiled kernel uses.
-
-    Attributes:
-        registers: per thread (gfx942: vector registers).
-        spills: instructions that read or write spilled registers (gfx942: registers spilled).
-        shared_memory: bytes.
-        matrix: {matrix instruction: how many stand in the code}.
-    """
-
-    registers: int
-    spills: int
-    shared_memory: int
-    matrix: Mapping[str, int]
+        rows = ["decode"] * self.decode + ["few rows"] * self.few
+        return " ".join((self.kernel, self.variant, f"r{self.rank}", self.precision, *rows))
 
 
 # Constants of the kernels that a variant does not mention.
@@ -171,14 +166,15 @@ def configurations(architectures: Sequence[str] = ARCHITECTURES) -> Iterator[Con
     for arch, kernel in itertools.product(architectures, VARIANTS):
         for index, variant in enumerate(VARIANTS[kernel]):
             for rank in _ranks(kernel, variant):
-                yield Configuration(kernel, variant, rank, "half", False, arch)
-                if index > 0:
-                    continue
-                if kernel in ("lora_forward", "adapter_forward"):
+                precisions = ["half"]
+                if index == 0 and (rank >= 128 or kernel.startswith("rank_one")):
+                    precisions += ["tf32", "ieee"] if arch.startswith("sm_") else ["ieee"]
+                for precision in precisions:
+                    many = Configuration(kernel, variant, rank, precision, False, arch)
+                    few = replace(many, few=True)
+                    yield from (many, few) if few.tile != many.tile else (many,)
+                if index == 0 and kernel in ("lora_forward", "adapter_forward"):
                     yield Configuration(kernel, variant, rank, "half", True, arch)
-                if rank >= 128 or kernel.startswith("rank_one"):
-                    for precision in ("tf32", "ieee") if arch.startswith("sm_") else ("ieee",):
-                        yield Configuration(kernel, variant, rank, precision, False, arch)
 
 
 def _ranks(kernel: str, variant: str) -> tuple[int, ...]:
@@ -214,26 +210,32 @@ def compile_configuration(configuration: Configuration) -> Any:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("kernels cannot be compiled while TRITON_INTERPRET=1 is set")
     function = _kernel_function(configuration.kernel)
-    constants = _constants(configuration)
-    dtype = "bf16" if configuration.precision == "half" else "fp32"
-    signature, attributes = {}, {}
-    for index, parameter in enumerate(function.params):
-        name = parameter.name
-        if parameter.is_constexpr:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = _type_of(name, dtype, constants)
-        if name.startswith(_DIVISIBLE) and not parameter.do_not_specialize:
-            attributes[index,] = [["tt.divisibility", 16]]
-    used = {name: constants[name] for name, kind in signature.items() if kind == "constexpr"}
-    source = ASTSource(fn=function, signature=signature, constexprs=used, attrs=attributes)
-    tile = configuration.tile
+    signature, constants, attributes = _arguments(configuration)
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     cuda = configuration.arch.startswith("sm_")
     target = GPUTarget("cuda", int(configuration.arch[3:]), 32) if cuda else GPUTarget("hip", configuration.arch, 64)
+    return triton.compile(source, target=target, options=_options(configuration.tile))
+
+
+def _arguments(configuration: Configuration) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
+    """The types of a kernel's arguments, its constants, and which arguments are multiples of 16, for ``ASTSource``."""
+    given = _constants(configuration)
+    dtype = "bf16" if configuration.precision == "half" else "fp32"
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(_kernel_function(configuration.kernel).params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name], constants[name] = "constexpr", given[name]
+            continue
+        signature[name] = _type_of(name, dtype, given)
+        if name.startswith(_DIVISIBLE) and not parameter.do_not_specialize:
+            attributes[index,] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _options(tile: Tile) -> dict[str, int]:
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if tile.maxnreg:
-        options["maxnreg"] = tile.maxnreg
-    return triton.compile(source, target=target, options=options)
+    return options | ({"maxnreg": tile.maxnreg} if tile.maxnreg else {})
 
 
 def _constants(configuration: Configuration) -> dict[str, Any]:
@@ -264,31 +266,23 @@ def _type_of(name: str, dtype: str, constants: Mapping[str, Any]) -> str:
 
 def usage_of(configuration: Configuration) -> Usage:
     """Compile a configuration and read from its code what it uses."""
-    compiled = compile_configuration(configuration)
-    shared = compiled.metadata.shared
-    if "cubin" not in compiled.asm:
-        code = compiled.asm["amdgcn"]
-        spills = _number(r"\.vgpr_spill_count:\s+(\d+)", code)  # scalar ones spill into vector registers, at no cost
-        return Usage(_number(r"\.vgpr_count:\s+(\d+)", code), spills, shared, _counted(r"v_s?mfma", code))
-    from triton import knobs
+    return read_usage(compile_configuration(configuration))
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    listing = done.stdout + done.stderr
-    matrix = _counted(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
-    return Usage(_number(r"REG:(\d+)", listing), len(re.findall(r"\b(?:LDL|STL)\b", listing)), shared, matrix)
+
+@functools.cache
+def _code_of_kernel(name: str) -> list[tuple[str, str]]:
+    return code_of(_kernel_function(name))
 
 
 def fingerprint(configuration: Configuration) -> str:
-    """What the machine code depends on, in 16 hexadecimal digits: source, tile, constants, and Triton's version."""
+    """What the machine code depends on, in 16 hexadecimal digits: the kernel's code with that of all functions it calls
+    (not its comments, nor where it stands in a file), argument types, constants, options, and Triton's version.
+    """
     import triton
 
-    source = _kernel_function(configuration.kernel).cache_key  # of all functions it calls, too
-    parts = (triton.__version__, source, str(configuration.tile), str(sorted(_constants(configuration).items())))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    code = _code_of_kernel(configuration.kernel)
+    parts = (triton.__version__, code, _arguments(configuration), _options(configuration.tile))
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 class Results:
@@ -330,15 +324,6 @@ class Results:
         return self._known[key]
 
 
-def _number(pattern: str, text: str) -> int:
-    return int(re.search(pattern, text)[1])
-
-
-def _counted(pattern: str, text: str) -> dict[str, int]:
-    found = re.findall(pattern, text)
-    return {name: found.count(name) for name in dict.fromkeys(found)}
-
-
 def table(rows: Sequence[tuple[Configuration, Usage]]) -> str:
     """Markdown: a line per configuration, a column per architecture ("registers, spills, KiB, matrix instructions")."""
     architectures = [arch for arch in ARCHITECTURES if any(row[0].arch == arch for row in rows)]
@@ -355,19 +340,26 @@ def table(rows: Sequence[tuple[Configuration, Usage]]) -> str:
     return "\n".join(lines)
 
 
+def spill_limit(configuration: Configuration) -> int:
+    """Bytes that a thread's spills may move: ``SPILLED_SHARE`` of its share of the program's rows, read and written."""
+    tile = configuration.tile
+    threads = tile.num_warps * (32 if configuration.arch.startswith("sm_") else 64)
+    size = 2 if configuration.precision == "half" else 4
+    return int(SPILLED_SHARE * 2 * tile.block_m * NARROW * size / threads)
+
+
 def problems(configuration: Configuration, usage: Usage) -> list[str]:
     """What is wrong with a compiled configuration; nothing for those that may be shipped."""
     found = []
-    if usage.spills > (FEW_SPILLS if configuration.tile.maxnreg else 0):
-        found.append(f"{usage.spills} spills")
+    if usage.spilled_bytes > (limit := spill_limit(configuration)):
+        found.append(f"{usage.spills} spills move {usage.spilled_bytes} bytes a thread, more than {limit}")
     if usage.shared_memory > SHARED_MEMORY[configuration.arch]:
         found.append(f"{usage.shared_memory} bytes of shared memory exceed {SHARED_MEMORY[configuration.arch]}")
     products = not configuration.kernel.startswith("rank_one") and configuration.precision != "ieee"
     if products and not usage.matrix:
         found.append("no matrix instructions")
-    by_rank = (
-        configuration.kernel == "dropped_gradient"
-    )  # there the components of the low-rank activation are the rows of the product
+    # There the components of the low-rank activation are the rows of the product.
+    by_rank = configuration.kernel == "dropped_gradient"
     rows = padded_rank(configuration.rank) if by_rank else configuration.tile.block_m
     if products and configuration.arch == "sm_90" and rows >= 64 and "wgmma.mma_async" not in usage.matrix:
         found.append("no wgmma")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from ..triton_common.cached_launcher import CachedKernel
 from ..triton_common.launch import (
     Prepared,
@@ -31,6 +32,7 @@ from .triton import adapter_backward_kernel, adapter_forward_kernel
 
 launch_adapter_forward = CachedKernel(adapter_forward_kernel)
 launch_adapter_backward = CachedKernel(adapter_backward_kernel)
+GELU_NEW = ACTIVATIONS["gelu_new"].code
 
 
 def _new_t(rows: Tensor, count: int, rank: int, rank_one: bool) -> Tensor:
@@ -133,6 +135,6 @@ def adapter_backward(
         return prepare_backward(dy, up.shape[1], up.shape[0], tile, arguments)
 
     key = "adapter_backward", dy.stride(0), visual, rank_one, need_x, need_u, need_h, tf32_matters(dy)
-    kernel, relu = launch_adapter_backward, options.relu
+    kernel, relu = launch_adapter_backward, options.relu or options.act == GELU_NEW  # which takes registers too
     parts = launch_kernel(kernel, up.shape[1], key, options, pointers, prepare, rows=dy, relu=relu)
     return dx, dt, dz, image_gradient(parts, du, t, image, options.relu), h

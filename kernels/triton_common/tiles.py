@@ -264,7 +264,7 @@ def tiles_for_call(
         few: there are fewer blocks of 64 rows than processors.
         one_wave: there are no more blocks of 16 rows than processors.
         dropout: the kernel draws a mask.
-        relu: it applies ReLU, which takes registers.
+        relu: it applies ReLU, or an Adapter's gelu_new, which take registers.
         two_parts: of a rank-one kernel whose tile has half as many rows as an image or little more.
         apart: each group of projections has programs of its own.
     """
