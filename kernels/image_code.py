@@ -124,11 +124,12 @@ def lora_factors(
     Their gradients are :func:`lora_factor_gradients`: recording and differentiating products as small as these one by
     one takes longer than computing them (benchmarks/NOTES.md). All tensors may lead with a dimension of layers.
     """
-    u = torch.matmul(v, (a if own is None else own).mT)
+    product = torch.mm if v.dim() == 2 else torch.bmm
+    u = product(v, (a if own is None else own).mT)
     o, groups = u.new_empty(*u.shape[:-1], b.shape[-2]), options.groups
     for o_group, u_group, b_group in zip(_cut(o, groups, -1), _cut(u, groups, -1), _cut(b, groups, -2), strict=True):
         _product_into(o_group, u_group, b_group.mT, options.scaling)
-    return u, torch.matmul(_probe(options.routing, u), a), o
+    return u, product(_probe(options.routing, u), a), o
 
 
 def lora_factor_gradients(
@@ -144,17 +145,21 @@ def lora_factor_gradients(
 ) -> tuple[Tensor, ...]:
     """du, dA, dB (and that of ``own``) from dp and do of :func:`lora_factors`; u itself is given no gradient."""
     routing, scaling, groups = options.routing, options.scaling, options.groups
-    du, db = torch.empty_like(u), torch.empty_like(b, memory_format=torch.contiguous_format)
-    cut = [_cut(x, groups, -1) for x in (du, u, do)] + [_cut(x, groups, -2) for x in (db, b)]
-    for du_group, u_group, do_group, db_group, b_group in zip(*cut, strict=True):
-        _product_into(du_group, do_group, b_group, scaling)
-        _product_into(db_group, do_group.mT, u_group, scaling)
-    through = _probe_backward(routing, torch.matmul(dp, a.mT), u)
-    if through is not None:
-        du += through
-    da = torch.matmul(_probe(routing, u).mT, dp)
+    product = torch.mm if u.dim() == 2 else torch.bmm
+    through = _probe_backward(routing, product(dp, a.mT), u)
+    du, beta = (torch.empty_like(u), 0) if through is None else (through, 1)
+    if groups == 1:
+        _product_into(du, do, b, scaling, beta)
+        db = (torch.addmm if b.dim() == 2 else torch.baddbmm)(b, do.mT, u, beta=0, alpha=scaling)  # reads no b
+    else:
+        db = torch.empty_like(b, memory_format=torch.contiguous_format)
+        cut = [_cut(x, groups, -1) for x in (du, u, do)] + [_cut(x, groups, -2) for x in (db, b)]
+        for du_group, u_group, do_group, db_group, b_group in zip(*cut, strict=True):
+            _product_into(du_group, do_group, b_group, scaling, beta)
+            _product_into(db_group, do_group.mT, u_group, scaling)
+    da = product(_probe(routing, u).mT, dp)
     if own is not None:
-        return du, da, db, torch.matmul(du.mT, v)
+        return du, da, db, product(du.mT, v)
     return du, _product_into(da, du.mT, v, beta=1), db
 
 

@@ -174,7 +174,12 @@ class FusedRankOneLoRA(torch.autograd.Function):
         made = (None, None, None)
         if v is not None:
             _, p, o = made = lora_factors(v.squeeze(1), a, b, options)
-        y = frozen_projection(x, weight, bias, base, options.weight_layout, o.shape[1])
+        plain = is_planned(options)
+        y = frozen_projection(x, weight, bias, base, options.weight_layout, o.shape[1], plain=plain)
+        if plain and seed is None and weight is not None and x.is_contiguous():
+            c = ops.rank_one_forward_again(y, x, p, o, options)
+            if c is not None:
+                return y, c, *made
         c = ops.rank_one_forward_(
             y.view(-1, y.shape[2]), contiguous_rows(x), p.contiguous(), o.contiguous(), seed, rows_of_an_image(x, p),
             accumulates(weight, base), options,
@@ -203,7 +208,10 @@ class FusedRankOneLoRA(torch.autograd.Function):
         accumulate = dx is not None
         if need_x and dx is None:
             dx = rows.new_empty(rows.shape[0], x.shape[2])
-        dp, do = ops.rank_one_backward_(
+        found = None
+        if accumulate and need_p and need_o and seed is None and is_planned(ctx.options):
+            found = ops.rank_one_backward_again(dx, rows, x, p, o, c, ctx.options)
+        dp, do = found or ops.rank_one_backward_(
             dx, rows, contiguous_rows(x), p.contiguous(), o.contiguous(), c, seed, rows_of_an_image(x, p), accumulate,
             need_p, need_o, ctx.options,
         )  # fmt: skip

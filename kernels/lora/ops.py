@@ -128,7 +128,7 @@ def lora_forward_again(
     pointers = dict(p_y=y, p_x=x, p_a=a, p_image=u, p_b=b, p_t=t, p_seed=x)
     key = "lora_forward", y.stride(1), width_in, ONE_TOKEN, True, save_t
     fits = a.is_contiguous() and u.is_contiguous() and b.is_contiguous() and aligned(x, a, u, b)
-    return t if fits and launch_again(launch_lora_forward, key, options, pointers, x) else None
+    return None if not fits or launch_again(launch_lora_forward, key, options, pointers, x) is None else t
 
 
 def _new_gradients(dx, dy, t, a, image, b, seed, tokens, visual, accumulate, need_u, need_z, options):
@@ -192,7 +192,8 @@ def lora_backward_again(
     pointers = dict(p_dx=dx, p_dt=dt, p_dz=dt, p_du=du, p_z=z, p_dy=dy, p_t=t, p_a=a, p_image=u, p_b=b, p_seed=t)
     key = ("lora_backward", dx.stride(0), dy.stride(0), ONE_TOKEN, True, False, need_u, need_z,
            tf32_matters(dy))  # fmt: skip
-    return (dt, du, z) if launch_again(launch_lora_backward, key, options, pointers, dy) else None
+    parts = launch_again(launch_lora_backward, key, options, pointers, dy)
+    return None if parts is None else (dt, image_gradient(parts, du, t, u, options.relu), z)
 
 
 @define_op(lambda dt, x, seed, options: dt.new_empty(dt.shape[1], x.shape[1]))
@@ -254,6 +255,19 @@ def rank_one_forward_(
     return c
 
 
+def rank_one_forward_again(y: Tensor, x: Tensor, p: Tensor, o: Tensor, options: LoRAOptions) -> Tensor | None:
+    """:func:`rank_one_forward_` for contiguous x [B, T, K], y [B, T, N] with the frozen product in it and no dropout, if
+    it only has to be launched again. Returns c; None, and y as it was, where it cannot.
+    """
+    entries, tokens, width_in = x.shape
+    if not (p.is_contiguous() and o.is_contiguous() and aligned(x, p, o)):
+        return None
+    c = x.new_empty(entries * tokens, dtype=torch.float32)
+    pointers = dict(p_y=y, p_x=x, p_p=p, p_o=o, p_c=c, p_seed=x)
+    key = "rank_one_forward", y.stride(1), width_in, True
+    return None if launch_again(launch_rank_one_forward, key, options, pointers, x) is None else c
+
+
 def _new_factor_gradients(dx, dy, x, p, o, c, seed, tokens, accumulate, need_p, need_o, options):
     images = p.shape[0]
     return p.new_empty(images if need_p else 0, p.shape[1]), o.new_empty(images if need_o else 0, o.shape[1])
@@ -289,9 +303,10 @@ def rank_one_backward_(
             stride_xm=x.stride(0), write_dx=dx is not None, write_dp=need_p, write_do=need_o,
         )  # fmt: skip
         blocks = -(-tokens // tile.block_m)
+        each = () if blocks == 1 else (blocks,)
         parts = {
-            "p_dp": ((images if need_p else 0, blocks, width_in), torch.float32),
-            "p_do": ((images if need_o else 0, blocks, o.shape[1]), torch.float32),
+            "p_dp": ((images if need_p else 0, *each, width_in), torch.float32),
+            "p_do": ((images if need_o else 0, *each, o.shape[1]), torch.float32),
         }
         return (images, blocks), arguments, parts
 
@@ -301,3 +316,16 @@ def rank_one_backward_(
     key = "rank_one_backward", target.stride(0), dy.stride(0), x.stride(0), accumulate, dx is None, need_p, need_o
     parts = launch_kernel(kernel, 1, key, options, pointers, prepare, rows=x, **traits)
     return sum_of_blocks(parts["p_dp"], p.dtype), sum_of_blocks(parts["p_do"], o.dtype)
+
+
+def rank_one_backward_again(
+    dx: Tensor, dy: Tensor, x: Tensor, p: Tensor, o: Tensor, c: Tensor, options: LoRAOptions
+) -> tuple[Tensor, Tensor] | None:
+    """:func:`rank_one_backward_` for what :func:`rank_one_forward_again` is for, dp and do needed; None if it cannot."""
+    saved = (x, p, o, c)  # which hooks may have changed
+    if not (all_plain(saved) and all(map(Tensor.is_contiguous, saved)) and aligned(dy, *saved)):
+        return None
+    pointers = dict(p_dx=dx, p_dy=dy, p_x=x, p_p=p, p_o=o, p_c=c, p_seed=x)
+    key = "rank_one_backward", dx.stride(0), dy.stride(0), x.shape[2], True, False, True, True
+    parts = launch_again(launch_rank_one_backward, key, options, pointers, dy)
+    return None if parts is None else (sum_of_blocks(parts["p_dp"], p.dtype), sum_of_blocks(parts["p_do"], o.dtype))

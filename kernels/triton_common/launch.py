@@ -224,8 +224,9 @@ def fitting_tiles(kind: str, width: int, x: Tensor, **call: bool) -> tuple[Tile,
 
 
 def sum_of_blocks(blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the programs of each image wrote separately [B, programs, ...], added up: [B, ...]."""
-    return (blocks.squeeze(1) if blocks.shape[1] == 1 else blocks.sum(1)).to(dtype)
+    """What the programs of each image wrote separately [B, programs, n], added up: [B, n]; or that, of one program."""
+    found = blocks if blocks.dim() == 2 else blocks.sum(1)
+    return found if found.dtype == dtype else found.to(dtype)
 
 
 def tf32_matters(x: Tensor) -> bool:
@@ -306,16 +307,17 @@ def launch_kernel(
 
 def launch_again(
     kernel: CachedKernel, key: tuple[Hashable, ...], options: tuple, pointers: Mapping[str, Tensor], rows: Tensor
-) -> bool:
-    """Make the launch that :func:`launch_kernel` keeps for this key and whose tensors are all given; False, and
-    nothing, where there is none, or something looks on.
+) -> Mapping[str, Tensor] | None:
+    """Make the launch that :func:`launch_kernel` keeps for this key, and return the further tensors as it does; None,
+    and nothing is done, where there is no such launch, or something looks on.
 
     ``options`` are those of a planned call, not yet lowered. The tensors are plain ones and :func:`aligned`.
     """
     plan = options.lowered.launches.get(key)
-    if plan is None or plan.parts or observed() or not _is_current(rows.device):
-        return False
-    return kernel.follow(plan, pointers)
+    if plan is None or observed() or not _is_current(rows.device):
+        return None
+    parts = plan.parts and _new_parts(rows, plan.parts)
+    return parts if kernel.follow(plan, {**pointers, **parts} if parts else pointers) else None
 
 
 def aligned(*tensors: Tensor) -> bool:
