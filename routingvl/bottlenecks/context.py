@@ -203,7 +203,7 @@ class VisualContext:
             if self.source == "encoder":
                 raise ValueError(
                     f"the encoder's states are {have} wide, and a bottleneck that is routed by them reads {width}: "
-                    "name targets of that width"
+                    "call its decoder with states of that width"
                 )
             raise ValueError(
                 f"the image's features are {have} wide, and the routed layers read {image_width}: give features "

@@ -32,6 +32,7 @@ class Projection:
         unrouted: it is also called with another batch than the text's, so that its LoRA leaves the image out (routing
             "none"): always, or where the config's attribute of this name is true.
         cross: it is one of a decoder's cross-attention.
+        reads_states: its input are the encoder's states.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Projection:
     default: bool = True
     unrouted: bool | str = False
     cross: bool = False
+    reads_states: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def _encoder(model_type: str, adapter_residual: bool = False) -> Family:
             Projection("attention.self.query"),
             Projection("attention.self.value"),
             Projection("crossattention.self.query", optional=True, cross=True),
-            Projection("crossattention.self.value", optional=True, cross=True),
+            Projection("crossattention.self.value", optional=True, cross=True, reads_states=True),
         ),
         sublayers=(
             Sublayer("attention.output.dropout", "attention.output.LayerNorm", "attention.output", attention="self"),
@@ -169,7 +171,7 @@ def _bart(model_type: str) -> Family:
         projections=(
             *_QUERY_VALUE,
             Projection("encoder_attn.q_proj", optional=True, cross=True),
-            Projection("encoder_attn.v_proj", optional=True, cross=True),
+            Projection("encoder_attn.v_proj", optional=True, cross=True, reads_states=True),
         ),
         sublayers=(
             Sublayer("self_attn.out_proj", "self_attn_layer_norm", "self_attn", attention="self"),
@@ -191,7 +193,7 @@ def _t5(model_type: str) -> Family:
             Projection(f"{attention}.q"),
             Projection(f"{attention}.v"),
             Projection(f"{cross}.q", optional=True, cross=True),
-            Projection(f"{cross}.v", optional=True, cross=True),
+            Projection(f"{cross}.v", optional=True, cross=True, reads_states=True),
         ),
         sublayers=tuple(
             Sublayer(f"layer.{n}.dropout", f"layer.{n}.layer_norm", f"layer.{n}", n == 2, attention)
@@ -260,7 +262,9 @@ FAMILIES: dict[str, Family] = {
             projections=(
                 Projection("attn.c_attn", parts=3, adapted=(0, 2)),
                 Projection("crossattention.q_attn", optional=True, cross=True),
-                Projection("crossattention.c_attn", parts=2, adapted=(1,), optional=True, cross=True),
+                Projection(
+                    "crossattention.c_attn", parts=2, adapted=(1,), optional=True, cross=True, reads_states=True
+                ),
             ),
             sublayers=(
                 Sublayer("attn.resid_dropout", "ln_1", "", attention="self"),
@@ -326,3 +330,9 @@ FAMILIES: dict[str, Family] = {
         *map(_t5, ("t5", "mt5")),
     )
 }
+
+# The ends of the names of what reads an encoder's states in a decoder; the last three are of models without a row.
+STATES_READERS = (
+    *dict.fromkeys(p.name for family in FAMILIES.values() for p in family.projections if p.reads_states),
+    *("cross_attn.value_proj", "cross_attn.v_proj", "cross_attention.v_proj"),
+)

@@ -85,11 +85,9 @@ def inject(
     plan = _plan_lora if config.method == "lora" else _plan_adapters
     shared = {"backend": backend} | {key: getattr(config, key) for key in SHARED}
     skipped: list[str] = []
-    sources = Sources(model, config.routed_by, config.routing, context)
-    if config.has_own_projection:
-        widths = _input_widths(model, config)
-        image_width = _image_width(model, widths, image_width)
-        sources.widths = {"image": image_width, "encoder": text_width(model) or min(widths), "text": None}
+    sources = Sources(model, config.routed_by, config.routing, context, config.has_own_projection)
+    if sources.has_own:
+        sources.image_width = image_width = _image_width(model, _input_widths(model, config), image_width)
     changes = plan(model, config, shared, sources, skipped)
     sources.check()
     _check_patterns(config, changes)
@@ -211,7 +209,7 @@ def _plan_lora(
             "parts": place.parts,
         }
         unrouted = {"context": sources.context, "routing": "none", "relu": False, "two_step": None}
-        routed = shared | (unrouted if place.unrouted else sources.of(place.name))
+        routed = shared | (unrouted if place.unrouted else sources.of(place.name, projection_widths(base)[0]))
         make = partial(RoutedLoRALinear if is_dense(base) else RoutedLoRABeside, base)
         changes[place.name] = _made(make, place.name, dtype=_bottleneck_dtype(base, config), **options, **routed)
     skipped += [f"{name}: {why}" for name, why in passed]
@@ -252,7 +250,7 @@ def _plan_adapters(
                 device=like.device,
                 dtype=_bottleneck_dtype(layer, config),
                 **shared,
-                **sources.of(place.home),
+                **sources.of(place.home, place.width),
             ).train(layer.training)
     return changes
 
@@ -327,8 +325,8 @@ def _image_projections(
             continue
         if config.image_projection is None:
             raise SurgeryError(
-                f"targets={list(config.targets or ())}: {name} takes {width} features; one image reaches all, so name "
-                f"one width, the image's ({image_width}), or set image_projection='linear' or 'own'"
+                f"{name} takes {width} features; one image reaches all, so name one width, the image's "
+                f"({image_width}), or set image_projection='linear' or 'own'"
             )
         if (key := str(width)) not in known:
             device, dtype = layer.projection[0].device, layer.projection[0].dtype

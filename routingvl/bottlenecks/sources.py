@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import re
 import threading
 import weakref
 from collections.abc import Iterator
@@ -23,13 +22,14 @@ from routingvl.backbones.loading import BackboneError
 from routingvl.backbones.text import ENCODER, text_kind
 from routingvl.bottlenecks.binding import Binding
 from routingvl.bottlenecks.context import VisualContext
+from routingvl.bottlenecks.families import STATES_READERS
 from routingvl.bottlenecks.places import SurgeryError, text_models
+from routingvl.bottlenecks.projections import is_projection, projection_widths
 from routingvl.bottlenecks.rows import Tokens
 from routingvl.config.routing import source_of
 from routingvl.kernels.attention import find_function
 
 ARGUMENT = {"text": "attention_mask", "encoder": "encoder_hidden_states"}  # of the stack that is told
-CROSS_ATTENTION = re.compile(r"(?:.*\.)?(?:cross_?att(?:n|ention)|encoder_attn|EncDecAttention)", re.IGNORECASE)
 
 
 class Sources:
@@ -39,39 +39,59 @@ class Sources:
         model: that is injected.
         routed_by, routing: of the config.
         context: of the image.
+        has_own: whether bottlenecks have a down-projection for what they read.
+
+    Attributes:
+        image_width: of those down-projections, where they read the image.
     """
 
-    def __init__(self, model: nn.Module, routed_by: str, routing: str, context: VisualContext) -> None:
+    def __init__(
+        self, model: nn.Module, routed_by: str, routing: str, context: VisualContext, has_own: bool = False
+    ) -> None:
         self.model, self.context = model, context
         self.routed_by, self.source = routed_by, source_of(routed_by)
         self.routing, self.mixes_text = routing, find_function(routing).mixes_text
         self.stacks: dict[str, nn.Module] = {}
-        self.widths: dict[str, int | None] = {}  # of each source, where bottlenecks have a projection of its own
+        self.has_own, self.image_width = has_own, None
+        self._states: dict[str, int | None] = {}  # of each stack: how wide the states are that it reads
         self.own = context
         if self.source != "image":
             earlier = (told.context for module in model.modules() for told in _told(module))
             self.own = next((c for c in earlier if c.source == self.source), None) or VisualContext(self.source)
 
-    def of(self, name: str) -> dict[str, Any]:
-        """The keywords of the bottleneck at the module called ``name`` that say what it reads.
+    def of(self, name: str, width: int) -> dict[str, Any]:
+        """The keywords of the bottleneck at the module called ``name``, whose inputs are ``width``, that say what it
+        reads.
 
         Raises:
-            SurgeryError: it would be routed by what it must not see, or by what it is not told.
+            SurgeryError: it would be routed by what it must not see, by what it is not told, or by what has another
+                width.
         """
-        found = self._source_of(name)
-        if not self.widths:
-            return found
-        return found | {"image_projection": "own", "image_width": self.widths[source_of(found["routed_by"])]}
+        routed_by, context, states = self._source_of(name)
+        found = {"routed_by": routed_by, "context": context}
+        if self.has_own:
+            widths = {"image": self.image_width, "encoder": states, "text": width}
+            return found | {"image_projection": "own", "image_width": widths[source_of(routed_by)]}
+        if states not in (None, width):
+            raise SurgeryError(
+                f"routed_by={routed_by!r}: {name} takes {width} features and the encoder's states have {states}: name "
+                f"targets that take {states} (targets=, exclude=), or set image_projection='own', which takes any width"
+            )
+        return found
 
-    def _source_of(self, name: str) -> dict[str, Any]:
+    def _source_of(self, name: str) -> tuple[str, VisualContext, int | None]:
+        """What a bottleneck is routed by, where it reads that, and for an encoder's states how wide they are."""
         if self.mixes_text:
             stack = _stack(self.model, name, "attention_mask")
             _refuse_causal(name, self.model if stack is None else stack[1], f"routing={self.routing!r}")
         if self.source == "image":
-            return {"routed_by": "image", "context": self.context}
-        stack = _stack(self.model, name, ARGUMENT[self.source])
-        if self.source == "encoder" and (stack is None or not _has_cross_attention(stack[1])):
-            return {"routed_by": "image", "context": self.context}
+            return "image", self.context, None
+        stack, states = _stack(self.model, name, ARGUMENT[self.source]), None
+        if self.source == "encoder":
+            if stack is not None and stack[0] not in self._states:
+                self._states[stack[0]] = _states_width(stack[1])
+            if stack is None or (states := self._states[stack[0]]) is None:
+                return "image", self.context, None
         if stack is None:
             raise SurgeryError(
                 f"routed_by={self.routed_by!r}: no module above {name} takes attention_mask=, so what is padding is "
@@ -80,7 +100,7 @@ class Sources:
         if self.source == "text":
             _refuse_causal(name, stack[1], f"routed_by={self.routed_by!r}")
         self.stacks[stack[0]] = stack[1]
-        return {"routed_by": self.routed_by, "context": self.own}
+        return self.routed_by, self.own, states
 
     def check(self) -> None:
         """Raise SurgeryError where no bottleneck is routed by what was asked for."""
@@ -205,8 +225,11 @@ def _stack(model: nn.Module, name: str, argument: str) -> tuple[str, nn.Module] 
     return found
 
 
-def _has_cross_attention(stack: nn.Module) -> bool:
-    return any(CROSS_ATTENTION.fullmatch(name) for name, _ in stack.named_modules())
+def _states_width(stack: nn.Module) -> int | None:
+    """How wide the encoder's states are that ``stack`` reads; None where no cross-attention is known in it."""
+    ends = tuple(f".{name}" for name in STATES_READERS)
+    readers = (module for name, module in stack.named_modules() if name.endswith(ends) and is_projection(module))
+    return next((projection_widths(module)[0] for module in readers), None)
 
 
 def _refuse_causal(name: str, stack: nn.Module, what: str) -> None:

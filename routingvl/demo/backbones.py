@@ -26,7 +26,7 @@ from routingvl.demo.pool import worker_pool
 
 PIXEL_MEAN = PIXEL_STD = 0.5
 _SEED_OFFSET = 1_000_000  # keeps pretraining draws apart from the data set's, which are seeded [seed, split]
-_ROBERTA_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0 to 4, as in the published vocabulary
+ROBERTA_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0 to 4, as in the published vocabulary
 _GPT2_SPECIALS = ("<|endoftext|>",)
 
 
@@ -121,7 +121,7 @@ def pretrain_vit(folder: Path, config: BackboneConfig) -> dict[str, Any]:
     accuracy = _vit_accuracy(vit.eval(), head, *_labelled_images(1000, rng))
     vit.save_pretrained(folder)
     _write_preprocessor(folder)
-    return {"parameters": _count(vit), **accuracy}
+    return {"parameters": count_parameters(vit), **accuracy}
 
 
 _HEAD_PARTS = (1 + len(shapes.SHAPES), len(shapes.ROWS), len(shapes.COLUMNS))  # absent or shape, row, column
@@ -190,8 +190,8 @@ def pretrain_roberta(folder: Path, config: BackboneConfig) -> dict[str, Any]:
     from transformers import RobertaConfig, RobertaForMaskedLM, RobertaModel, RobertaTokenizer
 
     torch.manual_seed(config.seed)
-    questions = [question.text for question in _sentences(config)[1]]
-    tokenizer = RobertaTokenizer(**_train_bpe(questions, _ROBERTA_SPECIALS), add_prefix_space=True)
+    questions = [question.text for question in text_corpus(config)[1]]
+    tokenizer = RobertaTokenizer(**train_bpe(questions, ROBERTA_SPECIALS), add_prefix_space=True)
     model = RobertaForMaskedLM(
         RobertaConfig(
             vocab_size=len(tokenizer),
@@ -205,7 +205,7 @@ def pretrain_roberta(folder: Path, config: BackboneConfig) -> dict[str, Any]:
             attention_probs_dropout_prob=0.0,
         )
     )
-    train, held_out = _encode(tokenizer, questions, tokenizer.pad_token_id)
+    train, held_out = encoded(tokenizer, questions, tokenizer.pad_token_id)
 
     def loss_of(examples: Tensor) -> Tensor:
         masked, labels = _mask(examples, tokenizer)
@@ -221,7 +221,7 @@ def pretrain_roberta(folder: Path, config: BackboneConfig) -> dict[str, Any]:
     encoder.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {
-        "parameters": _count(encoder),
+        "parameters": count_parameters(encoder),
         "masked language model loss (nats)": held_out_loss,
         "vocabulary": len(tokenizer),
     }
@@ -232,8 +232,8 @@ def pretrain_gpt2(folder: Path, config: BackboneConfig) -> dict[str, Any]:
     from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
     torch.manual_seed(config.seed)
-    captions, _ = _sentences(config)
-    tokenizer = GPT2Tokenizer(**_train_bpe(captions, _GPT2_SPECIALS), add_prefix_space=True)
+    captions, _ = text_corpus(config)
+    tokenizer = GPT2Tokenizer(**train_bpe(captions, _GPT2_SPECIALS), add_prefix_space=True)
     end = tokenizer.eos_token_id
     model = GPT2LMHeadModel(
         GPT2Config(
@@ -253,59 +253,22 @@ def pretrain_gpt2(folder: Path, config: BackboneConfig) -> dict[str, Any]:
         )
     )
     sentences = [f"{tokenizer.eos_token}{caption}{tokenizer.eos_token}" for caption in captions]
-    train, held_out = _encode(tokenizer, sentences, IGNORED)
+    train, held_out = encoded(tokenizer, sentences, IGNORED)
 
     def loss_of(examples: Tensor) -> Tensor:
         ignored = examples == IGNORED
         attention_mask = (~ignored).long()
         return model(input_ids=examples.masked_fill(ignored, end), attention_mask=attention_mask, labels=examples).loss
 
-    held_out_loss = _train_and_save(folder, model, tokenizer, loss_of, train, held_out, config)
-    return {"parameters": _count(model), "language model loss (nats)": held_out_loss, "vocabulary": len(tokenizer)}
+    held_out_loss = train_and_save(folder, model, tokenizer, loss_of, train, held_out, config)
+    return {
+        "parameters": count_parameters(model),
+        "language model loss (nats)": held_out_loss,
+        "vocabulary": len(tokenizer),
+    }
 
 
-def pretrain_bart(folder: Path, config: BackboneConfig) -> dict[str, Any]:
-    """Train a BART to write captions, questions and answers again of which some words, few or all, are masked; save it.
-
-    Steps and batch are the language model's. The demo's comparison has no encoder-decoder; tests train this one.
-    """
-    from transformers import BartConfig, BartForConditionalGeneration, RobertaTokenizer
-
-    torch.manual_seed(config.seed)
-    captions, questions = _sentences(config)
-    sentences = captions + [text for question in questions for text in (question.text, question.answer)]
-    tokenizer = RobertaTokenizer(**_train_bpe(sentences, _ROBERTA_SPECIALS), add_prefix_space=True)
-    stacks = {f"{stack}_layers": config.text_layers for stack in ("encoder", "decoder")}
-    stacks |= {f"{stack}_attention_heads": config.heads for stack in ("encoder", "decoder")}
-    stacks |= {f"{stack}_ffn_dim": config.mlp_width for stack in ("encoder", "decoder")}
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    model = BartForConditionalGeneration(
-        BartConfig(
-            vocab_size=len(tokenizer),
-            d_model=config.width,
-            max_position_embeddings=config.max_positions,
-            dropout=0.0,
-            bos_token_id=tokenizer.bos_token_id,
-            pad_token_id=pad,
-            eos_token_id=end,
-            decoder_start_token_id=end,
-            forced_eos_token_id=None,
-            **stacks,
-        )
-    )
-    train, held_out = _encode(tokenizer, sentences, pad)
-
-    def loss_of(examples: Tensor) -> Tensor:
-        words = ~torch.isin(examples, torch.tensor(tokenizer.all_special_ids))
-        hidden = words & (torch.rand(examples.shape) < torch.rand(len(examples), 1))
-        masked, real = examples.masked_fill(hidden, tokenizer.mask_token_id), examples != pad
-        return model(input_ids=masked, attention_mask=real.long(), labels=examples.masked_fill(~real, IGNORED)).loss
-
-    held_out_loss = _train_and_save(folder, model, tokenizer, loss_of, train, held_out, config)
-    return {"parameters": _count(model), "denoising loss (nats)": held_out_loss, "vocabulary": len(tokenizer)}
-
-
-def _sentences(config: BackboneConfig) -> tuple[list[str], list[shapes.Question]]:
+def text_corpus(config: BackboneConfig) -> tuple[list[str], list[shapes.Question]]:
     """Captions and questions, equally many, about freshly drawn scenes."""
     rng = np.random.default_rng(config.seed + 2 * _SEED_OFFSET)
     scenes = shapes.draw_scenes(config.examples, rng)
@@ -314,7 +277,7 @@ def _sentences(config: BackboneConfig) -> tuple[list[str], list[shapes.Question]
     return captions, [questions[place] for place in rng.permutation(len(questions))]
 
 
-def _train_bpe(sentences: list[str], specials: tuple[str, ...]) -> dict[str, Any]:
+def train_bpe(sentences: list[str], specials: tuple[str, ...]) -> dict[str, Any]:
     """A byte-level BPE as ``vocab`` and ``merges``; the corpus is small enough for every word to become one token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -326,7 +289,7 @@ def _train_bpe(sentences: list[str], specials: tuple[str, ...]) -> dict[str, Any
     return {"vocab": model["vocab"], "merges": [tuple(merge) for merge in model["merges"]]}
 
 
-def _encode(tokenizer: Any, sentences: list[str], pad_value: int, held_out: int = 500) -> tuple[Tensor, Tensor]:
+def encoded(tokenizer: Any, sentences: list[str], pad_value: int, held_out: int = 500) -> tuple[Tensor, Tensor]:
     """Token ids [N, T] of the sentences, right padded with ``pad_value``: a training part and a held-out part."""
     rows = [torch.tensor(ids) for ids in tokenizer(sentences)["input_ids"]]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_value)
@@ -342,7 +305,7 @@ def _mask(ids: Tensor, tokenizer: Any, probability: float = 0.15) -> tuple[Tenso
     labels = ids.masked_fill(~chosen, IGNORED)
     fate = torch.rand(ids.shape)
     masked = torch.where(chosen & (fate < 0.8), tokenizer.mask_token_id, ids)
-    random_ids = torch.randint(len(_ROBERTA_SPECIALS), len(tokenizer), ids.shape)
+    random_ids = torch.randint(len(ROBERTA_SPECIALS), len(tokenizer), ids.shape)
     return torch.where(chosen & (fate >= 0.9), random_ids, masked), labels
 
 
@@ -382,7 +345,7 @@ def _endless_batches(examples: int, batch_size: int) -> Iterator[Tensor]:
         yield from torch.randperm(examples).split(batch_size)
 
 
-def _train_and_save(
+def train_and_save(
     folder: Path,
     model: nn.Module,
     tokenizer: Any,
@@ -407,5 +370,6 @@ def _evaluate(model: nn.Module, loss_of: Callable[[Tensor], Tensor], examples: T
     return loss_of(examples).item()
 
 
-def _count(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
+    """How many weights a model has."""
     return sum(parameter.numel() for parameter in model.parameters())

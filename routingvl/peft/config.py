@@ -106,9 +106,8 @@ class RoutedLoraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = RoutedType.ROUTED_LORA
         # No settings, but what the tuner finds out: about the target modules, by name, which of them hold the
-        # projection of the image to their width, which are routed by something else, and how wide that is (None: as
-        # the target).
-        self.places, self.projecting, self.elsewhere, self.states_width = {}, (), frozenset(), None
+        # projection of the image to their width, and which are routed by something else, with how wide that is.
+        self.places, self.projecting, self.elsewhere = {}, (), {}
         if self.routing == ATTENTION.name:
             raise PeftMethodError(
                 "routing='attention' has weights of its own, which PEFT's LoRA has no place for: put it in with "

@@ -228,7 +228,7 @@ def _options(config: RoutedLoraConfig, target: str) -> dict[str, Any]:
         options["routed_by"] = config.routed_by
     if config.image_projection == "own":
         options |= {"image_projection": "own"}
-        options["image_width"] = config.states_width if target in config.elsewhere else config.image_width
+        options["image_width"] = config.elsewhere.get(target, config.image_width)
     if place is not None and place.unrouted:
         options = {"routing": "none", "relu": False}
     if isinstance(config.slices, dict):

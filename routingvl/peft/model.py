@@ -15,7 +15,7 @@ from routingvl.bottlenecks.attach import attach
 from routingvl.bottlenecks.beside import callable_widths
 from routingvl.bottlenecks.checkpoint import PEFT_TYPE as OWN_TYPE
 from routingvl.bottlenecks.context import VisualContext
-from routingvl.bottlenecks.inject import check_in_memory, default_image_width, text_width
+from routingvl.bottlenecks.inject import check_in_memory, default_image_width
 from routingvl.bottlenecks.layers import RoutedLayer
 from routingvl.bottlenecks.places import LoRAPlace, lora_places, parts_outside
 from routingvl.bottlenecks.projections import is_projection, projection_widths
@@ -54,7 +54,8 @@ class RoutedLoraModel(LoraModel):
                 input width than the image's without ``image_projection``, or adapters disagree on where the image comes
                 from or how wide it is. The model is left as it was.
             BindingError: ``image_from`` names no sub-module.
-            SurgeryError: weights are offloaded to the disk or the CPU.
+            SurgeryError: weights are offloaded to the disk or the CPU; a target cannot be routed by what ``routed_by``
+                says.
         """
         config = self.peft_config[adapter_name]
         attached = hasattr(model, HANDLE)
@@ -62,7 +63,8 @@ class RoutedLoraModel(LoraModel):
             check_in_memory(model)
             _check_neighbours(model, self.peft_config)
             source = _image_source(self.peft_config)
-            sources = Sources(model, config.routed_by, config.routing, VisualContext())
+            own = config.image_projection == "own"
+            sources = Sources(model, config.routed_by, config.routing, VisualContext(), own)
             self._settle_targets(model, config, sources)
             if source is not None and not attached:
                 handle = attach(model, source[0], image_pooling=source[1], text_only=source[2])
@@ -106,12 +108,15 @@ class RoutedLoraModel(LoraModel):
         known = [name for name, module in targets.items() if is_projection(module) or callable_widths(module)]
         places = lora_places(model, RoutingConfig(targets=tuple(known))) if known else []
         config.places = {place.name: place for place in places}
-        routed = [name for name in targets if not (name in config.places and config.places[name].unrouted)]
-        config.elsewhere = frozenset(name for name in routed if sources.of(name)["routed_by"] != "image")
-        config.states_width = text_width(model) if sources.source == "encoder" else None
+        widths = _input_widths(targets)
+        routed = {k: width for k, width in widths.items() if not (k in config.places and config.places[k].unrouted)}
+        read = {name: sources.of(name, width) for name, width in routed.items()}
+        config.elsewhere = {name: of.get("image_width") for name, of in read.items() if of["routed_by"] != "image"}
         sources.check()
-        widths = _check_targets(targets, config)
-        _settle_image(model, widths if find_routing(config.routing).uses_image else {}, config)
+        first: dict[int, str] = {}  # of each width
+        for name in (name for name in routed if name not in config.elsewhere):
+            first.setdefault(routed[name], name)
+        _settle_image(model, first if find_routing(config.routing).uses_image else {}, config)
         if config.slices == "family":
             config.slices = _family_slices(places)
 
@@ -225,9 +230,9 @@ def _unasked(model: nn.Module, config: RoutedLoraConfig) -> tuple[str, ...]:
     return tuple(part for part in parts if not any(part.rpartition(".")[2] in target for target in named))
 
 
-def _check_targets(targets: dict[str, nn.Module], config: RoutedLoraConfig) -> dict[int, str]:
-    """Input width -> the first target of that width that can read an image; modules without LoRA raise."""
-    widths: dict[int, str] = {}
+def _input_widths(targets: dict[str, nn.Module]) -> dict[str, int]:
+    """How many features each target takes; modules without LoRA raise."""
+    widths = {}
     for name, module in targets.items():
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(base, RoutedLayer):
@@ -237,8 +242,7 @@ def _check_targets(targets: dict[str, nn.Module], config: RoutedLoraConfig) -> d
                 f"{name} is a {type(base).__name__}: a routed LoRA stands beside projections with in_features and "
                 "out_features; leave it out of target_modules, or add it to exclude_modules"
             )
-        if not ((name in config.places and config.places[name].unrouted) or name in config.elsewhere):
-            widths.setdefault(width, name)
+        widths[name] = width
     return widths
 
 

@@ -7,9 +7,21 @@ import re
 
 import pytest
 import torch
-from text_zoo import text_batch, text_model, vision_language_model
+from text_zoo import BART, GROUPED, T5, text_batch, text_model, vision_language_model
 from tiny import WIDTH, captioner
 from torch import nn
+from transformers import (
+    BlipTextConfig,
+    NllbMoeConfig,
+    NllbMoeModel,
+    ProphetNetConfig,
+    ProphetNetModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5GemmaConfig,
+    T5GemmaModel,
+)
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
 import routingvl
 from routingvl import RoutingConfig, inject
@@ -210,6 +222,79 @@ def test_what_is_not_defined_is_refused_and_leaves_the_model(kind, routed_by, me
         inject(model, RoutingConfig(routing="vllora", routed_by=routed_by, rank=4))
     assert {name: (p.requires_grad, id(p)) for name, p in model.named_parameters()} == before
     assert not routed_layers(model)
+
+
+@pytest.mark.parametrize("routed_by", ["encoder", "encoder_tokens"])
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("bart", {"targets": "fc2"}, r"decoder\.layers\.0\.fc2 takes 48 features and the encoder's states have 32"),
+        (
+            "bart",
+            {"targets": "fc2", "image_projection": "linear"},
+            "name targets that take 32 .*image_projection='own'",
+        ),
+        ("wide-t5", {"targets": r".*EncDecAttention\.o"}, "EncDecAttention.o takes 48 .* states have 32"),
+        ("blip", {"targets": r".*\.query"}, r"layer\.0\.attention\.self\.query takes 32 .* states have 24"),
+    ],
+)
+def test_states_of_another_width_are_refused_where_they_are_known(kind, settings, message, routed_by):
+    """Not only at the first call; with a down-projection of their own they are read, whatever the widths."""
+    build = {"bart": lambda: text_model("bart"), "wide-t5": t5_of_wide_heads, "blip": reader_of_narrow_states}[kind]
+    model, settings = build(), {"routing": "vllora", "routed_by": routed_by, "rank": 4, **settings}
+    with pytest.raises(SurgeryError, match=f"routed_by='{routed_by}': .*{message}"):
+        inject(model, RoutingConfig(**settings))
+    assert not routed_layers(model)
+    inject(model, RoutingConfig(**settings | {"image_projection": "own"}))
+    widths = {layer.image_width for layer in routed_layers(model).values() if layer.routed_by == routed_by}
+    assert widths == {24 if kind == "blip" else WIDTH}
+    states = {"encoder_hidden_states": torch.randn(3, 5, 24)} if kind == "blip" else {}
+    with routingvl.bind_image(model, torch.randn(3, 1, 48)) if needs_image(model) else torch.no_grad():
+        batch = text_batch("bart") if kind != "blip" else {"input_ids": text_batch("bart")["input_ids"]}
+        model(**batch, **states)
+
+
+def t5_of_wide_heads() -> nn.Module:
+    """A T5 whose heads together are wider than its states."""
+    return T5ForConditionalGeneration(T5Config(**T5 | {"d_kv": 12})).eval()
+
+
+def reader_of_narrow_states() -> nn.Module:
+    """A decoder of a kind that the table has no row for, which reads states of another width than its own."""
+    shape = {"hidden_size": WIDTH, "encoder_hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return BlipTextLMHeadModel(BlipTextConfig(vocab_size=64, intermediate_size=48, **shape)).eval()
+
+
+def test_what_reads_the_states_takes_them_as_they_are():
+    model = reader_of_narrow_states()
+    settings = {"routing": "mul", "routed_by": "encoder", "targets": r".*crossattention\.self\.(key|value)"}
+    inject(model, RoutingConfig(rank=4, **settings))
+    layers = routed_layers(model)
+    assert {layer.in_features for layer in layers.values()} == {24}
+    model(input_ids=torch.ones(2, 3, dtype=torch.long), encoder_hidden_states=torch.randn(2, 5, 24))
+
+
+@pytest.mark.parametrize("kind", ["prophetnet", "t5gemma", "nllb_moe"])
+def test_decoders_of_kinds_without_a_row(kind):
+    """What reads an encoder's states there is known by its name."""
+    model = decoders_without_a_row(kind)
+    inject(
+        model, RoutingConfig(rank=4, routing="mul", routed_by="encoder", targets=r".*cross_att\w*\.(q_proj|query_proj)")
+    )
+    assert {layer.routed_by for layer in routed_layers(model).values()} == {"encoder"}
+    ids = torch.full((2, 3), 4)
+    model(input_ids=ids, decoder_input_ids=ids)
+
+
+def decoders_without_a_row(kind: str) -> nn.Module:
+    if kind == "prophetnet":
+        sizes = {f"num_{stack}_{what}": 1 for stack in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+        shape = {"hidden_size": WIDTH, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 32}
+        return ProphetNetModel(ProphetNetConfig(vocab_size=64, **sizes, **shape)).eval()
+    if kind == "nllb_moe":
+        return NllbMoeModel(NllbMoeConfig(**BART | {"num_experts": 2, "encoder_layers": 1, "decoder_layers": 1})).eval()
+    shape = GROUPED | {"num_hidden_layers": 1, "query_pre_attn_scalar": 8}
+    return T5GemmaModel(T5GemmaConfig(encoder=shape, decoder=shape, vocab_size=64)).eval()
 
 
 def test_encoders_inside_an_encoder_decoder_can_be_routed_by_text():

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from demo_bart import pretrain_bart
 
 from routingvl.config import RoutingConfig
 from routingvl.config.files import load_config
 from routingvl.config.schema import config_to_dict, override, run_config_from_dict
-from routingvl.demo.backbones import BackboneConfig, pretrain_bart, pretrain_vit
+from routingvl.demo.backbones import BackboneConfig, pretrain_vit
 from routingvl.demo.main import write_data
 from routingvl.demo.shapes import ShapesConfig
 from routingvl.evaluate import evaluate

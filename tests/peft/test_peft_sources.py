@@ -118,6 +118,15 @@ def test_settings_that_mean_nothing(changes, message):
         routed_config("mul", **changes)
 
 
+@pytest.mark.parametrize("projection", [None, "linear"])
+def test_states_of_another_width_are_refused_where_they_are_known(projection):
+    model = text_model("bart")
+    config = routed_config("vllora", routed_by="encoder", target_modules=["fc2"], image_projection=projection)
+    with pytest.raises(ValueError, match=r"decoder\.layers\.0\.fc2 takes 48 features and the encoder's states have 32"):
+        get_peft_model(model, config)
+    assert not list(routed_layers(model))
+
+
 def test_what_is_not_defined_leaves_the_model():
     model = text_model("llama")
     for routed_by, message in (("text", "is in a causal model"), ("encoder", "none of the targets is in one")):

@@ -12,6 +12,7 @@ from training_runs import losses
 
 from routingvl.cli import main
 from routingvl.config import ConfigError
+from routingvl.config.files import config_to_yaml
 from routingvl.data.collate import CaptionCollator, LabelCollator
 from routingvl.evaluate import evaluate
 from routingvl.predict import Predictor
@@ -216,3 +217,18 @@ def test_a_tokenizer_without_a_begin_token(tiny, copy, tmp_path):
     task = Predictor(train(config, log="quiet").run_dir).task
     batch = task.collator()([{"image_id": 0, "caption": "a red square", "pixel_values": torch.zeros(3, 2, 2)}])
     assert (task.tokenizer.bos_token_id, batch["input_ids"][0, 0].item()) == (None, 1)
+
+
+def test_targets_of_another_width_than_the_states_are_refused(tiny, backbone, tmp_path, capsys):
+    """By a training run and its dry run, before any step, in one sentence."""
+    settings = {"routing.routed_by": "encoder", "routing.routing": "mul"}
+    config = config_for(tiny, backbone("bart"), tmp_path / "run", "bart", "vqa-generate", **settings)
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    given = ["train", "--config", str(tmp_path / "config.yaml"), "--routing.targets", '[".*decoder.*fc2"]']
+    for more in ([], ["--dry-run"]):
+        assert main([*given, *more]) == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "decoder.layers.0.fc2 takes 48 features and the encoder's states have 32" in message
+        assert "image_projection='own'" in message
+        assert message.startswith("routingvl: ")
+    assert not (tmp_path / "run").exists()
