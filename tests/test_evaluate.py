@@ -9,10 +9,11 @@ from PIL import Image
 from tiny import SPLITS, tiny_config
 
 from routingvl.config import ConfigError
+from routingvl.data.images import ImageRecord
 from routingvl.evaluate import evaluate, evaluation_config, load_run
 from routingvl.metrics import read_coco_results, read_vqa_results, vqa_report
 from routingvl.predict import Predictor
-from routingvl.tasks.controls import CONTROLS, ImageControl, keys_of, other_images
+from routingvl.tasks.controls import CONTROLS, ImageControl, ImageOrder
 from routingvl.train import train
 from routingvl.training.run_folder import RunError, RunFolder
 
@@ -182,16 +183,17 @@ def test_image_controls(tiny, runs):
     shuffled, zeros, ones, noise = (ImageControl(dataset, task, control) for control in CONTROLS)
     images = [dataset.image(index, dataset.example(index)) for index in range(len(dataset))]
     by_path = {image.path: dataset.picture(image)["pixel_values"] for image in images}
-    others, seen = other_images(((image,) for image in images), "test"), []
+    order, seen = ImageOrder((image,) for image in images), []
     for index, image in enumerate(images):
         item = shuffled[index]
         assert item.keys() == dataset[index].keys()
         assert {key: item[key] for key in item if key != "pixel_values"} == dataset.example(index)
-        path = others[keys_of((image,))][0].path
-        assert path != image.path
+        ((other,), *_) = order.others((image,))
+        path = other.path
+        assert path.read_bytes() != image.path.read_bytes()
         assert torch.equal(item["pixel_values"], by_path[path])
         seen.append(path)
-    assert set(seen) == set(by_path)  # each image serves another one
+    assert len(set(seen)) == len(by_path) - 1  # two files are one picture; else each image serves another one
     for control, value in ((zeros, 0.0), (ones, 1.0)):
         assert torch.equal(control[0]["vision_features"], torch.full((1, 32), value))
         assert "pixel_values" not in control[0]
@@ -215,8 +217,20 @@ def test_image_controls_score_the_examples_that_are_scored_without_them(control,
     assert found[0][1] > 0
 
 
+def test_an_example_gets_as_many_other_pictures(tmp_path):
+    for name, content in (("a", "x"), ("b", "x"), ("c", "y"), ("d", "x"), ("e", "z")):
+        (tmp_path / name).write_text(content)
+    record = {name: ImageRecord(name, name, tmp_path / name) for name in "abcdef"}  # there is no file f
+    order = ImageOrder(tuple(map(record.get, names)) for names in ("a", "b", "c", "d", "f", "ab", "da", "ce", "a"))
+    assert len(order.groups) == 8
+    for names, want in (("a", "cf"), ("b", "cf"), ("c", "abdf"), ("f", "abcd")):
+        assert {image.image_id for (image,) in order.others((record[names],))} == set(want)
+    others = list(order.others((record["a"], record["b"])))
+    assert others == [(record["c"], record["e"])]
+
+
 def test_image_controls_refuse(runs):
     with pytest.raises(ConfigError, match="image_control"):
         evaluate(runs / "vqa", image_control="swapped", log="quiet")
-    with pytest.raises(ConfigError, match="needs two images"):
+    with pytest.raises(ConfigError, match=r"needs two images, and split 'test' has none but COCO_val2014_\d+\.jpg"):
         evaluate(runs / "vqa", image_control="shuffled", limit=1, log="quiet")

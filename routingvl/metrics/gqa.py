@@ -46,13 +46,13 @@ def gqa_item(entry: Mapping[str, Any]) -> GQAItem:
 
     Raises KeyError or TypeError when something is missing (answer, question, types) or of another form.
     """
-    kinds, group = entry["types"], (entry.get("groups") or {}).get("global")
+    kinds, group = entry["types"], (entry.get("groups") or {}).get("global") or None
     texts = (entry["answer"], entry["question"], kinds["structural"], kinds["semantic"], kinds.get("detailed") or "")
     entailed, operations, balanced = entry.get("entailed") or [], entry.get("semantic"), entry.get("isBalanced", True)
     if not isinstance(entailed, list) or not all(isinstance(text, str) for text in (*texts, *entailed, group or "")):
         raise TypeError("answer, question and types must be strings, entailed a list of question ids")
     if not isinstance(balanced, bool):
-        raise TypeError(f"isBalanced must be true or false, not {balanced!r}")
+        raise TypeError(f"isBalanced must be true or false, not {balanced!r:.60}")
     answer, question, *kinds = texts
     return GQAItem(answer, balanced, *kinds, len(question.split()), _steps(operations), group, tuple(entailed))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ Keys = tuple[Hashable, ...]
 class ImageControl(Dataset):
     """``dataset`` with another image in the place of each example's own.
 
-    "shuffled" gives all examples of an image another image of the split, a fixed one; examples with several images get
-    those of one other example, in their order. The others put features [L, d] in the place of the frozen tower's: all
-    0, all 1, or standard normal noise, which is the same whenever a file of that name comes again. Examples whose own
-    image is skipped as unreadable are skipped here too.
+    "shuffled" gives all examples of an image another picture of the split, a fixed one; examples with several images
+    get those of one other example with as many, in their order. The others put features [L, d] in the place of the
+    frozen tower's: all 0, all 1, or standard normal noise, which is the same whenever a file of that name comes again.
+    Examples whose own image is skipped as unreadable are skipped here too.
 
     Raises:
         ConfigError: there is no such control, or nothing to shuffle with.
@@ -36,8 +37,11 @@ class ImageControl(Dataset):
         check_choice("image_control", control, CONTROLS)
         self.dataset, self.control = dataset, control
         if control == "shuffled":
-            groups = (dataset.images_of(i, dataset.example(i)) for i in range(len(dataset)))
-            self._other = other_images(groups, dataset.split.name)
+            groups = [dataset.images_of(i, dataset.example(i)) for i in range(len(dataset))]
+            self._order = ImageOrder(groups)
+            for images in self._order.groups:
+                if next(self._order.others(images), None) is None:
+                    raise ConfigError(self._alone(images))
         else:
             self._shape = task.feature_shape
 
@@ -55,12 +59,14 @@ class ImageControl(Dataset):
 
     def _strangers(self, images: Images) -> dict[str, Any]:
         """Other images, the next that can be read."""
-        other = self._other[keys_of(images)]
-        while (pictures := self.dataset.pictures(other)) is None:
-            other = self._other[keys_of(other)]
-        if keys_of(other) == keys_of(images):
-            raise ConfigError("image_control='shuffled' needs two images that can be read")
-        return pictures
+        pictures = map(self.dataset.pictures, self._order.others(images))
+        if (found := next((picture for picture in pictures if picture is not None), None)) is None:
+            raise ConfigError(f"{self._alone(images)} that can be read")
+        return found
+
+    def _alone(self, images: Images) -> str:
+        names = ", ".join(image.file_name for image in images)
+        return f"image_control='shuffled' needs two images, and split {self.dataset.split.name!r} has none but {names}"
 
     def _features(self, image: ImageRecord) -> dict[str, torch.Tensor]:
         if self.control == "noise":
@@ -75,11 +81,33 @@ def keys_of(images: Images) -> Keys:
     return tuple(image.key for image in images)
 
 
-def other_images(groups: Iterable[Images], split: str) -> dict[Keys, Images]:
-    """For the images of each example, by their keys, those of another: the next in an order drawn once and for all."""
-    distinct = {keys_of(images): images for images in groups}
-    if len(distinct) < 2:
-        raise ConfigError(f"image_control='shuffled' needs two images, and split {split!r} has {len(distinct)}")
-    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0)).tolist()
-    keys = list(distinct)
-    return {keys[i]: distinct[keys[j]] for i, j in zip(order, order[1:] + order[:1], strict=True)}
+class ImageOrder:
+    """The images of all examples, each once, in an order drawn once and for all.
+
+    Attributes:
+        groups: the images of one example each.
+    """
+
+    def __init__(self, groups: Iterable[Images]) -> None:
+        distinct = list({keys_of(images): images for images in groups}.values())
+        order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0)).tolist()
+        self.groups = [distinct[i] for i in order]
+        self._places = {keys_of(images): place for place, images in enumerate(self.groups)}
+
+    def others(self, images: Images) -> Iterator[Images]:
+        """Those of other examples that are as many and other pictures, from the one behind ``images`` on."""
+        begin, number = self._places[keys_of(images)], len(self.groups)
+        for place in range(begin + 1, begin + number):
+            other = self.groups[place % number]
+            if len(other) == len(images) and not all(map(same_picture, images, other)):
+                yield other
+
+
+def same_picture(one: ImageRecord, other: ImageRecord) -> bool:
+    """Whether both are one file, or files of the same bytes."""
+    if one.key == other.key or one.path is None or other.path is None:
+        return one.key == other.key
+    try:
+        return filecmp.cmp(one.path, other.path, shallow=False)
+    except OSError:  # left to whoever reads it
+        return False

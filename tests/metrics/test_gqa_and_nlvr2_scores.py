@@ -63,6 +63,8 @@ def test_gqa_entries():
     assert gqa_item({**entry, "semantic": steps}).steps == 2  # exist, query: name and choose name are none
     bare = {key: entry[key] for key in ("answer", "question", "types")}
     assert gqa_item(bare)[1:] == (True, "query", "attr", "colorQuery", 5, None, None, ())
+    for nothing in (None, "", [], {}):
+        assert gqa_item({**bare, "groups": {"global": nothing}}).group is None
 
 
 def test_nlvr2():
