@@ -356,6 +356,11 @@ def check_one(key: str, value: Any) -> None:
     part, _, name = key.rpartition(".")
     field = {f.name: f for f in dataclasses.fields(PARTS[part] if part else RunConfig)}[name]
     check_value(key, value, type_of(key), field.metadata)
+    if key == "data.mixture" and value is not None:
+        try:
+            mixture_parts(value)
+        except ConfigError as error:  # which names the setting from its last part on
+            raise ConfigError(f"{part}.{error}") from error
 
 
 def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from routingvl.config import ConfigError, check_choice
-from routingvl.config.mixture import MixturePart, mixture_parts
+from routingvl.config.mixture import OF_DATA, MixturePart, mixture_parts
 from routingvl.config.schema import RunConfig
 from routingvl.data.files import DataError
 from routingvl.data.images import ImagePreprocessor, ImageRecord
@@ -54,6 +56,16 @@ class Part:
         self.name, self.settings = name, settings
         self.task = task(replace(config, task=task.name, data=config.data.parts[name]), tokenizer, preprocessor)
 
+    @contextlib.contextmanager
+    def faults_named(self) -> Iterator[None]:
+        """Have errors of its data speak of its own settings, where its task speaks of those of a single data set."""
+        try:
+            yield
+        except DataError as error:
+            own = f"data.mixture.{self.name}"
+            text = re.sub(rf"\bdata(?=\.({'|'.join(OF_DATA)})\b)", own, str(error))
+            raise DataError(text if own in text else f"{own}: {text}") from error
+
     def examples(self, split: Split, training: bool) -> Iterator[tuple[int | str, TextExample]]:
         """Its examples, with the prompt in front and an id among those of all data sets; and before each its own id."""
         prompt = self.settings.prompt or ""
@@ -87,7 +99,10 @@ class MixtureTask(GenerateTask):
 
     def read_training_splits(self) -> tuple[MixtureSplit, MixtureSplit | None]:
         """Those of all data sets; DataError when one's two splits share an example."""
-        found = {name: part.task.read_training_splits() for name, part in self.parts.items()}
+        found = {}
+        for name, part in self.parts.items():
+            with part.faults_named():
+                found[name] = part.task.read_training_splits()
         val = {name: own for name, (_, own) in found.items() if own is not None}
         train = MixtureSplit("train", {name: own for name, (own, _) in found.items()})
         return train, MixtureSplit("val", val) if val else None
@@ -104,7 +119,8 @@ class MixtureTask(GenerateTask):
         loaded = {}
         for name, own in wanted.items():
             data = self.parts[name].task.config.data
-            loaded[name] = self.parts[name].task.load_split(own, limit, training)
+            with self.parts[name].faults_named():
+                loaded[name] = self.parts[name].task.load_split(own, limit, training)
             if not (getattr(loaded[name], "split_in_file", True) or data.allow_shared_splits or split == "train"):
                 raise DataError(
                     f"{data.annotations} names no splits, so it cannot be trained on and serve as {own!r} too: give "
@@ -125,7 +141,8 @@ class MixtureTask(GenerateTask):
         for name, own in split.parts.items():
             part = self.parts[name]
             part.task.features = self.features
-            rows = list(part.examples(own, training))
+            with part.faults_named():
+                rows = list(part.examples(own, training))
             if not training:
                 self.own_ids |= {example.id: (name, own_id) for own_id, example in rows}
             examples += [example for _, example in rows] * (part.settings.weight if training else 1)
@@ -143,7 +160,8 @@ class MixtureTask(GenerateTask):
         """The mean of the data sets' own; DataError when one has nothing to be scored by."""
         for name, own in split.parts.items():
             task = self.parts[name].task
-            task.val_set, task.metric = task.dataset(own, training=False), task.selection_metric(own)
+            with self.parts[name].faults_named():
+                task.val_set, task.metric = task.dataset(own, training=False), task.selection_metric(own)
         return "mean"
 
     def validation_scores(self, predictions: Predictions) -> dict[str, float]:

@@ -170,6 +170,10 @@ def test_on_the_command_line(tiny, tmp_path, capsys, monkeypatch):
     assert "gone does not exist, so the numbers of examples" in capsys.readouterr().out
     assert main(["train", "--config", str(path), *given, "--overwrite"]) == 2
     assert "data.mixture.gqa.annotations: gone does not exist" in capsys.readouterr().err
+    settings = path.read_text().replace("weight: 2", "weight: 0")
+    (tiny / "bad.yaml").write_text(settings)
+    assert main(["train", "--config", "bad.yaml"]) == 2
+    assert "bad.yaml: data.mixture.coco: weight=0 must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -215,6 +219,24 @@ def test_faults(tiny, tmp_path):
     ):
         task.load_split("test")
     assert len(task.load_split("train").images) == len(images)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gqa", {"val_split": "train"}, r"^splits 'train' and 'train' share .* set data\.mixture\.gqa\.val_split to"),
+        ("gqa", {"train_split": "non"}, r"^no questions of split 'non'.*: data\.mixture\.gqa\.annotations must be"),
+        ("nlvr", {"train_split": "non"}, r"^cannot read .*non\.json: .*; data\.mixture\.nlvr\.annotations must be"),
+        ("nlvr", {"annotations": "few"}, r"^data\.mixture\.nlvr: .*dev\.json has no examples"),
+    ],
+)
+def test_faults_of_a_data_set_name_its_own_settings(tiny, tmp_path, monkeypatch, name, changes, message):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny / "nlvr2", tmp_path / "few")
+    (tmp_path / "few" / "dev.json").write_text("")
+    parts = mixture_of(tiny)
+    with pytest.raises(DataError, match=message):
+        task_of(tiny, mixture=parts | {name: parts[name] | changes}).read_training_splits()
 
 
 @pytest.mark.parametrize("task", ["gqa-generate", "nlvr2-generate", "caption-generate"])
