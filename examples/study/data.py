@@ -1,4 +1,4 @@
-"""The study's data: emoji as Google and Twitter draw them, their names, and yes-or-no questions about their tags.
+"""The study's data: emoji as Google and Twitter draw them, captions, and yes-or-no questions about their tags.
 
 A concept is what several pictures draw. Splits are by concept: no picture of a test concept, in any style, is in
 another split. Each question asks whether a picture shows a tag of emojibase-data. For each pair of a tag and a concept
@@ -36,11 +36,13 @@ class Concept:
         code: its code points, which also name its pictures.
         name: in English.
         tags: those of emojibase-data with its group and subgroup.
+        kind: the subgroup.
     """
 
     code: str
     name: str
     tags: frozenset[str]
+    kind: str = ""
 
     @property
     def split(self) -> str:
@@ -56,7 +58,7 @@ def read_concepts(folders: dict[str, Path]) -> list[Concept]:
     for entry, _ in prepare.drawn_in_all_styles(folders):
         group, part = groups["groups"][str(entry["group"])], groups["subgroups"][str(entry["subgroup"])]
         tags = frozenset(tag.replace("-", " ") for tag in (*entry.get("tags", ()), group, part))
-        concepts.append(Concept(entry["hexcode"].lower(), entry["label"], tags))
+        concepts.append(Concept(entry["hexcode"].lower(), entry["label"], tags, part.replace("-", " ")))
     return concepts
 
 
@@ -119,11 +121,11 @@ def write_tags(concepts: Sequence[Concept], folder: Path, least: int = LEAST) ->
 
 
 def write_captions(concepts: Sequence[Concept], folder: Path) -> None:
-    """The names as captions of COCO's form, one of each drawing."""
+    """Kind and name as captions of COCO's form, one of each drawing: "animal mammal: cow"."""
     for split in SPLITS:
         chosen = [(style, concept) for concept in concepts if concept.split == split for style in prepare.STYLES]
         images = [{"id": n, "file_name": picture_name(*drawing)} for n, drawing in enumerate(chosen)]
-        captions = [{"id": n, "image_id": n, "caption": concept.name} for n, (_, concept) in enumerate(chosen)]
+        captions = [{"id": n, "image_id": n, "caption": f"{c.kind}: {c.name}"} for n, (_, c) in enumerate(chosen)]
         write_json(folder / f"captions_{split}_karpathy.json", {"images": images, "annotations": captions})
 
 

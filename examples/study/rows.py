@@ -93,9 +93,10 @@ def results(rows: Iterable[Row], study: Study) -> list[Result]:
     found = []
     for name, own in by_arm.items():
         runs = [row for row in own if row["kind"] == "run" and row["seed"] == study.seeds[0]]
-        tests = sorted((row for row in own if row["kind"] == "test"), key=lambda row: row["seed"])
+        lr, tried = best_rate(runs) if runs else None, {row["lr"] for row in runs}
+        tests = [row for row in own if row["kind"] == "test" and row["lr"] == lr]  # others were best in a smaller grid
+        tests.sort(key=lambda row: row["seed"])
         if tests:
-            lr, tried = best_rate(runs), {row["lr"] for row in runs}
             edge = len(tried) > 1 and lr in (min(tried), max(tried))
             found.append(Result(find_arm(name), tests, lr, edge, runs[0]["trainable"]))
     return found

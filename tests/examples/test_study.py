@@ -175,6 +175,9 @@ def test_the_table_has_mean_and_spread(tmp_path):
         "| LoRA mul | 1,234 | 0.3 (edge) | 71.0 ± 1.0 | 50.0 ± 0.0 | +10.0, ranges apart | 3 |",
     ]
     assert results([row | {"key": "of other settings"} for row in rows], STUDY) == []
+    other = Job(find_arm("lora-mul"), 0.2, 0)  # was best before the grid grew
+    old = {"kind": "test", "lr": 0.2, "test": 1.0, "key": STUDY.key(other, rows[0]["data"])}
+    assert study_table([*rows, rows[-1] | old], STUDY).splitlines() == table
 
 
 @pytest.mark.parametrize(("moved", "fine"), [(0, True), (2.5, True), (6, False)])
