@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from routingvl.metrics import read_coco_results, read_gqa_results, read_nlvr2_re
 from routingvl.predict import Predictor
 from routingvl.tasks.base import find_task
 from routingvl.train import train
+from routingvl.training.log import read_metrics
 
 FAST = {"eval.metrics": ["CIDEr"], "eval.caption_tokenizer": "python", "max_text_length": 30}
 FAST |= {"eval.num_beams": 1, "eval.max_new_tokens": 4, "eval.batch_size": 16}
@@ -146,6 +149,26 @@ def test_resuming_is_going_on(run, tiny, tmp_path):
     changed = override(config, mixture=mixture_of(tiny) | {"coco": {**mixture_of(tiny)["coco"], "weight": 1}})
     with pytest.raises(ValueError, match=r"data\.mixture\.coco\.weight was 2 and is now 1"):
         train(changed, log="quiet", resume=True)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tiny, tmp_path):
+    settings = {"max_steps": 4, "accumulation": 1, "eval_every": 2}
+    alone = train(config_of(tiny, tmp_path / "1", **settings), log="quiet")
+    path, shared = tmp_path / "config.yaml", tmp_path / "2"
+    path.write_text(config_to_yaml(config_of(tiny, shared, **settings)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "routingvl"]
+    done = subprocess.run([*launch, "train", "--config", str(path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    records = read_metrics(shared / "metrics.jsonl")
+    assert [r["loss"] for r in records if r["kind"] == "train"] == pytest.approx(losses(alone), rel=1e-5)
+    scores, expected = (
+        [{key: value for key, value in r.items() if "/" in key or key == alone.metric} for r in found]
+        for found in ([r for r in of if r["kind"] == "validation"] for of in (records, alone.history))
+    )
+    assert scores == [pytest.approx(score, rel=1e-4) for score in expected]
+    for name, value in weights(alone.run_dir).items():
+        torch.testing.assert_close(weights(shared)[name], value, rtol=1e-3, atol=2e-5)
 
 
 def test_features_from_the_cache(run, tiny, tmp_path):
