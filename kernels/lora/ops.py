@@ -256,8 +256,8 @@ def rank_one_forward_(
 
 
 def rank_one_forward_again(y: Tensor, x: Tensor, p: Tensor, o: Tensor, options: LoRAOptions) -> Tensor | None:
-    """:func:`rank_one_forward_` for contiguous x [B, T, K], y [B, T, N] with the frozen product in it and no dropout, if
-    it only has to be launched again. Returns c; None, and y as it was, where it cannot.
+    """:func:`rank_one_forward_` for contiguous x [B, T, K], y [B, T, N] with the frozen product in it and no dropout,
+    if it only has to be launched again. Returns c; None, and y as it was, where it cannot.
     """
     entries, tokens, width_in = x.shape
     if not (p.is_contiguous() and o.is_contiguous() and aligned(x, p, o)):
@@ -321,7 +321,7 @@ def rank_one_backward_(
 def rank_one_backward_again(
     dx: Tensor, dy: Tensor, x: Tensor, p: Tensor, o: Tensor, c: Tensor, options: LoRAOptions
 ) -> tuple[Tensor, Tensor] | None:
-    """:func:`rank_one_backward_` for what :func:`rank_one_forward_again` is for, dp and do needed; None if it cannot."""
+    """:func:`rank_one_backward_` for what :func:`rank_one_forward_again` is for, dp and do needed, or None."""
     saved = (x, p, o, c)  # which hooks may have changed
     if not (all_plain(saved) and all(map(Tensor.is_contiguous, saved)) and aligned(dy, *saved)):
         return None
