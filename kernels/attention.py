@@ -25,7 +25,8 @@ def _no_function(*_: Any) -> Any:
     raise TypeError("attention has weights, which a routing function does not get: see routingvl.kernels.attention")
 
 
-ATTENTION = _Attention(NAME, None, "z = softmax(q kᵀ / sqrt(c)) w, in heads", None, False, _no_function, _no_function)
+_FORMULA = "z = softmax(q kᵀ / sqrt(c)) w, in heads"
+ATTENTION = _Attention(NAME, None, _FORMULA, None, False, _no_function, _no_function, takes_padding=True)
 FUNCTIONS = (*ROUTINGS, *ABLATIONS, NAME)  # the names that find_function knows
 
 

@@ -59,6 +59,7 @@ class Routing:
         image_factor: for z = t + c u (at most one visual token), c; None for any other function.
         inner_product: whether for any L z is exactly (t uᵀ) u, with ReLU (relu(t) relu(u)ᵀ) u, so that what is built
             for that form may compute it: the kernels for several visual tokens, and z = t (uᵀ u).
+        takes_padding: whether visual tokens of zeros, which is how padding reads, change nothing in z.
         elementwise: whether each component of z depends on that component of t and u alone, so that the components of
             several projections need not meet in one program.
         mixes_text: whether a row of z depends on other rows of t than its own. Such a function takes whole texts only,
@@ -76,6 +77,7 @@ class Routing:
     probe_backward: ProbeBackward | None = None
     image_factor: float | None = None
     inner_product: bool = False
+    takes_padding: bool = False
     elementwise: bool = False
     mixes_text: bool = False
 
@@ -218,7 +220,8 @@ _ROWS = (
                 inner_products(dz, u.squeeze(1)).expand_as(t), t.sum(-1, keepdim=True).mT @ dz),
             probe=torch.ones_like, probe_backward=lambda dp, u: None),
     Routing("vllora", 4, "z = t uᵀ u", None, True, _vllora, _vllora_backward,
-            probe=lambda u: u, probe_backward=lambda dp, u: dp, inner_product=True),
+            probe=lambda u: u, probe_backward=lambda dp, u: dp, inner_product=True,
+            takes_padding=True),
 )  # fmt: skip
 
 
@@ -244,7 +247,7 @@ def _text_by_text_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tupl
 
 
 _ABLATIONS = (
-    Routing("vllora_ones", None, "z = t uᵀ 1", None, True, _ones, _ones_backward),
+    Routing("vllora_ones", None, "z = t uᵀ 1", None, True, _ones, _ones_backward, takes_padding=True),
     # t tᵀ [T, T] times u repeated over the T rows: the square matrix is never needed.
     Routing(
         "text_by_text", None, "z = t (sum_i t_i)ᵀ u", 1, False, _text_by_text, _text_by_text_backward, mixes_text=True

@@ -171,7 +171,7 @@ class RoutedLayer(nn.Module):
         return self.context.own_text(x, pooled=self.pooled)
 
     def _checked(self, reading: Reading) -> Reading:
-        if reading.counted is not None and not (self.routing.inner_product or self.routing is ATTENTION):
+        if reading.counted is not None and not self.routing.takes_padding:
             fix = "bind as many visual tokens for every image, without mask="
             if self.routed_by != "image":
                 fix = f"use routed_by={self._source!r}, the mean"

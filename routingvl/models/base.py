@@ -30,6 +30,7 @@ from routingvl.bottlenecks.inject import inject, train_in_float32
 from routingvl.bottlenecks.report import TrainableReport, trainable_report
 from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict, nearest
 from routingvl.config.checks import check_value, types_of
+from routingvl.config.routing import source_of
 from routingvl.config.schema import IMAGE_POOLINGS
 from routingvl.models import hub
 from routingvl.models.checks import check_padding, check_tensor, check_values, check_zeros_and_ones
@@ -111,10 +112,12 @@ class RoutedVLModel(ReadsImages, PretrainedParts):
             vision.requires_grad_(False)
         self.visual_projection: nn.Linear | None = None
         projected = self.vision_width != (width := text.config.hidden_size) or project_features
-        if projected and (visual_prefix or not own):
+        reads = routing.function.uses_image and source_of(routing.routed_by) != "text"
+        if projected and (visual_prefix or (reads and not own)):
             self.visual_projection = nn.Linear(self.vision_width, width, device=self.device, dtype=self.dtype)
         elif project_features:
-            raise ConfigError("project_features: image_projection='own' without a visual prefix has no use for it")
+            why = "image_projection='own'" if reads else "a routing that reads no image"
+            raise ConfigError(f"project_features: {why} without a visual prefix has no use for it")
         self._hold_what_trains()
         # How many positions (prefix and text together) the text model has embeddings for.
         self.max_positions = position_limit(text)

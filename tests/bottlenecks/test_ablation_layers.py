@@ -1,5 +1,7 @@
 """The paper's ablations as layers: the published code's numbers, and where they may stand."""
 
+import dataclasses
+
 import pytest
 import torch
 from golden_cases import VARIANT_CASES, Tensors
@@ -11,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from routingvl import RoutingConfig, inject
 from routingvl.bottlenecks.layers import RoutedLoRALinear
 from routingvl.bottlenecks.places import SurgeryError
+from routingvl.kernels.routing import find_routing
 
 TRAINED = ["bias", "lora_A", "lora_B"]
 
@@ -78,7 +81,24 @@ def test_text_by_text_is_the_published_codes_but_for_its_transpose():
     assert_same(ours(case, Tensors(case), "text_by_text"), text_by_text(case, Tensors(case), reshaped=False))
 
 
-def test_vllora_with_ones_takes_no_padding():
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+@pytest.mark.parametrize("routing", ["vllora", "vllora_ones"])
+def test_padding_among_several_tokens_counts_nothing(method, routing):
+    torch.manual_seed(0)
+    model = text_model("roberta")
+    inject(model, RoutingConfig(routing=routing, routed_by="text_tokens", rank=4, method=method))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.3)
+    alone, plain = model.eval()(torch.tensor([[3, 4]]))[0], torch.tensor([[3, 4, 5], [3, 4, 1]])
+    padded = model(plain, attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]))[0]
+    torch.testing.assert_close(padded[1:], alone)
+    assert not torch.allclose(model(plain)[0][1:], alone, atol=1e-3)
+
+
+def test_a_function_that_padding_changes_is_refused_where_there_is_some(monkeypatch):
+    changed = dataclasses.replace(find_routing("vllora_ones"), takes_padding=False)
+    monkeypatch.setattr("routingvl.bottlenecks.routed_layer.find_function", lambda name: changed)
     model = text_model("roberta")
     inject(model, RoutingConfig(routing="vllora_ones", routed_by="text_tokens", rank=4))
     ids = torch.tensor([[3, 4, 5], [3, 4, 1]])

@@ -128,6 +128,28 @@ def test_a_projection_may_stand_where_widths_agree(tmp_path):
     assert writer(vision=small_vit()).visual_projection is None
 
 
+@pytest.mark.parametrize("routing", ["none", "mul"])
+@pytest.mark.parametrize("visual_prefix", [False, True])
+def test_whatever_trains_gets_a_gradient(routing, visual_prefix):
+    """Several processes wait for the gradient of each parameter that trains."""
+    model = randomise(writer(vision=small_vit(24), routing=routing, visual_prefix=visual_prefix))
+    assert (model.visual_projection is None) == (routing == "none" and not visual_prefix)
+    model(pixel_values=torch.randn(3, 3, SIZE, SIZE), **texts()).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_a_projection_that_nothing_reads_is_refused():
+    for settings, why in (
+        ({"routing": "none"}, "a routing that reads no image"),
+        ({"image_projection": "own"}, "image_projection='own'"),
+    ):
+        config = RoutingConfig(rank=4, targets=KINDS["bart"][4], **settings)
+        with pytest.raises(ConfigError, match=f"project_features: {why} without a visual prefix has no use for it"):
+            VisionTextForGeneration.from_backbones(
+                small_vit(), text_model("bart"), config, visual_prefix=False, project_features=True
+            )
+
+
 @pytest.mark.parametrize(("kind", "routing"), [("t5", "vllora"), ("bart", "mul")])
 def test_both_backends_compute_the_same(kind, routing):
     inputs, images = texts(), features(3, 1)
