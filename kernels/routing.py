@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -236,14 +237,23 @@ def _ones_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tuple[Tensor
     return (dt * (t > 0), du * (u > 0)) if relu else (dt, du)
 
 
-def _text_by_text(t: Tensor, u: Tensor, relu: bool) -> Tensor:
-    return (t * t.sum(1, keepdim=True)).sum(-1, keepdim=True) * u
+def _text_by_text(t: Tensor, u: Tensor, relu: bool, reshaped: bool = False) -> Tensor:
+    return (t * _sum_of_texts(t, reshaped)).sum(-1, keepdim=True) * u
 
 
-def _text_by_text_backward(dz: Tensor, t: Tensor, u: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-    whole, dc = t.sum(1, keepdim=True), (dz * u).sum(-1, keepdim=True)
-    c = (t * whole).sum(-1, keepdim=True)
-    return dc * whole + (dc * t).sum(1, keepdim=True), (c * dz).sum(1, keepdim=True)
+def _sum_of_texts(t: Tensor, reshaped: bool) -> Tensor:
+    """The columns of tᵀ [R, T] added up, or of t's numbers read as [R, T] row by row; [B, 1, R]."""
+    return t.reshape(t.shape[0], 1, t.shape[2], t.shape[1]).sum(-1) if reshaped else t.sum(1, keepdim=True)
+
+
+def _text_by_text_backward(
+    dz: Tensor, t: Tensor, u: Tensor, relu: bool, reshaped: bool = False
+) -> tuple[Tensor, Tensor]:
+    whole, dc = _sum_of_texts(t, reshaped), (dz * u).sum(-1, keepdim=True)
+    c, dwhole = (t * whole).sum(-1, keepdim=True), (dc * t).sum(1, keepdim=True)
+    if reshaped:
+        dwhole = dwhole.mT.expand(-1, -1, t.shape[1]).reshape(t.shape)
+    return dc * whole + dwhole, (c * dz).sum(1, keepdim=True)
 
 
 _ABLATIONS = (
@@ -251,6 +261,17 @@ _ABLATIONS = (
     # t tᵀ [T, T] times u repeated over the T rows: the square matrix is never needed.
     Routing(
         "text_by_text", None, "z = t (sum_i t_i)ᵀ u", 1, False, _text_by_text, _text_by_text_backward, mixes_text=True
+    ),
+    # With what the published code has in place of the transpose.
+    Routing(
+        "text_by_text_reshaped",
+        None,
+        "z = t S u, S [R, T] the numbers of t [T, R] row by row",
+        1,
+        False,
+        partial(_text_by_text, reshaped=True),
+        partial(_text_by_text_backward, reshaped=True),
+        mixes_text=True,
     ),
 )
 

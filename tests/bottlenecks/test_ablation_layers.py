@@ -7,7 +7,6 @@ import torch
 from golden_cases import VARIANT_CASES, Tensors
 from test_golden import assert_equals
 from text_zoo import text_model
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from routingvl import RoutingConfig, inject
@@ -50,35 +49,17 @@ def published(tensors: Tensors) -> dict[str, torch.Tensor]:
     return {key: tensors[name] for key, name in (names | {f"d{name}": f"grad/{name}" for name in TRAINED}).items()}
 
 
-def text_by_text(case: dict, tensors: Tensors, reshaped: bool) -> dict[str, torch.Tensor]:
-    """z = (t S) u written out, with S the published reshape of t [T, C] to [C, T], or its transpose."""
-    p = {name: value.requires_grad_(name != "weight") for name, value in tensors.under("param").items()}
-    x, v = tensors["input/x"].requires_grad_(), tensors["input/vis_feat"].requires_grad_()
-    t, u = x @ p["lora_A"].T, (v @ p["lora_A"].T).expand(-1, x.shape[1], -1)
-    s = t.reshape(len(t), t.shape[2], t.shape[1]) if reshaped else t.mT
-    q, value = ((t @ s) @ u).chunk(2, -1)
-    low, high = p["lora_B"].chunk(2, 0)
-    third = len(low)
-    delta = F.pad(q @ low.T, (0, 2 * third)) + F.pad(value @ high.T, (2 * third, 0))
-    y = x @ p["weight"] + p["bias"] + case["init"]["lora_alpha"] / case["init"]["r"] * delta
-    return gradients(y, {"x": x, "v": v, **{name: p[name] for name in TRAINED}}, tensors["input/cotangent"])
-
-
 def assert_same(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
     for name, value in want.items():
         assert_equals(name, found[name], value)
 
 
-def test_vllora_with_ones_is_the_published_codes():
-    case = VARIANT_CASES["e_beforeB_ones"]
-    tensors = Tensors(case)
-    assert_same(ours(case, tensors, "vllora_ones"), published(tensors))
-
-
-def test_text_by_text_is_the_published_codes_but_for_its_transpose():
-    case = VARIANT_CASES["e_beforeB_xt"]
-    assert_same(text_by_text(case, Tensors(case), reshaped=True), published(Tensors(case)))
-    assert_same(ours(case, Tensors(case), "text_by_text"), text_by_text(case, Tensors(case), reshaped=False))
+@pytest.mark.parametrize(
+    ("name", "routing"), [("e_beforeB_ones", "vllora_ones"), ("e_beforeB_xt", "text_by_text_reshaped")]
+)
+def test_layers_are_the_published_codes(name, routing):
+    case = VARIANT_CASES[name]
+    assert_same(ours(case, Tensors(case), routing), published(Tensors(case)))
 
 
 @pytest.mark.parametrize("method", ["lora", "adapter"])
@@ -107,8 +88,9 @@ def test_a_function_that_padding_changes_is_refused_where_there_is_some(monkeypa
 
 
 def test_text_by_text_is_refused_in_causal_models():
-    for kind, settings in (("gpt2", {}), ("bart", {"method": "adapter"})):
-        with pytest.raises(SurgeryError, match=r"routing='text_by_text': .* is in a causal model"):
-            inject(text_model(kind), RoutingConfig(routing="text_by_text", rank=4, **settings))
-    report = inject(text_model("roberta"), RoutingConfig(routing="text_by_text", rank=4))
-    assert {layer.routing for layer in report.layers} == {"text_by_text"}
+    for name in ("text_by_text", "text_by_text_reshaped"):
+        for kind, settings in (("gpt2", {}), ("bart", {"method": "adapter"})):
+            with pytest.raises(SurgeryError, match=rf"routing='{name}': .* is in a causal model"):
+                inject(text_model(kind), RoutingConfig(routing=name, rank=4, **settings))
+        report = inject(text_model("roberta"), RoutingConfig(routing=name, rank=4))
+        assert {layer.routing for layer in report.layers} == {name}

@@ -15,11 +15,12 @@ T = torch.tensor([[[1.0, -2.0], [3.0, 4.0]]], dtype=torch.float64)  # two rows o
 U = torch.tensor([[[5.0, -6.0]]], dtype=torch.float64)  # one visual token
 
 # By hand. vllora_ones: inner products 17 and -9; with ReLU 5 and 15. text_by_text: the sum of the text is [4, 2],
-# inner products with it 0 and 20.
+# inner products with it 0 and 20. Reshaped: the same numbers by rows, which come to -1 and 7; inner products -15 and 25.
 BY_HAND = {
     ("vllora_ones", False): [[17.0, 17.0], [-9.0, -9.0]],
     ("vllora_ones", True): [[5.0, 5.0], [15.0, 15.0]],
     ("text_by_text", False): [[0.0, 0.0], [100.0, -120.0]],
+    ("text_by_text_reshaped", False): [[-75.0, 90.0], [125.0, -150.0]],
 }
 FORMS = [(name, relu) for name, row in ABLATIONS.items() for relu in (False, True)[: 1 + row.supports_relu]]
 CASES = [(*form, tokens) for form in FORMS for tokens in ((1, 4) if form[0] == "vllora_ones" else (1,))]
@@ -40,7 +41,8 @@ def test_several_visual_tokens_by_the_definition():
     torch.testing.assert_close(find_routing("vllora_ones").route(t, u, False), t @ u.mT @ ones)
     torch.testing.assert_close(find_routing("vllora_ones").route(t, u, True), t.relu() @ u.relu().mT @ ones)
     one = u[:, :1]
-    torch.testing.assert_close(find_routing("text_by_text").route(t, one, False), t @ t.mT @ one.expand(2, 3, 4))
+    for name, s in (("text_by_text", t.mT), ("text_by_text_reshaped", t.reshape(2, 4, 3))):
+        torch.testing.assert_close(find_routing(name).route(t, one, False), t @ s @ one.expand(2, 3, 4))
 
 
 @pytest.mark.parametrize(("name", "relu", "tokens"), CASES)
