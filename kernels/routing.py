@@ -242,7 +242,7 @@ def _text_by_text(t: Tensor, u: Tensor, relu: bool, reshaped: bool = False) -> T
 
 
 def _sum_of_texts(t: Tensor, reshaped: bool) -> Tensor:
-    """The columns of tᵀ [R, T] added up, or of t's numbers read as [R, T] row by row; [B, 1, R]."""
+    """The rows of tᵀ [R, T], or of t's numbers read as [R, T] row by row, each added up; [B, 1, R]."""
     return t.reshape(t.shape[0], 1, t.shape[2], t.shape[1]).sum(-1) if reshaped else t.sum(1, keepdim=True)
 
 

@@ -66,6 +66,8 @@ ARMS = (
     Arm("adapter-none", "Adapter none", adapter("none")),
     Arm("adapter-add", "Adapter add", adapter("add")),
     Arm("adapter-mul", "Adapter mul", adapter("mul")),
+    Arm("adapter-expand", "Adapter expand", adapter("expand")),
+    Arm("adapter-vllora", "Adapter vllora", adapter("vllora")),
     Arm("adapter-mul-bare", "Adapter mul, without its residual", adapter("mul", adapter_residual=False)),
     Arm("lora-mul-only", "LoRA mul, no visual prefix", {"routing": "mul"}, prefix=False),
     Arm("lora-none-longer", "LoRA none, four times the steps", {"routing": "none"}, longer=4),
@@ -185,7 +187,7 @@ STUDIES = (
         rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
         steps=300,
         batch=16,
-        arms=("lora-none", "lora-add", "lora-mul", "lora-vllora"),
+        arms=("lora-none", "lora-add", "lora-mul", "lora-expand", "lora-vllora"),
         evaluation={
             "batch_size": 64,
             "num_beams": 1,

@@ -69,6 +69,7 @@ class Result:
         lr: the learning rate.
         at_the_edge: whether it is the lowest or highest that was tried.
         parameters: how many train.
+        minutes: of processor time that training took, the median of its runs.
     """
 
     arm: Arm
@@ -76,6 +77,7 @@ class Result:
     lr: float
     at_the_edge: bool
     parameters: int
+    minutes: float
 
     def values(self, name: str) -> list[float]:
         """ "test" or "shuffled", one for each seed."""
@@ -98,7 +100,8 @@ def results(rows: Iterable[Row], study: Study) -> list[Result]:
         tests.sort(key=lambda row: row["seed"])
         if tests:
             edge = len(tried) > 1 and lr in (min(tried), max(tried))
-            found.append(Result(find_arm(name), tests, lr, edge, runs[0]["trainable"]))
+            minutes = statistics.median(row["cpu_seconds"] for row in own if row["kind"] == "run") / 60
+            found.append(Result(find_arm(name), tests, lr, edge, runs[0]["trainable"], minutes))
     return found
 
 
@@ -127,20 +130,22 @@ def study_table(rows: Iterable[Row], study: Study) -> str:
     """A study's results in Markdown, one line per arm."""
     decimals = digits(study)
     found = results(rows, study)
-    first = next((result for result in found if result.arm.name == "lora-none"), None)
+    plain = {result.arm.name: result for result in found if result.arm.name in ("lora-none", "adapter-none")}
     lines = [
-        f"| arm | trained | learning rate | {study.unit}, own picture | another's | against LoRA none | seeds |",
-        "|---|---:|---:|---:|---:|---|---:|",
+        f"| arm | trained | learning rate | {study.unit}, own picture | another's | against none | seeds | minutes |",
+        "|---|---:|---:|---:|---:|---|---:|---:|",
     ]
     for result in found:
+        other = plain.get(f"{result.arm.name.split('-')[0]}-none")
         cells = (
             result.arm.title,
             f"{result.parameters:,}",
             f"{result.lr:g}{' (edge)' if result.at_the_edge else ''}",
             spread(result.values("test"), decimals),
             spread(result.values("shuffled"), decimals),
-            "" if first in (None, result) else against(result, first, decimals),
+            "" if other in (None, result) else against(result, other, decimals),
             str(len(result.tests)),
+            f"{result.minutes:.1f}",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ the tables (results.md). Started again it goes on where it was stopped. Every ar
 study with the first seed; the validation split chooses one; that run and those with the other seeds are tested once.
 
     python -m examples.study.run WORK --studies tags --arms lora-none lora-mul    # one comparison
-    python -m examples.study.run WORK --check lora-mul     # one committed result again, and whether it comes out
+    python -m examples.study.run WORK --check lora-mul     # committed results again, and whether they come out
 
 docs/study.md has what came out.
 """
@@ -20,16 +20,16 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from examples.study.arms import ARMS, STUDIES, Arm, Job, Study, find_arm
+from examples.study.arms import ARMS, STUDIES, Arm, Job, Study
 from examples.study.data import examples_digest, prepare_all
-from examples.study.rows import COMMITTED, Row, Rows, best_rate, read_rows, results, study_table, tables
+from examples.study.rows import COMMITTED, Result, Row, Rows, best_rate, read_rows, results, study_table, tables
 from routingvl.atomic_files import write_text
 from routingvl.config.schema import RunConfig
 from routingvl.environment import environment
@@ -141,17 +141,10 @@ def provenance() -> dict[str, Any]:
     return {"git": found["git"], "versions": versions, "machine": found["hardware"]["platform"]}
 
 
-def check(runner: Runner, arm: Arm, committed: Iterable[Row]) -> bool:
-    """Make the first committed test of an arm again: whether it is as near to the committed ones as they are.
-
-    Raises:
-        SystemExit: the arm has no committed result.
-    """
+def check(runner: Runner, found: Result) -> bool:
+    """Make the first test of a committed result again: whether it is as near to the committed ones as they are."""
     study = runner.study
-    found = next((result for result in results(committed, study) if result.arm == arm), None)
-    if found is None:
-        sys.exit(f"--check {arm.name}: {COMMITTED} has no result of it for {study.name}")
-    job = Job(arm, found.lr, found.tests[0]["seed"])
+    job = Job(found.arm, found.lr, found.tests[0]["seed"])
     runner.train(job)
     again, before = runner.test(job)["test"], found.values("test")
     limit = WITHIN * statistics.stdev(before) if len(before) > 1 else 0.0
@@ -172,25 +165,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", choices=names, metavar="ARM", help=f"of {', '.join(names)}")
     parser.add_argument("--seeds", type=int, default=3, help="how many of the study's three, the first ones")
     parser.add_argument(
-        "--check", choices=names, metavar="ARM", help="repeat one committed result, with the first seed"
+        "--check",
+        nargs="*",
+        choices=names,
+        metavar="ARM",
+        help="repeat the committed results of these arms, or of all, with the first seed, in each study that has them",
     )
     options = parser.parse_args(argv)
     work = options.work.resolve()
     studies = [study for study in STUDIES if study.name in options.studies]
     torch.set_num_threads(1)  # a run is then the same to the bit when it is repeated on the same machine
     try:
+        if options.check is not None:
+            return 0 if check_committed(studies, work, options.check or names) else 1
         prepare_all(work, options.studies)
-        if options.check:
-            shutil.rmtree(work / "study" / "checks", ignore_errors=True)
-            runners = [make_runner(study, work, Rows(COMMITTED), "checks") for study in studies]
-            arm = find_arm(options.check)
-            return 0 if all(check(runner, arm, read_rows(COMMITTED)) for runner in runners) else 1
         for study in studies:
             run_study(study, work, options.arms or study.arms, study.seeds[: options.seeds])
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def check_committed(studies: Sequence[Study], work: Path, arms: Collection[str]) -> bool:
+    """Whether all committed results of these arms come out again; each one is made and said, also after a failure.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    committed = read_rows(COMMITTED)
+    found = [(study, result) for study in studies for result in results(committed, study) if result.arm.name in arms]
+    if not found:
+        names = ", ".join(study.name for study in studies)
+        sys.exit(f"--check: {COMMITTED} has no result of {', '.join(arms)} for {names}")
+    prepare_all(work, list(dict.fromkeys(study.name for study, _ in found)))
+    shutil.rmtree(work / "study" / "checks", ignore_errors=True)
+    rows = Rows(COMMITTED)
+    came_out = [check(make_runner(study, work, rows, "checks"), result) for study, result in found]
+    return all(came_out)
 
 
 def run_study(study: Study, work: Path, arms: Collection[str], seeds: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import small_roberta, write_backbones, write_data
 
-from examples.study import data, report
+from examples.study import data, report, run
 from examples.study.arms import ARMS, STUDIES, Arm, Job, Study, find_arm
 from examples.study.rows import COMMITTED, Rows, best_rate, read_rows, results, study_table
 from examples.study.run import Runner, check, main, make_runner
@@ -171,8 +171,8 @@ def test_the_table_has_mean_and_spread(tmp_path):
     rows = list(Trials().search(tmp_path / "rows.jsonl").known.values())
     table = study_table(rows, STUDY).splitlines()
     assert table[2:] == [
-        "| LoRA none | 1,234 | 0.2 | 61.0 ± 1.0 | 50.0 ± 0.0 |  | 3 |",
-        "| LoRA mul | 1,234 | 0.3 (edge) | 71.0 ± 1.0 | 50.0 ± 0.0 | +10.0, ranges apart | 3 |",
+        "| LoRA none | 1,234 | 0.2 | 61.0 ± 1.0 | 50.0 ± 0.0 |  | 3 | 0.0 |",
+        "| LoRA mul | 1,234 | 0.3 (edge) | 71.0 ± 1.0 | 50.0 ± 0.0 | +10.0, ranges apart | 3 | 0.0 |",
     ]
     assert results([row | {"key": "of other settings"} for row in rows], STUDY) == []
     other = Job(find_arm("lora-mul"), 0.2, 0)  # was best before the grid grew
@@ -187,9 +187,42 @@ def test_check_compares_with_the_committed_spread(tmp_path, moved, fine):
     runner = Runner(
         STUDY, Rows(tmp_path / "new.jsonl"), "data", again.train, lambda job: {"test": 70 + moved}, lines.append
     )
-    assert check(runner, find_arm("lora-mul"), rows) is fine
+    (found,) = (result for result in results(rows, STUDY) if result.arm.name == "lora-mul")
+    assert check(runner, found) is fine
     assert ("equal" if moved == 0 else "outside" if not fine else "within") in lines[0]
     assert again.trained == [Job(find_arm("lora-mul"), 0.3, 0)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"),
+    [
+        (["adapter-add"], ["tags adapter-add"]),  # captions have none of it
+        (["lora-mul", "lora-none"], ["tags lora-none", "tags lora-mul", "captions lora-none", "captions lora-mul"]),
+    ],
+)
+def test_check_makes_what_is_committed_of_an_arm(tmp_path, monkeypatch, capsys, asked, made):
+    tests, prepared = {}, []
+    for study in STUDIES:
+        tests |= {(study.name, result.arm.name): result.tests[0] for result in results(read_rows(COMMITTED), study)}
+
+    def runner(study, work, rows, runs):
+        def test(job):
+            return tests[study.name, job.arm.name]
+
+        return Runner(study, rows, "data", lambda job: {}, test)
+
+    monkeypatch.setattr(run, "make_runner", runner)
+    monkeypatch.setattr(run, "prepare_all", lambda work, names: prepared.extend(names))
+    assert main([str(tmp_path), "--check", *asked]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("-lr")[0] for line in lines] == made
+    assert all(line.endswith(": equal") for line in lines)
+    assert prepared == list(dict.fromkeys(one.split()[0] for one in made))
+
+
+def test_check_of_an_arm_without_results_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="has no result of adapter-mul-bare for tags, captions"):
+        main([str(tmp_path), "--check", "adapter-mul-bare"])
 
 
 def test_the_pages_hold_the_committed_rows():

@@ -15,7 +15,7 @@ T = torch.tensor([[[1.0, -2.0], [3.0, 4.0]]], dtype=torch.float64)  # two rows o
 U = torch.tensor([[[5.0, -6.0]]], dtype=torch.float64)  # one visual token
 
 # By hand. vllora_ones: inner products 17 and -9; with ReLU 5 and 15. text_by_text: the sum of the text is [4, 2],
-# inner products with it 0 and 20. Reshaped: the same numbers by rows, which come to -1 and 7; inner products -15 and 25.
+# inner products with it 0 and 20. Reshaped: rows of the same numbers, which come to -1 and 7, and -15 and 25.
 BY_HAND = {
     ("vllora_ones", False): [[17.0, 17.0], [-9.0, -9.0]],
     ("vllora_ones", True): [[5.0, 5.0], [15.0, 15.0]],
