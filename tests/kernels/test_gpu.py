@@ -214,6 +214,17 @@ def test_decoding_with_a_prepared_image(routing: str, tokens: int) -> None:
     assert relative_rms(op(**leaves | {"x": x}, image=image), want) < 1e-2
 
 
+@pytest.mark.parametrize(("routing", "tokens"), WAYS)
+def test_the_images_own_projection(routing: str, tokens: int) -> None:
+    found = []
+    for device, backend, dtype in (("cpu", "eager", torch.float64), (DEVICE, "triton", torch.float32)):
+        leaves = drawn(3, 40, tokens, dtype=dtype, device=device)
+        own = torch.linspace(-0.2, 0.3, 24 * 130).view(24, 130).sin().to(device, dtype).requires_grad_()
+        leaves |= {"v": leaves["v"][:, :, :1].repeat(1, 1, 130), "image_weight": own}  # an image of another width
+        found.append(gradients(partial(routed_lora_linear, routing=routing, backend=backend), leaves))
+    assert_alike(found[1], found[0])
+
+
 @pytest.mark.parametrize("build", [captioner, answerer])
 @pytest.mark.parametrize("method", ["lora", "adapter"])
 @pytest.mark.parametrize("routing", ["add", "mul", "expand", "vllora"])
