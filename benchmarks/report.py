@@ -16,11 +16,11 @@ from .results import MODES, Key, Results, collect, read_rows
 
 COLUMNS = (
     *("case", "routing", "dtype", "reference ms", "ours ms", "fwd", "bwd", "fwd+bwd", "overhead", "saved MiB"),
-    *("peak MiB", "% of limit"),
+    *("peak MiB", "% of limit", "host ms"),
 )
 MODEL_COLUMNS = (
     *("case", "routing", "provider", "dtype", "published ms", "ours ms", "fwd", "bwd", "whole", "published per second"),
-    *("ours per second", "saved MiB", "peak MiB"),
+    *("ours per second", "saved MiB", "peak MiB", "host ms"),
 )
 NOTE = """\
 reference: the published chain of operations; ours: the eager backend unless a provider is named. Times are medians of
@@ -28,12 +28,14 @@ forward + backward; fwd, bwd and fwd+bwd are reference / ours, above 1 when ours
 the time above the frozen projection alone, - where ours takes no longer than that. Saved is what autograd keeps beside
 the inputs, peak the most that a pass takes (GPU only), reference and ours. % of limit is the time that the formula's
 operations or bytes would take at the device's measured rates, of the time measured, reference and ours; above 100 the
-formula is not computed as written, or not by the library of those rates."""
+formula is not computed as written, or not by the library of those rates. Host ms is what the CPU takes to launch it
+(GPU only), reference and ours."""
 MODEL_NOTE = """\
 Whole models: published is the same model with the published layers, at level train the published recipe's step in
 float32. Times are medians of forward + backward (level step), a training step (train), a beam search (generate), and
 "whole" is their ratio, above 1 when ours is faster. Per second: examples, of generation captions. Saved is what
-autograd keeps beside weights and inputs, peak the most that it takes, published and ours."""
+autograd keeps beside weights and inputs, peak the most that it takes, host ms what the CPU takes to launch it (GPU
+only), published and ours."""
 
 
 def _ratio(top: float, bottom: float) -> str:
@@ -66,7 +68,8 @@ def _line(found: Results, key: Key, ours: str) -> str:
     if ("base", "fwdbwd") in rows:
         base = rows["base", "fwdbwd"]["ms_p50"]
         overhead = _ratio(times[0] - base, times[1] - base)
-    pairs = [_pair(found, key, ours, *field) for field in (("saved_mib", 2), ("peak_mib", 1), ("limit_percent", 0))]
+    fields = (("saved_mib", 2), ("peak_mib", 1), ("limit_percent", 0), ("host_ms_p50", 2))
+    pairs = [_pair(found, key, ours, *field) for field in fields]
     milliseconds = [f"{value:.2f}" for value in times]
     return _cells(key.case, _label(key, ours), key.dtype, *milliseconds, *_ratios(found, key, ours), overhead, *pairs)
 
@@ -76,7 +79,7 @@ def _model_line(found: Results, key: Key, ours: str) -> str:
     both = [found.whole(key, provider) for provider in ("reference", ours)]
     milliseconds = [f"{row['ms_p50']:.1f}" for row in both]
     rates = [f"{row['captions_s' if row['level'] == 'generate' else 'examples_s']:.2f}" for row in both]
-    pairs = [_pair(found, key, ours, name, 1) for name in ("saved_mib", "peak_mib")]
+    pairs = [_pair(found, key, ours, *field) for field in (("saved_mib", 1), ("peak_mib", 1), ("host_ms_p50", 1))]
     provider = ", ".join([ours, *key.notes()])
     ratios = _ratios(found, key, ours)
     return _cells(key.case, key.routing, provider, key.dtype, *milliseconds, *ratios, *rates, *pairs)

@@ -22,8 +22,10 @@ def test_report_ratios_and_overhead() -> None:
         rows += [row(provider, mode, ms) for mode, ms in modes.items()]
     printed = report.summarise(rows)
     # 40 / 30, and above the base of 20: 20 / 10.
-    assert "| c | mul | float32 | 40.00 | 30.00 | 1.25x | 1.39x | 1.33x | 2.00x | 1.00, 1.00 | - | - |" in printed
+    assert "| c | mul | float32 | 40.00 | 30.00 | 1.25x | 1.39x | 1.33x | 2.00x | 1.00, 1.00 | - | - | - |" in printed
     assert "Measured on some CPU, 1 thread(s), cpu time, torch 2.6, commit abc1234." in printed
+    launched = [{**one, "host_ms_p50": one["ms_p50"] / 8} for one in rows]
+    assert "| 2.00x | 1.00, 1.00 | - | - | 5.00, 3.75 |" in report.summarise(launched)
     # A later measurement replaces an earlier one, and a shut gate withdraws it.
     later = report.summarise([*rows, row("eager", "fwdbwd", 80.0, dirty=True)])
     assert "| 0.50x | 0.33x |" in later

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from routingvl.kernels import routed_adapter, routed_lora_linear
 from routingvl.kernels.autograd_function import applied, backward_of, keeping
+from routingvl.kernels.optional_triton import interpreted
 
 
 class Scaled(torch.autograd.Function):
@@ -51,6 +53,35 @@ def test_gives_what_torchs_way_gives() -> None:
     short = applied(Scaled, x, w, 3.0)
     short += 1  # it is no view
     assert torch.autograd.grad(short.sum(), x)[0].shape == x.shape
+
+
+class Stopped(torch.autograd.Function):
+    """The identity, of which torch gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_without_a_gradient_no_zeros_are_made(backend: str) -> None:
+    if backend == "triton" and not interpreted():
+        pytest.skip("compiled only")
+    x, w = operands()
+    v, weight, bias = torch.randn(1, 1, 4), torch.randn(4, 4), torch.zeros(3, requires_grad=True)
+    outputs = {
+        "short": lambda: applied(Scaled, x, w, 3.0),
+        "torch's": lambda: Scaled.apply(x, w, 3.0)[0],
+        "lora": lambda: routed_lora_linear(x[None], v, weight, None, w, w.T, routing="mul", backend=backend),
+        "adapter": lambda: routed_adapter(x[None], v, w, bias, w.T, None, routing="mul", backend=backend),
+    }
+    for name, call in outputs.items():
+        Stopped.apply(call()).sum().backward()
+        assert (x.grad, w.grad, bias.grad) == (None, None, None), name
 
 
 def test_nothing_is_recorded_where_nothing_is_to_be_differentiated() -> None:

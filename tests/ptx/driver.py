@@ -23,7 +23,7 @@ from .memory import GlobalMemory
 from .parser import Program, parse
 
 SHARED_MEMORY = {80: 166912, 90: 232448}  # bytes that a block can have
-PROCESSORS = 3  # few, so that both many and few blocks of rows need little work
+PROCESSORS = 3  # few, so that 192 rows, which a CPU can compute, are many to a launch
 
 
 @dataclass

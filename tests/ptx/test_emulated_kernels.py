@@ -21,6 +21,7 @@ ONES = (1, 1, 1, 1, 1)
 LONG = (2, 70, 64, 64, 16)  # parts of an image; as many blocks of rows as processors
 DECODE = (40, 1, 136, 200, 64)
 APART = (2, 20, 72, 72, 72)  # groups too wide for one program
+MANY = (10, 20, 72, 40, 64)  # rows enough for the tiles of many rows
 # Routing, ReLU, visual tokens, with sizes: 9 tokens are taken one by one, 40 of many rows as a matrix.
 DENSE = [(name, relu, 1, (3, 20, 72, 40, 24)) for name, relu in FORMS]
 SEVERAL = [
@@ -63,6 +64,9 @@ def _more() -> list[tuple[int, Case]]:
     for arch, name, dropout in ((90, "none", 0.0), (80, "add", 0.25), (80, "mul", 0.0), (90, "mul", 0.25)):
         found.append((arch, Case(name, "c_attn", sizes=APART, dropout=dropout)))
     found.append((90, Case("mul", "c_attn", sizes=(40, 1, 136, 200, 72))))
+    for arch in (90, 80):
+        found += [(arch, Case("mul", sizes=MANY)), (arch, Case("mul", sizes=MANY, dropout=0.25))]
+        found += [(arch, Case("mul", "adapter", sizes=sizes)) for sizes in (MANY, (2, 20, 72, 72, 100))]
     return [one for one in dict.fromkeys(found) if one not in FAST]
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from routingvl.kernels.triton_common import launch
+from routingvl.kernels.triton_common import launch, tiles
 from routingvl.kernels.triton_common.tiles import (
     DECODE_ROWS,
     KINDS,
@@ -174,3 +174,18 @@ def test_column_splits_fill_the_device_when_rows_are_few() -> None:
     assert column_splits(tile, 2040, 768, 132) == 4  # 32 blocks of rows: no program waits
     assert column_splits(tile, 100, 100, 132) == 2  # no program without columns
     assert column_splits(Tile(16, 64, 64, 4, 3), 40, 4096, 132) == 32
+
+
+@pytest.mark.parametrize(
+    ("arch", "half", "float32"),
+    [("sm_90", "tf32", "tf32"), ("sm_75", "ieee", "ieee"), ("gfx942", "tf32", "ieee")]
+    + [(arch, "ieee", "ieee") for arch in ("gfx90a", "gfx950", "gfx1100", "gfx1201")],
+)
+def test_products_ask_for_tf32_only_where_there_is_such_a_thing(
+    monkeypatch: pytest.MonkeyPatch, arch: str, half: str, float32: str
+) -> None:
+    """Of what tl.dot is asked for; operands in half precision compile with either on what has both."""
+    monkeypatch.setattr(launch, "arch_of", lambda device: arch)
+    monkeypatch.setattr(tiles, "tf32_allowed", lambda: True)
+    asked = [launch.product_precision(torch.empty(1, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    assert asked == [half, float32]
