@@ -197,22 +197,26 @@ def gpu_layers() -> str:
 
 
 def waterfall() -> str:
-    """MiB of a training step by technique, with the change in percent."""
+    """MiB of a training step by technique, with the change in percent, and its time as a share of the published."""
     rows = [json.loads(line) for line in (RESULTS / "cpu_waterfall.jsonl").read_text(encoding="utf-8").splitlines()]
     tasks = {"waterfall_vqa": "VQA, batch 32", "waterfall_caption": "captions, batch 8"}
-    found = {(row["case"], row["technique"]): row["step_mib"] for row in rows}
+    found = {(row["case"], row["technique"]): row for row in rows}
     tasks = {task: words for task, words in tasks.items() if (task, "published") in found}
     before: dict[str, float] = {}
     lines = []
     for technique in dict.fromkeys(row["technique"] for row in sorted(rows, key=lambda row: row["rung"])):
         cells = []
         for task in tasks:
-            mib = found.get((task, technique))
-            change = f" ({100 * (mib / before[task] - 1):+.0f} %)" if mib is not None and task in before else ""
-            cells.append("" if mib is None else f"{mib:.0f}{change}")
-            before |= {} if mib is None else {task: mib}
+            if (row := found.get((task, technique))) is None:
+                cells += ["", ""]
+                continue
+            mib = row["step_mib"]
+            change = f" ({100 * (mib / before[task] - 1):+.0f} %)" if task in before else ""
+            cells += [f"{mib:.0f}{change}", f"{row['ms_p50'] / found[task, 'published']['ms_p50']:.2f}"]
+            before[task] = mib
         lines.append([technique, *cells])
-    return markdown(["MiB in a step", *tasks.values()], lines)
+    heads = (head for words in tasks.values() for head in (f"{words}: MiB", "time"))
+    return markdown(["a training step", *heads], lines)
 
 
 def convergence() -> str:

@@ -1,7 +1,9 @@
 """Calls that the Triton kernels could run and torch runs faster, as a table by form and number of rows.
 
 Every entry rests on times of kernels on an H100 in bfloat16 (benchmarks/results/gpu, benchmarks/NOTES.md), so it holds
-for GPUs of that family and products in half precision. A backend that is asked for by name overrides it.
+for GPUs of that family and products in half precision. For want of such times Adapters, calls of rank one and other
+GPUs have none. Exact products of float32 are left to torch on every GPU (``dispatch.py``). A backend that is asked for
+by name overrides both.
 """
 
 from __future__ import annotations
