@@ -197,14 +197,17 @@ def gpu_layers() -> str:
 
 
 def waterfall() -> str:
-    """MiB of a training step by technique, with the change in percent, and its time as a share of the published."""
+    """MiB of a training step by technique, with the change in percent, and its time as a share of the published.
+
+    The task with the most techniques has all of them, in their order.
+    """
     rows = [json.loads(line) for line in (RESULTS / "cpu_waterfall.jsonl").read_text(encoding="utf-8").splitlines()]
     tasks = {"waterfall_vqa": "VQA, batch 32", "waterfall_caption": "captions, batch 8"}
     found = {(row["case"], row["technique"]): row for row in rows}
     tasks = {task: words for task, words in tasks.items() if (task, "published") in found}
     before: dict[str, float] = {}
     lines = []
-    for technique in dict.fromkeys(row["technique"] for row in sorted(rows, key=lambda row: row["rung"])):
+    for technique in max(([name for case, name in found if case == task] for task in tasks), key=len):
         cells = []
         for task in tasks:
             if (row := found.get((task, technique))) is None:
