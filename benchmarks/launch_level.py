@@ -62,6 +62,7 @@ LAUNCH_CASES = (
     LaunchCase("launch_linear_vllora", "linear/vllora", ("vllora",)),
     LaunchCase("launch_c_attn_mul", "c_attn/mul", ("mul",)),
     LaunchCase("launch_c_attn_vllora", "c_attn/vllora", ("vllora",)),
+    LaunchCase("launch_adapter_mul", "adapter/mul", ("mul",)),
     LaunchCase("launch_c_attn_decode", "c_attn/mul/decode", ("mul",)),
 )
 

@@ -8,9 +8,10 @@ time. Triton compiles for an NVIDIA GPU that tests/stub_gpu.py stands for, and i
 operations do compute, on tensors so small (8 rows of 32 columns) that their time is that of reaching them: on a GPU a
 launch stands in the place of the arithmetic, and the published chain has two to three times as many of them.
 
-A training case is a forward pass and a backward pass that gives the gradients of x, A and B; W and the image get none,
-as in training. A decoding case is a forward pass with one token for each of three beams of two images, where the
-published chain projects repeated features anew and ours reads what it made of the image at the first step.
+A training case is a forward pass and a backward pass that gives the gradients of x and of the bottleneck's weights; W
+and the image get none, as in training. A decoding case is a forward pass with one token for each of three beams of two
+images, where the published chain projects repeated features anew and ours reads what it made of the image at the first
+step.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ CALLS = 20  # timed at a time
 
 @dataclass(frozen=True)
 class HostCase:
-    """What is timed: GPT-2's joined projection or a linear layer, a routing function, and how it is called."""
+    """What is timed: GPT-2's joined projection, a linear layer or an Adapter, its routing, and how it is called."""
 
     layer: str
     routing: str
@@ -60,6 +61,8 @@ CASES = (
     HostCase("c_attn", "mul"),
     HostCase("c_attn", "vllora"),
     HostCase("c_attn", "mul", dropout=0.1),
+    HostCase("adapter", "mul"),
+    HostCase("adapter", "vllora"),
     HostCase("linear", "mul", decoding=True),
     HostCase("c_attn", "mul", decoding=True),
     HostCase("c_attn", "vllora", decoding=True),
@@ -68,33 +71,11 @@ CASES = (
 
 def sides(case: HostCase) -> dict[str, Callable[[], None]]:
     """A call of the case's layer by each side, with its backward pass in training."""
-    from routingvl.kernels import project_lora_image, routed_lora_linear
-
-    from .published_layers import published_lora_linear, published_merged_linear
-
     torch.manual_seed(0)
-    joined = case.layer == "c_attn"
-    groups, outputs = (2, 3 * WIDTH) if joined else (1, WIDTH)
-    rows, tokens = (IMAGES * BEAMS, 1) if case.decoding else (IMAGES, TOKENS)
-    x, v = torch.randn(rows, tokens, WIDTH), torch.randn(IMAGES, 1, WIDTH)
-    weight = torch.randn(WIDTH, outputs) if joined else torch.randn(outputs, WIDTH)
-    bias, a, b = torch.randn(outputs), torch.randn(groups * RANK, WIDTH), torch.randn(groups * WIDTH, RANK)
-    columns = (0, 2 * WIDTH) if joined else None
-    leaves = () if case.decoding else tuple(tensor.requires_grad_() for tensor in (x, a, b))
-    # A scaling of its own costs the published chain nothing more and us nothing less than 1 would.
-    chain = {"routing": case.routing, "scaling": 2.0, "dropout": case.dropout}
-    ours = chain | {"groups": groups, "columns": columns, "weight_layout": "kn" if joined else "nk"}
-    image, repeated = None, v
-    if case.decoding:
-        image = project_lora_image(v, a, b, routing=case.routing, scaling=2.0, groups=groups, decoding=True)
-        repeated = v.repeat_interleave(BEAMS, 0)
-    published = partial(published_merged_linear, groups=groups, columns=columns) if joined else published_lora_linear
-    calls = {
-        "reference": partial(published, x, repeated, weight, bias, a, b, **chain),
-        "eager": partial(routed_lora_linear, x, v, weight, bias, a, b, image=image, backend="eager", **ours),
-        "triton": partial(routed_lora_linear, x, v, weight, bias, a, b, image=image, backend="triton", **ours),
-    }
-    dy = torch.randn(rows, tokens, outputs)
+    calls, leaves = (_adapter if case.layer == "adapter" else _lora)(case)
+    leaves = () if case.decoding else tuple(tensor.requires_grad_() for tensor in leaves)
+    with torch.no_grad():
+        dy = torch.randn_like(calls["reference"]())
 
     def train(call: Callable[[], torch.Tensor]) -> None:
         for leaf in leaves:
@@ -108,6 +89,49 @@ def sides(case: HostCase) -> dict[str, Callable[[], None]]:
             call()
 
     return {name: partial(decode if case.decoding else train, call) for name, call in calls.items()}
+
+
+def _lora(case: HostCase) -> tuple[dict[str, Callable[[], torch.Tensor]], tuple[torch.Tensor, ...]]:
+    """The call of each side, and what gets a gradient in training."""
+    from routingvl.kernels import project_lora_image, routed_lora_linear
+
+    from .published_layers import published_lora_linear, published_merged_linear
+
+    joined = case.layer == "c_attn"
+    groups, outputs = (2, 3 * WIDTH) if joined else (1, WIDTH)
+    rows, tokens = (IMAGES * BEAMS, 1) if case.decoding else (IMAGES, TOKENS)
+    x, v = torch.randn(rows, tokens, WIDTH), torch.randn(IMAGES, 1, WIDTH)
+    weight = torch.randn(WIDTH, outputs) if joined else torch.randn(outputs, WIDTH)
+    bias, a, b = torch.randn(outputs), torch.randn(groups * RANK, WIDTH), torch.randn(groups * WIDTH, RANK)
+    columns = (0, 2 * WIDTH) if joined else None
+    # A scaling of its own costs the published chain nothing more and us nothing less than 1 would.
+    chain = {"routing": case.routing, "scaling": 2.0, "dropout": case.dropout}
+    ours = chain | {"groups": groups, "columns": columns, "weight_layout": "kn" if joined else "nk"}
+    image, repeated = None, v
+    if case.decoding:
+        image = project_lora_image(v, a, b, routing=case.routing, scaling=2.0, groups=groups, decoding=True)
+        repeated = v.repeat_interleave(BEAMS, 0)
+    published = partial(published_merged_linear, groups=groups, columns=columns) if joined else published_lora_linear
+    calls = {
+        "reference": partial(published, x, repeated, weight, bias, a, b, **chain),
+        "eager": partial(routed_lora_linear, x, v, weight, bias, a, b, image=image, backend="eager", **ours),
+        "triton": partial(routed_lora_linear, x, v, weight, bias, a, b, image=image, backend="triton", **ours),
+    }
+    return calls, (x, a, b)
+
+
+def _adapter(case: HostCase) -> tuple[dict[str, Callable[[], torch.Tensor]], tuple[torch.Tensor, ...]]:
+    """The same of an Adapter with gelu and its residual."""
+    from routingvl.kernels import routed_adapter
+
+    from .published_layers import published_adapter
+
+    x, v = torch.randn(IMAGES, TOKENS, WIDTH), torch.randn(IMAGES, 1, WIDTH)
+    weights = torch.randn(RANK, WIDTH), torch.randn(RANK), torch.randn(WIDTH, RANK), torch.randn(WIDTH)
+    same = {"routing": case.routing, "activation": "gelu", "residual": True}
+    calls = {"reference": partial(published_adapter, x, v, *weights, **same)}
+    calls |= {name: partial(routed_adapter, x, v, *weights, backend=name, **same) for name in SIDES[1:]}
+    return calls, (x, *weights)
 
 
 def measure(case: HostCase, repeats: int, wanted: Sequence[str] = SIDES) -> dict[str, list[float]]:
