@@ -64,9 +64,9 @@ def _more() -> list[tuple[int, Case]]:
     for arch, name, dropout in ((90, "none", 0.0), (80, "add", 0.25), (80, "mul", 0.0), (90, "mul", 0.25)):
         found.append((arch, Case(name, "c_attn", sizes=APART, dropout=dropout)))
     found.append((90, Case("mul", "c_attn", sizes=(40, 1, 136, 200, 72))))
-    for arch in (90, 80):
-        found += [(arch, Case("mul", sizes=MANY)), (arch, Case("mul", sizes=MANY, dropout=0.25))]
-        found += [(arch, Case("mul", "adapter", sizes=sizes)) for sizes in (MANY, (2, 20, 72, 72, 100))]
+    found += [(arch, Case("mul", sizes=MANY)) for arch in (90, 80)]
+    found.append((90, Case("mul", sizes=MANY, dropout=0.25)))
+    found += [(90, Case("mul", "adapter", sizes=sizes)) for sizes in (MANY, (2, 20, 72, 72, 100))]
     return [one for one in dict.fromkeys(found) if one not in FAST]
 
 
