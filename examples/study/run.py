@@ -198,10 +198,12 @@ def check_committed(studies: Sequence[Study], work: Path, arms: Collection[str])
     if not found:
         names = ", ".join(study.name for study in studies)
         sys.exit(f"--check: {COMMITTED} has no result of {', '.join(arms)} for {names}")
-    prepare_all(work, list(dict.fromkeys(study.name for study, _ in found)))
+    chosen = {study.name: study for study, _ in found}
+    prepare_all(work, list(chosen))
     shutil.rmtree(work / "study" / "checks", ignore_errors=True)
     rows = Rows(COMMITTED)
-    came_out = [check(make_runner(study, work, rows, "checks"), result) for study, result in found]
+    runners = {study.name: make_runner(study, work, rows, "checks") for study in chosen.values()}
+    came_out = [check(runners[study.name], result) for study, result in found]
     return all(came_out)
 
 
