@@ -170,6 +170,11 @@ class RoutingConfig:
         return find_function(self.routing)
 
     @property
+    def reads_image(self) -> bool:
+        """Whether the image reaches some bottleneck: routed by an encoder's states, that encoder's own are."""
+        return self.function.uses_image and source_of(self.routed_by) != "text"
+
+    @property
     def has_own_projection(self) -> bool:
         """Whether each bottleneck has a down-projection for the image alone."""
         return self.image_projection == "own" or self.two_step is not None or self.function is ATTENTION

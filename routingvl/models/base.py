@@ -30,7 +30,6 @@ from routingvl.bottlenecks.inject import inject, train_in_float32
 from routingvl.bottlenecks.report import TrainableReport, trainable_report
 from routingvl.config import ConfigError, RoutingConfig, check_choice, from_dict, nearest
 from routingvl.config.checks import check_value, types_of
-from routingvl.config.routing import source_of
 from routingvl.config.schema import IMAGE_POOLINGS
 from routingvl.models import hub
 from routingvl.models.checks import check_padding, check_tensor, check_values, check_zeros_and_ones
@@ -112,7 +111,7 @@ class RoutedVLModel(ReadsImages, PretrainedParts):
             vision.requires_grad_(False)
         self.visual_projection: nn.Linear | None = None
         projected = self.vision_width != (width := text.config.hidden_size) or project_features
-        reads = routing.function.uses_image and source_of(routing.routed_by) != "text"
+        reads = routing.reads_image
         if projected and (visual_prefix or (reads and not own)):
             self.visual_projection = nn.Linear(self.vision_width, width, device=self.device, dtype=self.dtype)
         elif project_features:

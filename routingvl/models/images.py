@@ -12,7 +12,6 @@ from routingvl.backbones.vision import image_features
 from routingvl.bottlenecks.context import VisualContext
 from routingvl.bottlenecks.rows import Tokens
 from routingvl.config import ConfigError, RoutingConfig
-from routingvl.config.routing import source_of
 from routingvl.models.checks import check_finite, check_tensor
 
 
@@ -92,7 +91,7 @@ class ReadsImages:
 
     def check_visual_tokens(self, visual_tokens: int) -> None:
         """Raise ConfigError unless the routing function takes so many visual tokens."""
-        if source_of(self.routing.routed_by) == "text":  # no bottleneck reads them
+        if not self.routing.reads_image:
             return
         try:
             self.routing.function.check(1 if self.image_pooling else visual_tokens, self.routing.relu)
